@@ -1,0 +1,1 @@
+//! OpenAI-compatible ingress, placement and failover.

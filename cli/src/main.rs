@@ -1,0 +1,2 @@
+//! One binary `forebay`: picks a role, shows results.
+fn main() {}

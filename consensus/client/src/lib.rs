@@ -1,0 +1,1 @@
+//! Finding the leader, renewing, watching and resuming.

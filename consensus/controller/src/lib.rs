@@ -1,0 +1,1 @@
+//! The leader's loop: what the control plane does by itself.

@@ -1,0 +1,1 @@
+//! What the fleet agrees on: a Raft node, the fleet state machine, its storage and server.

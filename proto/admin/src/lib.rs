@@ -1,0 +1,1 @@
+//! The admin side of a process: health, metrics and logs.

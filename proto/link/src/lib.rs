@@ -1,0 +1,1 @@
+//! QUIC links between the parts: mutual TLS, identity and roles, framed streams.

@@ -1,0 +1,1 @@
+//! What the parts of Forebay say to each other: ids, units, messages, frames.

@@ -1,0 +1,1 @@
+//! All that decides, pure: views, waits, bookings, policies.

@@ -1,0 +1,1 @@
+//! How we know it works: emulated engine, traces and replay.

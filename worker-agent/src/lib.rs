@@ -1,0 +1,1 @@
+//! Beside each engine: register, admit, carry, report.
