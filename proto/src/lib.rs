@@ -1,1 +1,18 @@
-//! What the parts of Forebay say to each other: ids, units, messages, frames.
+//! What the parts of Forebay say to each other: ids, units, messages and frames.
+//!
+//! Every decode is bounded. There are no sockets and no policy here: `forebay-link` carries the
+//! frames, and each crate that meets the messages turns them into its own types in one module.
+
+pub mod config;
+pub mod frame;
+pub mod identity;
+pub mod ids;
+pub mod rpc;
+pub mod secret;
+pub mod units;
+pub mod wire;
+
+pub use identity::{Identity, Level, Role};
+pub use ids::{ClientId, ClusterId, Incarnation, NodeId, Revision, StoreId, WorkerId};
+pub use secret::Secret;
+pub use units::{Millis, Now};

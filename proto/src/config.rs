@@ -1,0 +1,253 @@
+//! The fleet's configuration document: what operators edit, and what is checked before it is agreed.
+
+use bytes::Bytes;
+use prost::Message;
+use serde::{Deserialize, Serialize};
+
+use crate::ids::check_name;
+use crate::wire::fleet as wire;
+
+/// Pools in one document.
+pub const MAX_POOLS: usize = 256;
+
+/// The document, whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Sets of interchangeable workers.
+    pub pools: Vec<Pool>,
+}
+
+/// How requests to one pool are treated.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pool {
+    /// Its name, as agents give it.
+    pub name: String,
+    /// Requests that may wait in one balancer while no worker can take them; 0 to 100,000.
+    #[serde(default = "defaults::queue_limit")]
+    pub queue_limit: u32,
+    /// How long a request may wait there; 1 ms to 10 min.
+    #[serde(default = "defaults::queue_timeout_ms")]
+    pub queue_timeout_ms: u32,
+    /// Refusals after which the next worker has to queue the request; 0 to 8.
+    #[serde(default = "defaults::max_refusals")]
+    pub max_refusals: u32,
+    /// From dispatch to the engine's first byte; 100 ms to 1 h.
+    #[serde(default = "defaults::first_byte_timeout_ms")]
+    pub first_byte_timeout_ms: u32,
+    /// Between two pieces of an answer; 100 ms to 1 h.
+    #[serde(default = "defaults::idle_timeout_ms")]
+    pub idle_timeout_ms: u32,
+}
+
+mod defaults {
+    pub(super) const fn queue_limit() -> u32 {
+        1_024
+    }
+    pub(super) const fn queue_timeout_ms() -> u32 {
+        30_000
+    }
+    pub(super) const fn max_refusals() -> u32 {
+        2
+    }
+    pub(super) const fn first_byte_timeout_ms() -> u32 {
+        600_000
+    }
+    pub(super) const fn idle_timeout_ms() -> u32 {
+        60_000
+    }
+}
+
+impl Pool {
+    /// A pool with every setting at its default.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            queue_limit: defaults::queue_limit(),
+            queue_timeout_ms: defaults::queue_timeout_ms(),
+            max_refusals: defaults::max_refusals(),
+            first_byte_timeout_ms: defaults::first_byte_timeout_ms(),
+            idle_timeout_ms: defaults::idle_timeout_ms(),
+        }
+    }
+}
+
+/// The built-in document: one pool named `default`.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            pools: vec![Pool::named("default")],
+        }
+    }
+}
+
+/// What is wrong with a document, and where.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {problem}")]
+pub struct ConfigError {
+    /// Where, such as `pools[1].queue_limit`; empty for the document.
+    pub path: String,
+    /// What, and what to do.
+    pub problem: String,
+}
+
+impl ConfigError {
+    fn at(path: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a document as operators write it (TOML) and checks it whole.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first problem with its place.
+    pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text)
+            .map_err(|error| ConfigError::at("document", error.to_string().trim_end()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The document as operators edit it.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("plain data serialises")
+    }
+
+    /// Decodes and checks a document as it is stored.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first problem with its place.
+    pub fn from_wire(bytes: &[u8]) -> Result<Self, ConfigError> {
+        let wire = wire::Config::decode(bytes)
+            .map_err(|_| ConfigError::at("document", "does not decode"))?;
+        let pools = wire.pools.into_iter().map(|pool| Pool {
+            name: pool.name,
+            queue_limit: pool.queue_limit,
+            queue_timeout_ms: pool.queue_timeout_ms,
+            max_refusals: pool.max_refusals,
+            first_byte_timeout_ms: pool.first_byte_timeout_ms,
+            idle_timeout_ms: pool.idle_timeout_ms,
+        });
+        let config = Self {
+            pools: pools.collect(),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The document for the wire and the log.
+    #[must_use]
+    pub fn to_wire(&self) -> Bytes {
+        let pools = self.pools.iter().map(|pool| wire::Pool {
+            name: pool.name.clone(),
+            queue_limit: pool.queue_limit,
+            queue_timeout_ms: pool.queue_timeout_ms,
+            max_refusals: pool.max_refusals,
+            first_byte_timeout_ms: pool.first_byte_timeout_ms,
+            idle_timeout_ms: pool.idle_timeout_ms,
+        });
+        wire::Config {
+            pools: pools.collect(),
+        }
+        .encode_to_vec()
+        .into()
+    }
+
+    /// The pool of this name.
+    #[must_use]
+    pub fn pool(&self, name: &str) -> Option<&Pool> {
+        self.pools.iter().find(|pool| pool.name == name)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.pools.is_empty() {
+            return Err(ConfigError::at(
+                "pools",
+                "is empty: a fleet needs at least one pool",
+            ));
+        }
+        if self.pools.len() > MAX_POOLS {
+            return Err(ConfigError::at(
+                "pools",
+                format!("has more than {MAX_POOLS} entries"),
+            ));
+        }
+        for (i, pool) in self.pools.iter().enumerate() {
+            let at = |field: &str| format!("pools[{i}].{field}");
+            check_name("pool", &pool.name)
+                .map_err(|error| ConfigError::at(at("name"), error.to_string()))?;
+            if self.pools[..i].iter().any(|other| other.name == pool.name) {
+                return Err(ConfigError::at(
+                    at("name"),
+                    format!("{:?} appears twice", pool.name),
+                ));
+            }
+            for (field, value, low, high) in [
+                ("queue_limit", pool.queue_limit, 0, 100_000),
+                ("queue_timeout_ms", pool.queue_timeout_ms, 1, 600_000),
+                ("max_refusals", pool.max_refusals, 0, 8),
+                (
+                    "first_byte_timeout_ms",
+                    pool.first_byte_timeout_ms,
+                    100,
+                    3_600_000,
+                ),
+                ("idle_timeout_ms", pool.idle_timeout_ms, 100, 3_600_000),
+            ] {
+                if !(low..=high).contains(&value) {
+                    let problem = format!("is {value}, must be {low} to {high}");
+                    return Err(ConfigError::at(at(field), problem));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn problem(toml: &str) -> String {
+        Config::from_toml(toml).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_built_in_document_is_valid_in_every_form() {
+        let built_in = Config::default();
+        assert_eq!(Config::from_toml(&built_in.to_toml()), Ok(built_in.clone()));
+        assert_eq!(Config::from_wire(&built_in.to_wire()), Ok(built_in));
+    }
+
+    #[test]
+    fn a_bad_document_is_refused_with_its_place() {
+        assert_eq!(
+            problem("pools = []"),
+            "pools: is empty: a fleet needs at least one pool"
+        );
+        assert!(problem("[[pools]]\nname = \"a/b\"").starts_with("pools[0].name: "));
+        assert!(problem("[[pools]]\nname = \"a\"\n[[pools]]\nname = \"a\"").contains("twice"));
+        assert!(problem("[[pools]]\nname = \"a\"\nqueue_timeout_ms = 0").contains("must be 1 to"));
+        assert!(problem("[[pools]]\nname = \"a\"\ncolour = 1").contains("unknown field"));
+        assert!(problem("[[pools]\n").starts_with("document: "));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Config::from_wire(&bytes);
+            let _ = Config::from_toml(&String::from_utf8_lossy(&bytes));
+        }
+    }
+}

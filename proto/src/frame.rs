@@ -1,0 +1,294 @@
+//! Frames: what a stream is cut into. `length: u32 big-endian | kind: u8 | payload`.
+//!
+//! The length counts kind and payload. Each kind has a bound, checked before anything is buffered.
+
+use std::fmt;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use prost::Message;
+
+/// Bytes in front of a payload.
+pub const HEADER_BYTES: usize = 5;
+
+/// Payload of one piece of a body or an answer: larger ones are cut.
+pub const MAX_TEXT_BYTES: usize = 256 << 10;
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, max $max:expr;)*) => {
+        /// What a frame is.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Kind {
+            $($(#[$doc])* $name = $number,)*
+        }
+
+        impl Kind {
+            /// Every kind, for tables and tests.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The kind with this number, if there is one.
+            #[must_use]
+            pub const fn from_number(number: u8) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$name),)*
+                    _ => None,
+                }
+            }
+
+            /// Largest payload in bytes.
+            #[must_use]
+            pub const fn max_bytes(self) -> usize {
+                match self {
+                    $(Self::$name => $max,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// First frame of a connection, both ways.
+    Hello = 0x01, max 4 << 10;
+    /// A control RPC.
+    Request = 0x10, max 4 << 20;
+    /// An answer to a control RPC.
+    Response = 0x11, max 64 << 20;
+    /// On a watch stream, consumer to node: the revision it has applied (8 bytes).
+    Applied = 0x12, max 8;
+    /// Raft messages between control nodes.
+    Raft = 0x20, max 64 << 20;
+    /// Header of a placement.
+    Place = 0x30, max 64 << 10;
+    /// A piece of the request's body: text.
+    Body = 0x31, max MAX_TEXT_BYTES;
+    /// The body is complete.
+    BodyEnd = 0x32, max 0;
+    /// The agent took the placement.
+    Accepted = 0x33, max 16 << 10;
+    /// The agent did not take it.
+    Refused = 0x34, max 16 << 10;
+    /// Status and headers of the engine's answer.
+    Head = 0x35, max 64 << 10;
+    /// A piece of the engine's answer: text.
+    Data = 0x36, max MAX_TEXT_BYTES;
+    /// How the placement ended.
+    Trailer = 0x37, max 16 << 10;
+    /// Load of a worker, also sent as a datagram of its own.
+    Load = 0x38, max 1 << 10;
+}
+
+/// One frame. Its payload may be text, so `Debug` shows its size only.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// What it is.
+    pub kind: Kind,
+    /// Its content.
+    pub payload: Bytes,
+}
+
+impl Frame {
+    /// A frame of these bytes.
+    #[must_use]
+    pub const fn new(kind: Kind, payload: Bytes) -> Self {
+        Self { kind, payload }
+    }
+
+    /// A frame of this message.
+    #[must_use]
+    pub fn message(kind: Kind, message: &impl Message) -> Self {
+        Self::new(kind, message.encode_to_vec().into())
+    }
+
+    /// Decodes the payload as a message.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`FrameError::Malformed`] when it is not one.
+    pub fn decode<M: Message + Default>(&self) -> Result<M, FrameError> {
+        M::decode(self.payload.clone()).map_err(|_| FrameError::Malformed { kind: self.kind })
+    }
+
+    /// The five bytes in front of the payload.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`FrameError::TooLarge`] when the payload exceeds its kind's bound.
+    pub fn header(&self) -> Result<[u8; HEADER_BYTES], FrameError> {
+        let (size, max) = (self.payload.len(), self.kind.max_bytes());
+        if size > max {
+            return Err(FrameError::TooLarge {
+                kind: self.kind,
+                size,
+                max,
+            });
+        }
+        let mut header = [0; HEADER_BYTES];
+        let counted = u32::try_from(size + 1).expect("bounds are far below 4 GiB");
+        (&mut header[..4]).put_u32(counted);
+        header[4] = self.kind as u8;
+        Ok(header)
+    }
+}
+
+impl fmt::Debug for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}({} bytes)", self.kind, self.payload.len())
+    }
+}
+
+/// What is wrong with a frame. The stream that carried it cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// No such kind.
+    #[error("unknown frame kind {number:#04x}")]
+    UnknownKind {
+        /// The number found.
+        number: u8,
+    },
+    /// A length of zero: there is no kind.
+    #[error("empty frame")]
+    Empty,
+    /// More than this kind may carry.
+    #[error("{kind:?} frame of {size} bytes, at most {max} are allowed")]
+    TooLarge {
+        /// Its kind.
+        kind: Kind,
+        /// Payload bytes.
+        size: usize,
+        /// The bound.
+        max: usize,
+    },
+    /// The payload is not the message that its kind promises.
+    #[error("{kind:?} frame does not decode")]
+    Malformed {
+        /// Its kind.
+        kind: Kind,
+    },
+}
+
+/// Cuts a byte stream into frames.
+///
+/// Buffers no more than one frame of the largest allowed size and what was pushed beyond it.
+#[derive(Default)]
+pub struct Decoder {
+    buffer: BytesMut,
+}
+
+impl Decoder {
+    /// Adds bytes as they arrived.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next whole frame, if it has arrived.
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong with the frame; the decoder must not be used after that.
+    pub fn pop(&mut self) -> Result<Option<Frame>, FrameError> {
+        if self.buffer.len() < HEADER_BYTES {
+            return Ok(None);
+        }
+        let counted = u32::from_be_bytes(self.buffer[..4].try_into().expect("four bytes")) as usize;
+        let number = self.buffer[4];
+        let size = counted.checked_sub(1).ok_or(FrameError::Empty)?;
+        let kind = Kind::from_number(number).ok_or(FrameError::UnknownKind { number })?;
+        let max = kind.max_bytes();
+        if size > max {
+            return Err(FrameError::TooLarge { kind, size, max });
+        }
+        if self.buffer.len() < HEADER_BYTES + size {
+            self.buffer
+                .reserve((HEADER_BYTES + size - self.buffer.len()).min(MAX_TEXT_BYTES));
+            return Ok(None);
+        }
+        self.buffer.advance(HEADER_BYTES);
+        Ok(Some(Frame::new(kind, self.buffer.split_to(size).freeze())))
+    }
+
+    /// Whether the stream may end here: no frame has been begun.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn encode(frame: &Frame) -> Vec<u8> {
+        let mut bytes = frame.header().unwrap().to_vec();
+        bytes.extend_from_slice(&frame.payload);
+        bytes
+    }
+
+    fn frame() -> impl Strategy<Value = Frame> {
+        (
+            0..Kind::ALL.len(),
+            proptest::collection::vec(any::<u8>(), 0..300),
+        )
+            .prop_map(|(kind, payload)| {
+                let kind = Kind::ALL[kind];
+                let size = payload.len().min(kind.max_bytes());
+                Frame::new(kind, Bytes::copy_from_slice(&payload[..size]))
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn any_cut_of_a_stream_gives_the_same_frames(
+            frames in proptest::collection::vec(frame(), 0..8),
+            cuts in proptest::collection::vec(1..50usize, 1..40),
+        ) {
+            let stream: Vec<u8> = frames.iter().flat_map(encode).collect();
+            let mut decoder = Decoder::default();
+            let (mut found, mut rest, mut cuts) = (Vec::new(), &stream[..], cuts.iter().cycle());
+            while !rest.is_empty() {
+                let (piece, more) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
+                decoder.push(piece);
+                rest = more;
+                while let Some(frame) = decoder.pop().unwrap() {
+                    found.push(frame);
+                }
+            }
+            prop_assert!(decoder.is_empty());
+            prop_assert_eq!(found, frames);
+        }
+
+        #[test]
+        fn garbage_never_panics_and_is_never_buffered_past_a_bound(
+            garbage in proptest::collection::vec(any::<u8>(), 0..2000),
+        ) {
+            let mut decoder = Decoder::default();
+            decoder.push(&garbage);
+            while let Ok(Some(frame)) = decoder.pop() {
+                prop_assert!(frame.payload.len() <= frame.kind.max_bytes());
+                let _ = frame.decode::<crate::wire::control::Request>();
+            }
+        }
+    }
+
+    #[test]
+    fn a_frame_past_its_bound_is_refused_from_its_header_alone() {
+        let mut decoder = Decoder::default();
+        decoder.push(&[0xff, 0xff, 0xff, 0xff, Kind::Place as u8]);
+        assert!(matches!(
+            decoder.pop(),
+            Err(FrameError::TooLarge {
+                kind: Kind::Place,
+                ..
+            })
+        ));
+        let frame = Frame::new(Kind::BodyEnd, Bytes::from_static(b"x"));
+        assert!(matches!(frame.header(), Err(FrameError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn debug_shows_no_content() {
+        let frame = Frame::new(Kind::Body, Bytes::from_static(b"the secret"));
+        assert_eq!(format!("{frame:?}"), "Body(10 bytes)");
+    }
+}

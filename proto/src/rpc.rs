@@ -1,0 +1,166 @@
+//! Which role may call what. What is not in the table is denied.
+
+use crate::identity::{Level, Role};
+use crate::wire::control::request::Request;
+use crate::wire::fleet::command::Action;
+
+/// Everything that a peer can ask of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rpc {
+    /// State of one control node.
+    Probe,
+    /// Make an uninitialised node part of a new cluster.
+    Bootstrap,
+    /// A linearizable read of the facts.
+    Read,
+    /// Follow the facts.
+    Watch,
+    /// Keep a lease.
+    Renew,
+    /// Newest audit entries.
+    Audit,
+    /// Register a worker.
+    RegisterWorker,
+    /// Report a worker's observed state.
+    ObserveWorker,
+    /// A worker says goodbye.
+    Goodbye,
+    /// Set a worker's desired state.
+    SetDesired,
+    /// Remove a worker.
+    RemoveWorker,
+    /// Replace the configuration document.
+    ApplyConfig,
+    /// Declare leases expired.
+    ExpireLeases,
+    /// Raft messages.
+    Raft,
+    /// Place a request on a worker.
+    Place,
+}
+
+impl Rpc {
+    /// Every RPC, for tables and tests.
+    pub const ALL: [Self; 15] = [
+        Self::Probe,
+        Self::Bootstrap,
+        Self::Read,
+        Self::Watch,
+        Self::Renew,
+        Self::Audit,
+        Self::RegisterWorker,
+        Self::ObserveWorker,
+        Self::Goodbye,
+        Self::SetDesired,
+        Self::RemoveWorker,
+        Self::ApplyConfig,
+        Self::ExpireLeases,
+        Self::Raft,
+        Self::Place,
+    ];
+
+    /// Whether a peer of this role may call it.
+    ///
+    /// That an agent speaks of its own worker only, and a node of itself, is checked beside this,
+    /// where the name is known.
+    #[must_use]
+    pub const fn allows(self, role: Role) -> bool {
+        use Role::{Agent, Balancer, Control, Operator};
+        match self {
+            Self::Probe => true,
+            Self::Bootstrap => matches!(role, Operator(Level::Admin)),
+            Self::Read | Self::Audit => matches!(role, Control | Operator(_)),
+            Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
+            Self::Renew => matches!(role, Balancer | Agent),
+            Self::RegisterWorker | Self::ObserveWorker | Self::Goodbye => matches!(role, Agent),
+            Self::SetDesired | Self::RemoveWorker | Self::ApplyConfig => {
+                matches!(role, Operator(Level::Operator | Level::Admin))
+            }
+            // Only the leader's own controller proposes it, never a peer.
+            Self::ExpireLeases => false,
+            Self::Raft => matches!(role, Control),
+            Self::Place => matches!(role, Balancer),
+        }
+    }
+
+    /// The RPC that a request to a control node is; `None` for an unknown or empty one.
+    ///
+    /// `action` is the decoded command of a `Propose`.
+    #[must_use]
+    pub fn of(request: &Request, action: Option<&Action>) -> Option<Self> {
+        Some(match request {
+            Request::Probe(_) => Self::Probe,
+            Request::Bootstrap(_) => Self::Bootstrap,
+            Request::Read(_) => Self::Read,
+            Request::Watch(_) => Self::Watch,
+            Request::Renew(_) => Self::Renew,
+            Request::Audit(_) => Self::Audit,
+            Request::Propose(_) => match action? {
+                Action::Register(_) => Self::RegisterWorker,
+                Action::Observe(_) => Self::ObserveWorker,
+                Action::Goodbye(_) => Self::Goodbye,
+                Action::SetDesired(_) => Self::SetDesired,
+                Action::Remove(_) => Self::RemoveWorker,
+                Action::ApplyConfig(_) => Self::ApplyConfig,
+                Action::Expire(_) => Self::ExpireLeases,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
+    const REVIEWED: [(Rpc, &str); 15] = [
+        (Rpc::Probe, "cbavoA"),
+        (Rpc::Bootstrap, ".....A"),
+        (Rpc::Read, "c..voA"),
+        (Rpc::Watch, "cbavoA"),
+        (Rpc::Renew, ".ba..."),
+        (Rpc::Audit, "c..voA"),
+        (Rpc::RegisterWorker, "..a..."),
+        (Rpc::ObserveWorker, "..a..."),
+        (Rpc::Goodbye, "..a..."),
+        (Rpc::SetDesired, "....oA"),
+        (Rpc::RemoveWorker, "....oA"),
+        (Rpc::ApplyConfig, "....oA"),
+        (Rpc::ExpireLeases, "......"),
+        (Rpc::Raft, "c....."),
+        (Rpc::Place, ".b...."),
+    ];
+
+    #[test]
+    fn every_rpc_allows_the_roles_that_were_reviewed_and_no_other() {
+        for rpc in Rpc::ALL {
+            let rows: Vec<_> = REVIEWED.iter().filter(|(row, _)| *row == rpc).collect();
+            let [(_, row)] = rows[..] else {
+                panic!("{rpc:?} needs exactly one row")
+            };
+            let allowed: String = Role::ALL
+                .into_iter()
+                .zip("cbavoA".chars())
+                .map(|(role, letter)| if rpc.allows(role) { letter } else { '.' })
+                .collect();
+            assert_eq!(&allowed, row, "{rpc:?}");
+        }
+    }
+
+    #[test]
+    fn the_list_of_rpcs_is_complete() {
+        // A variant beyond the list would have a discriminant of its length or more.
+        for (position, rpc) in Rpc::ALL.into_iter().enumerate() {
+            assert_eq!(rpc as usize, position);
+        }
+        assert_eq!(
+            Rpc::ALL.last().map(|rpc| *rpc as usize),
+            Some(Rpc::Place as usize)
+        );
+    }
+
+    #[test]
+    fn a_proposal_without_a_known_command_is_no_rpc() {
+        assert_eq!(Rpc::of(&Request::Propose(Default::default()), None), None);
+    }
+}
