@@ -4,6 +4,7 @@
 //! frames, and each crate that meets the messages turns them into its own types in one module.
 
 pub mod config;
+pub mod fleet;
 pub mod frame;
 pub mod identity;
 pub mod ids;
