@@ -1,1 +1,12 @@
-//! How we know it works: emulated engine, traces and replay.
+//! How we know it works: the emulated engine, real traces, and the replay that drives a fleet.
+//!
+//! - [`engine`]: an inference engine behind the OpenAI API whose text betrays a gap or a repeat.
+//! - [`trace`]: reads request traces, and holds the sample that ships with Forebay.
+//! - [`replay`]: sends a trace, open loop, to anything that speaks the OpenAI API, and measures it.
+//!
+//! Each is pure modules and a rim that owns sockets and clocks. Nothing here knows how Forebay
+//! places requests: the replay sees a fleet as its clients do.
+
+pub mod engine;
+
+pub mod trace;

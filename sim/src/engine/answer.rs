@@ -1,0 +1,192 @@
+//! What an answer looks like on the wire: vLLM's JSON and server-sent events.
+
+use super::request::{Api, Job};
+use super::text::Token;
+use bytes::Bytes;
+use serde_json::json;
+
+/// The parts of an answer that do not change from token to token.
+pub(super) struct Form {
+    api: Api,
+    id: String,
+    created: u64,
+    model: String,
+    prompt_tokens: u64,
+    /// A stream's event up to the token's text, and after it.
+    before: String,
+    after: String,
+    after_last: String,
+}
+
+impl Form {
+    /// `id` is the request's; `created` is in seconds since 1970.
+    pub(super) fn new(job: &Job, id: &str, created: u64) -> Form {
+        let prefix = match job.api {
+            Api::Chat => "chatcmpl-",
+            Api::Completion => "cmpl-",
+        };
+        let id = format!("{prefix}{id}");
+        let object = match job.api {
+            Api::Chat => "chat.completion.chunk",
+            Api::Completion => "text_completion",
+        };
+        let (id_json, model_json) = (json!(id), json!(job.model));
+        let head = format!(
+            r#"data: {{"id":{id_json},"object":"{object}","created":{created},"model":{model_json},"choices":[{{"index":0,"#
+        );
+        let (opens, closes) = match job.api {
+            Api::Chat => (r#""delta":{"content":""#, r#""}"#),
+            Api::Completion => (r#""text":""#, r#"""#),
+        };
+        let end = |finish: &str| {
+            format!(
+                "{closes},\"logprobs\":null,\"finish_reason\":{finish},\"stop_reason\":null}}]}}\n\n"
+            )
+        };
+        Form {
+            api: job.api,
+            id,
+            created,
+            model: job.model.clone(),
+            prompt_tokens: job.prompt_tokens,
+            before: format!("{head}{opens}"),
+            after: end("null"),
+            after_last: end("\"length\""),
+        }
+    }
+
+    /// The event before the first token, which only chats have.
+    pub(super) fn role_event(&self) -> Option<Bytes> {
+        let event = match self.api {
+            Api::Chat => json!({
+                "id": self.id, "object": "chat.completion.chunk", "created": self.created,
+                "model": self.model,
+                "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""},
+                    "logprobs": null, "finish_reason": null}],
+            }),
+            Api::Completion => return None,
+        };
+        Some(Bytes::from(format!("data: {event}\n\n")))
+    }
+
+    /// The event of one token.
+    pub(super) fn token_event(&self, token: Token, last: bool) -> Bytes {
+        let after = if last { &self.after_last } else { &self.after };
+        Bytes::from([self.before.as_str(), token.as_str(), after].concat())
+    }
+
+    /// The event with the token counts, which the client has to ask for.
+    pub(super) fn usage_event(&self, output_tokens: u64) -> Bytes {
+        let object = match self.api {
+            Api::Chat => "chat.completion.chunk",
+            Api::Completion => "text_completion",
+        };
+        let event = json!({
+            "id": self.id, "object": object, "created": self.created, "model": self.model,
+            "choices": [], "usage": self.usage(output_tokens),
+            "system_fingerprint": FINGERPRINT,
+        });
+        Bytes::from(format!("data: {event}\n\n"))
+    }
+
+    /// A whole answer in one piece.
+    pub(super) fn whole(&self, text: &str, output_tokens: u64) -> Bytes {
+        let choice = match self.api {
+            Api::Chat => json!({
+                "index": 0, "message": {"role": "assistant", "content": text, "refusal": null},
+                "logprobs": null, "finish_reason": "length", "stop_reason": null,
+            }),
+            Api::Completion => json!({
+                "index": 0, "text": text, "logprobs": null, "finish_reason": "length",
+                "stop_reason": null,
+            }),
+        };
+        let object = match self.api {
+            Api::Chat => "chat.completion",
+            Api::Completion => "text_completion",
+        };
+        let answer = json!({
+            "id": self.id, "object": object, "created": self.created, "model": self.model,
+            "choices": [choice], "service_tier": null, "system_fingerprint": FINGERPRINT,
+            "usage": self.usage(output_tokens),
+        });
+        Bytes::from(answer.to_string())
+    }
+
+    fn usage(&self, output_tokens: u64) -> serde_json::Value {
+        json!({
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + output_tokens,
+            "completion_tokens": output_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        })
+    }
+}
+
+/// The last event of a stream.
+pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
+
+const FINGERPRINT: &str = concat!("forebay-emulated-", env!("CARGO_PKG_VERSION"));
+
+#[cfg(test)]
+mod tests {
+    use super::super::request::Served;
+    use super::*;
+
+    fn form(api: Api, body: &str) -> (Form, Job) {
+        let models = ["a \"b\"".to_owned()];
+        let served = Served {
+            models: &models,
+            max_context_tokens: 100,
+        };
+        let Ok(job) = served.job(api, body.as_bytes()) else {
+            panic!("refused")
+        };
+        (Form::new(&job, "r1", 7), job)
+    }
+
+    fn event(bytes: &Bytes) -> serde_json::Value {
+        let text = std::str::from_utf8(bytes).unwrap();
+        let data = text
+            .strip_prefix("data: ")
+            .unwrap()
+            .strip_suffix("\n\n")
+            .unwrap();
+        serde_json::from_str(data).unwrap()
+    }
+
+    #[test]
+    fn a_chat_streams_role_tokens_and_usage() {
+        let (form, job) = form(
+            Api::Chat,
+            r#"{"messages":[{"role":"user","content":"hello"}]}"#,
+        );
+        let role = event(&form.role_event().unwrap());
+        assert_eq!(role["choices"][0]["delta"]["role"], "assistant");
+        let token = job.prompt.answer().next().unwrap();
+        let middle = event(&form.token_event(token, false));
+        assert_eq!(middle["id"], "chatcmpl-r1");
+        assert_eq!(middle["model"], "a \"b\"");
+        assert_eq!(middle["choices"][0]["delta"]["content"], token.as_str());
+        assert!(middle["choices"][0]["finish_reason"].is_null());
+        let last = event(&form.token_event(token, true));
+        assert_eq!(last["choices"][0]["finish_reason"], "length");
+        let usage = event(&form.usage_event(9));
+        assert_eq!(usage["choices"], json!([]));
+        assert_eq!(usage["usage"]["total_tokens"], 11);
+        assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    }
+
+    #[test]
+    fn a_completion_has_text_and_no_role() {
+        let (form, job) = form(Api::Completion, r#"{"prompt":"hello"}"#);
+        assert!(form.role_event().is_none());
+        let token = job.prompt.answer().next().unwrap();
+        let chunk = event(&form.token_event(token, false));
+        assert_eq!(chunk["id"], "cmpl-r1");
+        assert_eq!(chunk["choices"][0]["text"], token.as_str());
+        let whole: serde_json::Value = serde_json::from_slice(&form.whole("x", 1)).unwrap();
+        assert_eq!(whole["choices"][0]["text"], "x");
+        assert_eq!(whole["object"], "text_completion");
+    }
+}

@@ -1,0 +1,102 @@
+//! The metrics page, in Prometheus text and by vLLM's names.
+
+use serde_json::json;
+use std::fmt::Write;
+
+/// A reading of everything that is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Reading {
+    pub(super) running: usize,
+    pub(super) waiting: usize,
+    pub(super) prompt_tokens: u64,
+    pub(super) generation_tokens: u64,
+    pub(super) finished: u64,
+    pub(super) aborted: u64,
+    pub(super) refused: u64,
+}
+
+impl Reading {
+    pub(super) fn page(&self, model: &str) -> String {
+        // JSON escapes quotes and backslashes as the text format wants it.
+        let model = json!(model);
+        let labels = format!("engine=\"0\",model_name={model}");
+        let mut page = String::new();
+        let mut family = |name: &str, kind: &str, help: &str, series: &[(&str, u64)]| {
+            let _ = writeln!(page, "# HELP vllm:{name} {help}\n# TYPE vllm:{name} {kind}");
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            for (label, value) in series {
+                let _ = writeln!(page, "vllm:{name}{suffix}{{{labels}{label}}} {value}.0");
+            }
+        };
+        let Reading {
+            running, waiting, ..
+        } = *self;
+        family(
+            "num_requests_running",
+            "gauge",
+            "Requests that run.",
+            &[("", running as u64)],
+        );
+        family(
+            "num_requests_waiting",
+            "gauge",
+            "Requests that wait.",
+            &[("", waiting as u64)],
+        );
+        family(
+            "prompt_tokens",
+            "counter",
+            "Prompt tokens of started requests.",
+            &[("", self.prompt_tokens)],
+        );
+        family(
+            "generation_tokens",
+            "counter",
+            "Tokens said.",
+            &[("", self.generation_tokens)],
+        );
+        family(
+            "request_success",
+            "counter",
+            "Requests by how they ended.",
+            &[
+                (",finished_reason=\"length\"", self.finished),
+                (",finished_reason=\"abort\"", self.aborted),
+            ],
+        );
+        family(
+            "admission_rejections",
+            "counter",
+            "Requests refused with 503.",
+            &[(",reason=\"max_num_queued_reqs\"", self.refused)],
+        );
+        page
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_labels_are_vllms() {
+        let page = Reading {
+            running: 2,
+            waiting: 1,
+            finished: 7,
+            ..Reading::default()
+        }
+        .page("m\"x");
+        for line in [
+            "# TYPE vllm:num_requests_running gauge",
+            "vllm:num_requests_running{engine=\"0\",model_name=\"m\\\"x\"} 2.0",
+            "vllm:num_requests_waiting{engine=\"0\",model_name=\"m\\\"x\"} 1.0",
+            "vllm:request_success_total{engine=\"0\",model_name=\"m\\\"x\",finished_reason=\"length\"} 7.0",
+        ] {
+            assert!(
+                page.lines().any(|got| got == line),
+                "no {line:?} in\n{page}"
+            );
+        }
+    }
+}
