@@ -8,5 +8,5 @@
 //! places requests: the replay sees a fleet as its clients do.
 
 pub mod engine;
-
+pub mod replay;
 pub mod trace;
