@@ -1,1 +1,5 @@
 //! What the fleet agrees on: a Raft node, the fleet state machine, its storage and server.
+
+pub mod node;
+pub mod replica;
+pub mod store;

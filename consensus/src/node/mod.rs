@@ -1,0 +1,38 @@
+//! One member of the Raft group, pure: ticks, messages and proposals go in, a [`Step`] comes out.
+//!
+//! It wraps raft-rs 0.7 and takes away what is easy to get wrong there:
+//!
+//! * **Order of effects.** A [`Step`] borrows the node and gives out the messages that depend on the
+//!   disk only after the closure that writes has returned ([`Step::persist`]), so a vote or an
+//!   acknowledgement cannot leave before it is durable, and nothing can be stepped in between.
+//! * **Panics on nonsense.** raft-rs asserts on inconsistent input. [`Node::step`] checks every
+//!   message first ([`Rejected`] lists what is checked) and refuses it with a reason.
+//! * **Luck.** raft-rs draws election timeouts from the thread's generator; here they come from the
+//!   seed of the [`Config`], so equal seeds and inputs give equal outputs.
+//! * **Forwarding.** A proposal is taken by the leader or refused, never passed on silently.
+//!
+//! Commands are opaque bytes; what they mean is for the machine that applies them. There is no clock
+//! ([`TICK`] says how often to call [`Node::tick`]), no disk and no network here. Membership changes
+//! are not proposed, and refused when a peer sends one; the members come from the snapshot, which
+//! every node of a new cluster shares ([`Snapshot::bootstrap`]).
+
+mod core;
+mod log;
+mod logger;
+mod step;
+mod types;
+mod validate;
+pub mod wire;
+
+#[cfg(test)]
+mod world;
+
+pub use self::core::{
+    Config, HEARTBEAT_TICKS, MAX_COMMAND_BYTES, MAX_ELECTION_TICKS, MIN_ELECTION_TICKS, Node,
+    NodeError, ProposeRefused, Role, SnapshotReport, Status, TICK,
+};
+pub use self::step::{Outcome, ReadReady, Step, Write};
+pub use self::types::{Entry, HardState, Members, MembersError, Restored, RestoredError, Snapshot};
+pub use self::validate::{MAX_SNAPSHOT_BYTES, Rejected};
+/// A message between members, as raft-rs knows it; [`wire`] turns it into what peers exchange.
+pub use raft::eraftpb::Message;

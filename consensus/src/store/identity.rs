@@ -1,0 +1,181 @@
+//! `store.json` and `cluster.json`: which disk this is, and whose.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use forebay_proto::{ClusterId, NodeId, StoreId};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::error::StoreError;
+use super::fault::NoFault;
+use super::{files, snapshot, wal};
+
+const FORMAT: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct StoreFile {
+    format: u32,
+    store_id: StoreId,
+}
+
+/// Which cluster and member a disk belongs to, and with whom the cluster began.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterFile {
+    /// Format of this file; [`ClusterFile::new`] fills it in.
+    format: u32,
+    /// The cluster.
+    pub cluster_id: ClusterId,
+    /// This member.
+    pub node_id: NodeId,
+    /// This member's name.
+    pub node_name: String,
+    /// The members at the time of `init`, this one included.
+    pub members: Vec<MemberRecord>,
+}
+
+/// One member as `init` recorded it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberRecord {
+    /// Its Raft id.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Where it listens.
+    pub address: String,
+    /// Its disk. A member with this id and another disk is refused everywhere.
+    pub store_id: StoreId,
+}
+
+impl ClusterFile {
+    /// The record that `init` makes for one member.
+    #[must_use]
+    pub fn new(
+        cluster_id: ClusterId,
+        node_id: NodeId,
+        node_name: String,
+        members: Vec<MemberRecord>,
+    ) -> Self {
+        Self {
+            format: FORMAT,
+            cluster_id,
+            node_id,
+            node_name,
+            members,
+        }
+    }
+}
+
+/// Reads this disk's id, or draws one for an empty directory.
+pub(crate) fn open_store_id(dir: &Path) -> Result<StoreId, StoreError> {
+    let path = dir.join("store.json");
+    if let Some(file) = read_json::<StoreFile>(&path)? {
+        return Ok(file.store_id);
+    }
+    if cluster_path(dir).exists() || wal::has_segments(dir)? || snapshot::any(dir)? {
+        return Err(StoreError::StoreFileMissing {
+            dir: dir.to_owned(),
+        });
+    }
+    let store_id = StoreId(rand::random());
+    write_json(
+        &path,
+        &StoreFile {
+            format: FORMAT,
+            store_id,
+        },
+    )?;
+    Ok(store_id)
+}
+
+pub(crate) fn read_cluster(dir: &Path) -> Result<Option<ClusterFile>, StoreError> {
+    read_json(&cluster_path(dir))
+}
+
+pub(crate) fn write_cluster(dir: &Path, cluster: &ClusterFile) -> Result<(), StoreError> {
+    write_json(&cluster_path(dir), cluster)
+}
+
+/// The member that `cluster.json` speaks of must be on this very disk.
+pub(crate) fn check_own(dir: &Path, cluster: &ClusterFile, own: StoreId) -> Result<(), StoreError> {
+    match cluster
+        .members
+        .iter()
+        .find(|member| member.id == cluster.node_id)
+    {
+        Some(member) if member.store_id != own => Err(StoreError::OtherStore {
+            dir: dir.to_owned(),
+            named: member.store_id,
+            own,
+        }),
+        // A node that joined later is not among the first members.
+        _ => Ok(()),
+    }
+}
+
+/// While this mark stands, a log without `cluster.json` is a bootstrap that was cut off.
+pub(crate) fn begin_bootstrap(dir: &Path) -> Result<(), StoreError> {
+    files::write_whole(&mark(dir), &[b"bootstrap under way\n"], &NoFault).map(|_| ())
+}
+
+pub(crate) fn end_bootstrap(dir: &Path) -> Result<(), StoreError> {
+    files::remove(&mark(dir))?;
+    files::sync_dir(dir)
+}
+
+pub(crate) fn is_bootstrapping(dir: &Path) -> bool {
+    mark(dir).exists()
+}
+
+/// Removes what a bootstrap left that did not reach `cluster.json`.
+pub(crate) fn clear_bootstrap(dir: &Path) -> Result<(), StoreError> {
+    if !is_bootstrapping(dir) {
+        return Ok(());
+    }
+    for name in ["wal", "snapshots"] {
+        let path = dir.join(name);
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(StoreError::io("remove", &path))?;
+        }
+    }
+    end_bootstrap(dir)
+}
+
+fn mark(dir: &Path) -> PathBuf {
+    dir.join("bootstrap.mark")
+}
+
+fn cluster_path(dir: &Path) -> PathBuf {
+    dir.join("cluster.json")
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        format: u32,
+    }
+    let Some(bytes) = files::read(path)? else {
+        return Ok(None);
+    };
+    let damaged = |error: serde_json::Error| StoreError::Damaged {
+        path: path.to_owned(),
+        detail: error.to_string(),
+    };
+    let Versioned { format: found } = serde_json::from_slice(&bytes).map_err(damaged)?;
+    if found != FORMAT {
+        return Err(StoreError::Format {
+            path: path.to_owned(),
+            found,
+            known: FORMAT,
+        });
+    }
+    serde_json::from_slice(&bytes).map(Some).map_err(damaged)
+}
+
+fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|error| StoreError::Damaged {
+        path: path.to_owned(),
+        detail: error.to_string(),
+    })?;
+    text.push(b'\n');
+    files::write_whole(path, &[&text], &NoFault).map(|_| ())
+}

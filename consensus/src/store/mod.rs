@@ -1,0 +1,275 @@
+//! What one control node keeps on its disk, and how it gets it back.
+//!
+//! ```text
+//! DIR/LOCK              held by the one process that may write here
+//! DIR/store.json        this disk's random id; alone, it means "uninitialised"
+//! DIR/cluster.json      which cluster and which member this disk belongs to, from `init` on
+//! DIR/wal/*.log         the log and the hard state, in segments (see `wal`)
+//! DIR/snapshots/*.snap  the newest two snapshots of the machine (see `snapshot`)
+//! ```
+//!
+//! One batch is one sync. A sync that failed is never tried again: the kernel may have dropped the
+//! pages, so the store takes nothing more and the process must end. Files are 0600 and folders 0700.
+#![allow(clippy::disallowed_methods)] // the disk's rim: draws the store's id from the system
+
+mod error;
+mod fault;
+mod files;
+mod identity;
+mod record;
+mod snapshot;
+mod wal;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+use forebay_proto::{ClusterId, StoreId};
+
+pub use error::StoreError;
+pub use fault::{Fault, NoFault};
+pub use identity::{ClusterFile, MemberRecord};
+
+use crate::node::{HardState, Restored, Snapshot, Write};
+use files::Lock;
+use wal::Wal;
+
+/// How a store writes.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// A segment that has reached this size is followed by a new one.
+    pub segment_bytes: u64,
+    /// Where writes and syncs can be made to fail, for tests.
+    pub fault: std::sync::Arc<dyn Fault>,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            segment_bytes: 16 << 20,
+            fault: std::sync::Arc::new(NoFault),
+        }
+    }
+}
+
+/// An opened data directory: either without a cluster, or the memory of one member.
+#[derive(Debug)]
+pub enum Opened {
+    /// `init` has not reached this node.
+    Uninitialised(Uninitialised),
+    /// A member, with what it remembers.
+    Member(Box<Store>, Box<Restored>),
+}
+
+/// A locked data directory that belongs to no cluster yet.
+#[derive(Debug)]
+pub struct Uninitialised {
+    dir: PathBuf,
+    lock: Lock,
+    store_id: StoreId,
+    options: StoreOptions,
+}
+
+/// The memory of one member. See the module's page.
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+    _lock: Lock,
+    store_id: StoreId,
+    cluster: ClusterFile,
+    wal: Wal,
+    options: StoreOptions,
+    broken: bool,
+}
+
+impl Store {
+    /// Opens a data directory, creating it and its store id when it is empty.
+    ///
+    /// # Errors
+    ///
+    /// Returns a [`StoreError`] whose message names the path and says what to do.
+    pub fn open(dir: impl Into<PathBuf>, options: StoreOptions) -> Result<Opened, StoreError> {
+        let dir = dir.into();
+        files::create_dir(&dir)?;
+        let lock = Lock::take(&dir)?;
+        let store_id = identity::open_store_id(&dir)?;
+        let Some(cluster) = identity::read_cluster(&dir)? else {
+            let leftovers = wal::has_segments(&dir)? || snapshot::any(&dir)?;
+            if leftovers && !identity::is_bootstrapping(&dir) {
+                return Err(StoreError::ClusterFileMissing { dir });
+            }
+            // A bootstrap that did not get as far as cluster.json never answered anyone.
+            identity::clear_bootstrap(&dir)?;
+            return Ok(Opened::Uninitialised(Uninitialised {
+                dir,
+                lock,
+                store_id,
+                options,
+            }));
+        };
+        identity::check_own(&dir, &cluster, store_id)?;
+        let snapshot = snapshot::newest(&dir)?
+            .ok_or_else(|| StoreError::SnapshotMissing { dir: dir.clone() })?;
+        let (mut wal, replayed) = Wal::open(&dir, options.segment_bytes, options.fault.clone())?;
+        let (restored, stale) = replayed.onto(snapshot);
+        if stale {
+            wal.reset(&restored.snapshot)?;
+        }
+        let store = Self {
+            dir,
+            _lock: lock,
+            store_id,
+            cluster,
+            wal,
+            options,
+            broken: false,
+        };
+        Ok(Opened::Member(Box::new(store), Box::new(restored)))
+    }
+
+    /// Makes one step's write durable: snapshot first, then entries and hard state in one sync.
+    ///
+    /// # Errors
+    ///
+    /// After any error the store takes nothing more; the process must end.
+    pub fn write(&mut self, write: &Write) -> Result<(), StoreError> {
+        self.guard()?;
+        self.broken = true;
+        if let Some(snapshot) = &write.snapshot {
+            snapshot::save(&self.dir, snapshot, &*self.options.fault)?;
+        }
+        if !write.is_empty() {
+            self.wal.write(write)?;
+        }
+        if let Some(snapshot) = &write.snapshot {
+            self.wal.forget(snapshot.index)?;
+        }
+        self.broken = false;
+        Ok(())
+    }
+
+    /// Keeps a snapshot that the machine made, and drops segments that hold nothing after `keep`
+    /// entries before it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::write`].
+    pub fn save_snapshot(&mut self, snapshot: &Snapshot, keep: u64) -> Result<(), StoreError> {
+        self.guard()?;
+        self.broken = true;
+        snapshot::save(&self.dir, snapshot, &*self.options.fault)?;
+        self.wal.forget(snapshot.index.saturating_sub(keep))?;
+        self.broken = false;
+        Ok(())
+    }
+
+    /// This disk.
+    #[must_use]
+    pub fn store_id(&self) -> StoreId {
+        self.store_id
+    }
+
+    /// Which member this disk belongs to, and with whom it began.
+    #[must_use]
+    pub fn cluster(&self) -> &ClusterFile {
+        &self.cluster
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Refuses a disk of another cluster.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::OtherCluster`].
+    pub fn expect_cluster(&self, expected: ClusterId) -> Result<(), StoreError> {
+        if self.cluster.cluster_id == expected {
+            return Ok(());
+        }
+        let (dir, found) = (self.dir.clone(), self.cluster.cluster_id);
+        Err(StoreError::OtherCluster {
+            dir,
+            found,
+            expected,
+        })
+    }
+
+    fn guard(&self) -> Result<(), StoreError> {
+        if self.broken {
+            return Err(StoreError::Broken {
+                dir: self.dir.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Uninitialised {
+    /// This disk.
+    #[must_use]
+    pub fn store_id(&self) -> StoreId {
+        self.store_id
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes this disk the memory of a new member: the snapshot that all start from, an empty log,
+    /// and last `cluster.json`, which makes it count.
+    ///
+    /// # Errors
+    ///
+    /// Returns a [`StoreError`]; the directory then opens as uninitialised again, unless it got as
+    /// far as `cluster.json`.
+    pub fn bootstrap(
+        self,
+        cluster: ClusterFile,
+        snapshot: &Snapshot,
+    ) -> Result<(Store, Restored), StoreError> {
+        let Self {
+            dir,
+            lock,
+            store_id,
+            options,
+        } = self;
+        identity::check_own(&dir, &cluster, store_id)?;
+        identity::begin_bootstrap(&dir)?;
+        snapshot::save(&dir, snapshot, &*options.fault)?;
+        let mut wal = Wal::create(&dir, options.segment_bytes, options.fault.clone())?;
+        let hard_state = HardState {
+            term: snapshot.term,
+            vote: 0,
+            commit: snapshot.index,
+        };
+        wal.write(&Write {
+            hard_state: Some(hard_state),
+            must_sync: true,
+            ..Write::default()
+        })?;
+        identity::write_cluster(&dir, &cluster)?;
+        identity::end_bootstrap(&dir)?;
+        let restored = Restored {
+            hard_state,
+            snapshot: snapshot.clone(),
+            entries: Vec::new(),
+        };
+        let store = Store {
+            dir,
+            _lock: lock,
+            store_id,
+            cluster,
+            wal,
+            options,
+            broken: false,
+        };
+        Ok((store, restored))
+    }
+}

@@ -1,0 +1,413 @@
+//! The log on disk: segments of records, one sync a batch.
+//!
+//! A segment is `magic 8 | sequence 8 | term 8 | vote 8 | commit 8 | crc32c 4`, so that the hard state
+//! survives the removal of older segments, then records (see `record`). An entry whose index is not
+//! after the last one replaces the log from there; a reset empties it at a snapshot.
+//!
+//! **What a crash may leave.** A write that was not synced can end anywhere, so the last segment is cut
+//! at its first bad record. But each record carries how much of its segment was synced before it: when
+//! a whole record further on says that the bad place had been synced, that is damage, not a torn
+//! write, and is refused, as is anything bad in an earlier segment.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::error::StoreError;
+use super::fault::Fault;
+use super::files;
+use super::record::{self, Record};
+use crate::node::{Entry, HardState, Restored, Snapshot, Write};
+
+const MAGIC: &[u8; 7] = b"FBWAL\x00\x00";
+const FORMAT: u8 = 1;
+const HEADER_BYTES: usize = 44;
+
+/// The open log. Only the last segment is written.
+#[derive(Debug)]
+pub(crate) struct Wal {
+    folder: PathBuf,
+    segment_bytes: u64,
+    fault: Arc<dyn Fault>,
+    /// Oldest first; the last one is `file`.
+    segments: VecDeque<Segment>,
+    file: File,
+    written: u64,
+    synced: u64,
+    hard_state: HardState,
+}
+
+#[derive(Debug)]
+struct Segment {
+    path: PathBuf,
+    sequence: u64,
+    /// The highest index of an entry in it; zero without any.
+    max_index: u64,
+}
+
+/// What the segments held.
+#[derive(Debug, Default)]
+pub(crate) struct Replayed {
+    hard_state: HardState,
+    entries: Vec<Entry>,
+    /// The log was emptied at this index; the first entry follows it.
+    base: Option<u64>,
+}
+
+pub(crate) fn has_segments(dir: &Path) -> Result<bool, StoreError> {
+    files::list(&dir.join("wal"), "log").map(|found| !found.is_empty())
+}
+
+impl Wal {
+    /// Makes an empty log.
+    pub(crate) fn create(
+        dir: &Path,
+        segment_bytes: u64,
+        fault: Arc<dyn Fault>,
+    ) -> Result<Self, StoreError> {
+        let folder = dir.join("wal");
+        files::create_dir(&folder)?;
+        let hard_state = HardState::default();
+        let (segment, file) = create_segment(&folder, 1, hard_state, &*fault)?;
+        Ok(Self::at_end(
+            folder,
+            segment_bytes,
+            fault,
+            [segment].into(),
+            file,
+            HEADER_BYTES as u64,
+            hard_state,
+        ))
+    }
+
+    /// Reads all segments and opens the last one for writing.
+    pub(crate) fn open(
+        dir: &Path,
+        segment_bytes: u64,
+        fault: Arc<dyn Fault>,
+    ) -> Result<(Self, Replayed), StoreError> {
+        let folder = dir.join("wal");
+        let paths = files::list(&folder, "log")?;
+        let Some((last, _)) = paths.split_last() else {
+            return Err(StoreError::LogMissing {
+                dir: dir.to_owned(),
+            });
+        };
+        let mut replayed = Replayed::default();
+        let mut segments: VecDeque<Segment> = VecDeque::new();
+        let mut end = 0;
+        for path in &paths {
+            let bytes = files::read(path)?.unwrap_or_default();
+            let mut segment = read_header(path, &bytes, &mut replayed)?;
+            if let Some(before) = segments.back()
+                && before.sequence + 1 != segment.sequence
+            {
+                let detail = format!("the segment after number {} is missing", before.sequence);
+                return Err(StoreError::Corrupt {
+                    path: path.clone(),
+                    offset: 8,
+                    detail,
+                });
+            }
+            end = replay_records(path, &bytes, path == last, &mut replayed, &mut segment)?;
+            segments.push_back(segment);
+        }
+        let open = OpenOptions::new().append(true).open(last);
+        let file = open.map_err(StoreError::io("open", last))?;
+        // Also makes durable what a lazy write left in the page cache.
+        file.set_len(end)
+            .and_then(|()| file.sync_all())
+            .map_err(StoreError::io("cut", last))?;
+        let wal = Self::at_end(
+            folder,
+            segment_bytes,
+            fault,
+            segments,
+            file,
+            end,
+            replayed.hard_state,
+        );
+        Ok((wal, replayed))
+    }
+
+    fn at_end(
+        folder: PathBuf,
+        segment_bytes: u64,
+        fault: Arc<dyn Fault>,
+        segments: VecDeque<Segment>,
+        file: File,
+        end: u64,
+        hard_state: HardState,
+    ) -> Self {
+        Self {
+            folder,
+            segment_bytes,
+            fault,
+            segments,
+            file,
+            written: end,
+            synced: end,
+            hard_state,
+        }
+    }
+
+    /// Appends a batch, and syncs it when it must be.
+    pub(crate) fn write(&mut self, write: &Write) -> Result<(), StoreError> {
+        if self.written >= self.segment_bytes {
+            self.roll()?;
+        }
+        let mut batch = Vec::new();
+        if let Some(snapshot) = &write.snapshot {
+            record::reset(&mut batch, self.synced, snapshot.index, snapshot.term);
+        }
+        for entry in &write.entries {
+            record::entry(&mut batch, self.synced, entry)?;
+        }
+        if let Some(state) = write.hard_state {
+            record::hard_state(&mut batch, self.synced, state);
+            self.hard_state = state;
+        }
+        let segment = self
+            .segments
+            .back_mut()
+            .expect("there is always a segment that is written");
+        if let Some(last) = write.entries.last() {
+            segment.max_index = segment.max_index.max(last.index);
+        }
+        files::write_all(&mut self.file, &batch, &segment.path, &*self.fault)?;
+        self.written += batch.len() as u64;
+        if write.must_sync {
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Empties the log at a snapshot that the disk already holds.
+    pub(crate) fn reset(&mut self, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let snapshot = Snapshot {
+            data: bytes::Bytes::new(),
+            ..snapshot.clone()
+        };
+        self.write(&Write {
+            snapshot: Some(snapshot),
+            must_sync: true,
+            ..Write::default()
+        })
+    }
+
+    /// Removes old segments that hold nothing after `index`.
+    pub(crate) fn forget(&mut self, index: u64) -> Result<(), StoreError> {
+        let mut removed = false;
+        while self.segments.len() > 1
+            && self
+                .segments
+                .front()
+                .is_some_and(|first| first.max_index <= index)
+        {
+            if let Some(segment) = self.segments.pop_front() {
+                files::remove(&segment.path)?;
+                removed = true;
+            }
+        }
+        if removed {
+            files::sync_dir(&self.folder)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn sync(&mut self) -> Result<(), StoreError> {
+        let path = self
+            .segments
+            .back()
+            .map_or(self.folder.as_path(), |segment| &segment.path);
+        let synced = self.fault.sync(path).and_then(|()| self.file.sync_data());
+        synced.map_err(StoreError::io("sync", path))?;
+        self.synced = self.written;
+        Ok(())
+    }
+
+    fn roll(&mut self) -> Result<(), StoreError> {
+        self.sync()?;
+        let sequence = self
+            .segments
+            .back()
+            .map_or(1, |segment| segment.sequence + 1);
+        let (segment, file) =
+            create_segment(&self.folder, sequence, self.hard_state, &*self.fault)?;
+        self.segments.push_back(segment);
+        self.file = file;
+        self.written = HEADER_BYTES as u64;
+        self.synced = self.written;
+        Ok(())
+    }
+}
+
+impl Replayed {
+    /// Joins the log to the newest snapshot. Returns whether the log on disk must be reset: a snapshot
+    /// from the leader was written, and a crash came before the log was emptied at it.
+    pub(crate) fn onto(self, snapshot: Snapshot) -> (Restored, bool) {
+        let Self {
+            hard_state,
+            mut entries,
+            base,
+        } = self;
+        let at = snapshot.index;
+        let stale = match (entries.first(), entries.last()) {
+            (Some(first), Some(last)) if first.index <= at => {
+                last.index < at || entries[(at - first.index) as usize].term != snapshot.term
+            }
+            (Some(_), _) => false,
+            (None, _) => base.is_some_and(|base| base != at),
+        };
+        if stale {
+            entries.clear();
+        }
+        (
+            Restored {
+                hard_state,
+                snapshot,
+                entries,
+            },
+            stale,
+        )
+    }
+}
+
+fn create_segment(
+    folder: &Path,
+    sequence: u64,
+    hard_state: HardState,
+    fault: &dyn Fault,
+) -> Result<(Segment, File), StoreError> {
+    let path = folder.join(format!("{sequence:016x}.log"));
+    let mut header = Vec::with_capacity(HEADER_BYTES);
+    header.extend_from_slice(MAGIC);
+    header.push(FORMAT);
+    for number in [
+        sequence,
+        hard_state.term,
+        hard_state.vote,
+        hard_state.commit,
+    ] {
+        header.extend_from_slice(&number.to_le_bytes());
+    }
+    header.extend_from_slice(&crc32c::crc32c(&header).to_le_bytes());
+    let file = files::write_whole(&path, &[&header], fault)?;
+    Ok((
+        Segment {
+            path,
+            sequence,
+            max_index: 0,
+        },
+        file,
+    ))
+}
+
+fn read_header(path: &Path, bytes: &[u8], replayed: &mut Replayed) -> Result<Segment, StoreError> {
+    let corrupt = |offset, detail: &str| StoreError::Corrupt {
+        path: path.to_owned(),
+        offset,
+        detail: detail.to_owned(),
+    };
+    let header = bytes
+        .get(..HEADER_BYTES)
+        .ok_or_else(|| corrupt(0, "its header is cut"))?;
+    if &header[..7] != MAGIC {
+        return Err(corrupt(0, "it does not begin like a segment"));
+    }
+    if header[7] != FORMAT {
+        let (found, known) = (u32::from(header[7]), u32::from(FORMAT));
+        return Err(StoreError::Format {
+            path: path.to_owned(),
+            found,
+            known,
+        });
+    }
+    let number = |at: usize| record::number(header, at);
+    if crc32c::crc32c(&header[..40]).to_le_bytes() != header[40..] {
+        return Err(corrupt(0, "the checksum of its header is wrong"));
+    }
+    let sequence = number(8);
+    replayed.hard_state = HardState {
+        term: number(16),
+        vote: number(24),
+        commit: number(32),
+    };
+    Ok(Segment {
+        path: path.to_owned(),
+        sequence,
+        max_index: 0,
+    })
+}
+
+/// Takes over one segment's records; returns where the good part ends.
+fn replay_records(
+    path: &Path,
+    bytes: &[u8],
+    is_last: bool,
+    replayed: &mut Replayed,
+    segment: &mut Segment,
+) -> Result<u64, StoreError> {
+    let corrupt = |at: usize, detail: String| {
+        Err(StoreError::Corrupt {
+            path: path.to_owned(),
+            offset: at as u64,
+            detail,
+        })
+    };
+    let mut at = HEADER_BYTES;
+    while at < bytes.len() {
+        let (record, next) = match record::read(bytes, at) {
+            Ok(read) => read,
+            Err(bad) if !is_last => return corrupt(at, bad.to_string()),
+            Err(bad) if record::proves_synced(bytes, at) => {
+                return corrupt(
+                    at,
+                    format!("{bad}, and what follows was written after it was synced"),
+                );
+            }
+            Err(bad) => {
+                let cut = bytes.len() - at;
+                tracing::info!(path = %path.display(), at, cut, %bad, "an unfinished write is cut off");
+                break;
+            }
+        };
+        if let Err(detail) = replayed.take(record, segment) {
+            return corrupt(at, detail);
+        }
+        at = next;
+    }
+    Ok(at as u64)
+}
+
+impl Replayed {
+    fn take(&mut self, record: Record, segment: &mut Segment) -> Result<(), String> {
+        match record {
+            Record::HardState(state) => self.hard_state = state,
+            Record::Reset { index } => {
+                self.entries.clear();
+                self.base = Some(index);
+            }
+            Record::Entry(entry) => {
+                let first = self.entries.first().map(|first| first.index);
+                let last = self.entries.last().map(|last| last.index).or(self.base);
+                if let Some(last) = last.filter(|last| entry.index > last + 1) {
+                    return Err(format!("entry {} follows entry {last}", entry.index));
+                }
+                let keep = first
+                    .or(self.base.map(|base| base + 1))
+                    .map_or(Some(0), |first| entry.index.checked_sub(first));
+                let Some(keep) = keep else {
+                    return Err(format!("entry {} lies before the log", entry.index));
+                };
+                self.entries
+                    .truncate(usize::try_from(keep).unwrap_or(usize::MAX));
+                segment.max_index = segment.max_index.max(entry.index);
+                self.entries.push(entry);
+            }
+        }
+        Ok(())
+    }
+}
