@@ -8,6 +8,7 @@ pub mod fleet;
 pub mod frame;
 pub mod identity;
 pub mod ids;
+pub mod refusal;
 pub mod rpc;
 pub mod secret;
 pub mod units;

@@ -1,0 +1,289 @@
+//! Why the fleet refuses a command: data for programs, and one sentence that says what to do.
+
+use crate::ids::{Incarnation, WorkerId};
+use crate::wire::fleet as wire;
+use wire::refusal::Reason;
+
+/// Why a command was refused. The facts are unchanged; the refusal is audited like a success.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// A newer start of this worker is registered, or this one said goodbye.
+    #[error(
+        "{asked} is superseded: {current} is registered. A newer process of this worker runs, or this one said goodbye; stop this one, or start it again to count a new start"
+    )]
+    Superseded {
+        /// Who asked.
+        asked: Incarnation,
+        /// Who is registered.
+        current: Incarnation,
+    },
+    /// A live process holds this name, and the caller cannot show that it is the same disk.
+    #[error(
+        "a process named {name} is alive (it renewed {renewed_ms_ago} ms ago): stop it, choose another name, or start with --takeover if that process is known to be gone"
+    )]
+    StillLive {
+        /// The worker's name.
+        name: String,
+        /// When the other process was last heard.
+        renewed_ms_ago: u64,
+    },
+    /// No worker of this name or id is registered.
+    #[error(
+        "no worker {name} is registered: look at `forebay workers`. An agent whose worker was removed joins anew from an empty data directory"
+    )]
+    UnknownWorker {
+        /// Its name, or its id as text.
+        name: String,
+    },
+    /// The configuration has no such pool.
+    #[error(
+        "there is no pool {pool}: add it with `forebay config apply`, or give the agent one of `forebay config show`"
+    )]
+    UnknownPool {
+        /// The pool asked for.
+        pool: String,
+    },
+    /// Nobody would be left to serve a model.
+    #[error(
+        "model {model} would be left without a ready worker in pool {pool}: add or make ready another worker first, or override the guard"
+    )]
+    LeavesModelEmpty {
+        /// The model.
+        model: String,
+        /// The pool.
+        pool: String,
+    },
+    /// The document was changed since it was read.
+    #[error(
+        "the configuration is at r{current}, this edit began at r{expected}: read it again and repeat the edit"
+    )]
+    RevisionConflict {
+        /// Revision the edit began from.
+        expected: u64,
+        /// Revision that holds.
+        current: u64,
+    },
+    /// The command is not well-formed.
+    #[error("{path}: {problem}")]
+    Invalid {
+        /// Where.
+        path: String,
+        /// What, and what to do.
+        problem: String,
+    },
+    /// What the leader knew when it proposed this is too old to act on.
+    #[error("the evidence is {age_ms} ms old, at most {limit_ms} ms are believed: try again")]
+    StaleEvidence {
+        /// Its age.
+        age_ms: u64,
+        /// The limit.
+        limit_ms: u64,
+    },
+    /// A pool with workers cannot go.
+    #[error(
+        "pool {pool} has {workers} workers: remove them or restart them in another pool before it is taken out of the configuration"
+    )]
+    PoolInUse {
+        /// The pool.
+        pool: String,
+        /// Workers registered in it.
+        workers: u32,
+    },
+    /// A bound is reached.
+    #[error("there are already {limit} {what}: remove some that are gone")]
+    Full {
+        /// Of what.
+        what: String,
+        /// The bound.
+        limit: u64,
+    },
+    /// The same client has had a later command applied.
+    #[error(
+        "command {asked} of this client comes after its command {newest} was applied: a client sends one command at a time and never reuses its id"
+    )]
+    StaleSequence {
+        /// The sequence number asked with.
+        asked: u64,
+        /// The newest applied.
+        newest: u64,
+    },
+}
+
+impl Refusal {
+    /// A malformed command: where and what.
+    #[must_use]
+    pub fn invalid(path: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Invalid {
+            path: path.into(),
+            problem: problem.into(),
+        }
+    }
+
+    /// Its name in the audit and in JSON.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Superseded { .. } => "superseded",
+            Self::StillLive { .. } => "still-live",
+            Self::UnknownWorker { .. } => "unknown-worker",
+            Self::UnknownPool { .. } => "unknown-pool",
+            Self::LeavesModelEmpty { .. } => "leaves-model-empty",
+            Self::RevisionConflict { .. } => "revision-conflict",
+            Self::Invalid { .. } => "invalid",
+            Self::StaleEvidence { .. } => "stale-evidence",
+            Self::PoolInUse { .. } => "pool-in-use",
+            Self::Full { .. } => "full",
+            Self::StaleSequence { .. } => "stale-sequence",
+        }
+    }
+
+    /// The refusal as it stands on the wire; `None` for one that this version does not know.
+    #[must_use]
+    pub fn from_wire(wire: wire::Refusal) -> Option<Self> {
+        Some(match wire.reason? {
+            Reason::Superseded(r) => Self::Superseded {
+                asked: incarnation(r.asked.as_ref()),
+                current: incarnation(r.current.as_ref()),
+            },
+            Reason::StillLive(r) => Self::StillLive {
+                name: r.name,
+                renewed_ms_ago: r.renewed_ms_ago,
+            },
+            Reason::UnknownWorker(r) => Self::UnknownWorker { name: r.name },
+            Reason::UnknownPool(r) => Self::UnknownPool { pool: r.pool },
+            Reason::LeavesModelEmpty(r) => Self::LeavesModelEmpty {
+                model: r.model,
+                pool: r.pool,
+            },
+            Reason::RevisionConflict(r) => Self::RevisionConflict {
+                expected: r.expected,
+                current: r.current,
+            },
+            Reason::Invalid(r) => Self::Invalid {
+                path: r.path,
+                problem: r.problem,
+            },
+            Reason::StaleEvidence(r) => Self::StaleEvidence {
+                age_ms: r.age_ms,
+                limit_ms: r.limit_ms,
+            },
+            Reason::PoolInUse(r) => Self::PoolInUse {
+                pool: r.pool,
+                workers: r.workers,
+            },
+            Reason::Full(r) => Self::Full {
+                what: r.what,
+                limit: r.limit,
+            },
+            Reason::StaleSequence(r) => Self::StaleSequence {
+                asked: r.asked,
+                newest: r.newest,
+            },
+        })
+    }
+
+    /// The refusal for the wire.
+    #[must_use]
+    pub fn to_wire(&self) -> wire::Refusal {
+        let reason = match self.clone() {
+            Self::Superseded { asked, current } => Reason::Superseded(wire::Superseded {
+                asked: Some(asked.to_wire()),
+                current: Some(current.to_wire()),
+            }),
+            Self::StillLive {
+                name,
+                renewed_ms_ago,
+            } => Reason::StillLive(wire::StillLive {
+                name,
+                renewed_ms_ago,
+            }),
+            Self::UnknownWorker { name } => Reason::UnknownWorker(wire::UnknownWorker { name }),
+            Self::UnknownPool { pool } => Reason::UnknownPool(wire::UnknownPool { pool }),
+            Self::LeavesModelEmpty { model, pool } => {
+                Reason::LeavesModelEmpty(wire::LeavesModelEmpty { model, pool })
+            }
+            Self::RevisionConflict { expected, current } => {
+                Reason::RevisionConflict(wire::RevisionConflict { expected, current })
+            }
+            Self::Invalid { path, problem } => Reason::Invalid(wire::Invalid { path, problem }),
+            Self::StaleEvidence { age_ms, limit_ms } => {
+                Reason::StaleEvidence(wire::StaleEvidence { age_ms, limit_ms })
+            }
+            Self::PoolInUse { pool, workers } => {
+                Reason::PoolInUse(wire::PoolInUse { pool, workers })
+            }
+            Self::Full { what, limit } => Reason::Full(wire::Full { what, limit }),
+            Self::StaleSequence { asked, newest } => {
+                Reason::StaleSequence(wire::StaleSequence { asked, newest })
+            }
+        };
+        wire::Refusal {
+            reason: Some(reason),
+        }
+    }
+}
+
+/// What a refusal shows of an incarnation: a missing one reads as `w0.0.0`.
+fn incarnation(wire: Option<&crate::wire::Incarnation>) -> Incarnation {
+    Incarnation::from_wire(wire).unwrap_or(Incarnation {
+        worker: WorkerId(0),
+        grant: 0,
+        start: 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_reads_back_as_it_was_written() {
+        let asked = Incarnation {
+            worker: WorkerId(1),
+            grant: 2,
+            start: 3,
+        };
+        let text = || "x".to_owned();
+        let all = [
+            Refusal::Superseded {
+                asked,
+                current: asked,
+            },
+            Refusal::StillLive {
+                name: text(),
+                renewed_ms_ago: 7,
+            },
+            Refusal::UnknownWorker { name: text() },
+            Refusal::UnknownPool { pool: text() },
+            Refusal::LeavesModelEmpty {
+                model: text(),
+                pool: text(),
+            },
+            Refusal::RevisionConflict {
+                expected: 1,
+                current: 2,
+            },
+            Refusal::invalid("a", "b"),
+            Refusal::StaleEvidence {
+                age_ms: 11,
+                limit_ms: 10,
+            },
+            Refusal::PoolInUse {
+                pool: text(),
+                workers: 2,
+            },
+            Refusal::Full {
+                what: text(),
+                limit: 4,
+            },
+            Refusal::StaleSequence {
+                asked: 1,
+                newest: 2,
+            },
+        ];
+        for refusal in all {
+            assert_eq!(Refusal::from_wire(refusal.to_wire()), Some(refusal));
+        }
+        assert_eq!(Refusal::from_wire(wire::Refusal::default()), None);
+    }
+}
