@@ -1,0 +1,96 @@
+//! The agreed configuration document: replaced whole, by compare-and-set.
+
+use bytes::Bytes;
+use forebay_proto::Revision;
+use forebay_proto::config::Config;
+use forebay_proto::refusal::Refusal;
+use forebay_proto::wire::fleet as wire;
+use wire::change::Change;
+
+use super::{Effect, Fleet};
+
+/// An encoded document, with whatever fields this version does not know.
+pub(super) const MAX_CONFIG_BYTES: usize = 256 << 10;
+
+/// The document that holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Agreed {
+    /// As this version reads it.
+    pub(super) document: Config,
+    /// As it arrived.
+    pub(super) bytes: Bytes,
+    /// When it was applied; zero for the built-in one.
+    pub(super) revision: Revision,
+}
+
+impl Agreed {
+    pub(super) fn built_in() -> Self {
+        let document = Config::default();
+        Self {
+            bytes: document.to_wire(),
+            document,
+            revision: Revision(0),
+        }
+    }
+}
+
+impl Fleet {
+    pub(super) fn apply_config(
+        &mut self,
+        at: Revision,
+        command: &wire::ApplyConfig,
+    ) -> Result<Effect, Refusal> {
+        let document = read(&command.config)?;
+        let current = self.config.revision;
+        if command.expected_revision != current.0 {
+            return Err(Refusal::RevisionConflict {
+                expected: command.expected_revision,
+                current: current.0,
+            });
+        }
+        self.check_pools_in_use(&document)?;
+        if command.config == self.config.bytes {
+            return Ok(Effect::unchanged());
+        }
+        self.config = Agreed {
+            document,
+            // A copy: a slice would keep the whole log entry in memory.
+            bytes: Bytes::copy_from_slice(&command.config),
+            revision: at,
+        };
+        let mut effect = Effect::change(Change::Config(wire::ConfigChange {
+            config: self.config.bytes.clone(),
+            config_revision: at.0,
+        }));
+        let document = &self.config.document;
+        let still = self.correlated.iter();
+        let still = still.filter(|pool| document.pool(pool).is_some());
+        let still = still.cloned().collect();
+        effect.changes.extend(self.raise(still));
+        Ok(effect)
+    }
+
+    fn check_pools_in_use(&self, document: &Config) -> Result<(), Refusal> {
+        let homeless = self
+            .workers
+            .values()
+            .map(|worker| &worker.spec.pool)
+            .find(|pool| document.pool(pool).is_none());
+        let Some(pool) = homeless else { return Ok(()) };
+        let workers = self.workers.values();
+        let workers = workers.filter(|worker| worker.spec.pool == *pool).count();
+        Err(Refusal::PoolInUse {
+            pool: pool.clone(),
+            workers: u32::try_from(workers).unwrap_or(u32::MAX),
+        })
+    }
+}
+
+fn read(bytes: &Bytes) -> Result<Config, Refusal> {
+    if bytes.len() > MAX_CONFIG_BYTES {
+        let problem = format!("has {} bytes, at most {MAX_CONFIG_BYTES} fit", bytes.len());
+        return Err(Refusal::invalid("config", problem));
+    }
+    Config::from_wire(bytes)
+        .map_err(|error| Refusal::invalid(format!("config.{}", error.path), error.problem))
+}

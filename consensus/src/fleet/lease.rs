@@ -1,0 +1,371 @@
+//! Leases: who was heard lately, in the leader's memory only.
+//!
+//! They are evidence, not fences: a lease that ran out lets the leader propose `lost`, and a recent
+//! one keeps a second process from taking a name. Nothing here is replicated, and a new leader
+//! starts every lease afresh, because it cannot know who was heard before it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use forebay_proto::wire::fleet::Observed;
+use forebay_proto::{Identity, Incarnation, Now, Revision, Role};
+
+use super::MAX_WORKERS;
+
+/// An agent's lease: it renews ten times as often.
+pub const AGENT_TTL: Duration = Duration::from_secs(10);
+
+/// A balancer's lease.
+pub const BALANCER_TTL: Duration = Duration::from_secs(3);
+
+/// Balancers of one cell.
+pub const MAX_BALANCERS: usize = 256;
+
+/// What the leader knows of one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// When it was last heard, or assumed to be when this leader began.
+    pub last: Now,
+    /// Whether it was really heard by this leader.
+    pub heard: bool,
+    /// The newest revision it has applied.
+    pub applied: Revision,
+    /// What it says of itself; unspecified for balancers.
+    pub observed: Observed,
+    /// Newest feature it understands; 0 until it was heard.
+    pub feature_level: u32,
+}
+
+impl Lease {
+    const fn assumed(now: Now) -> Self {
+        Self {
+            last: now,
+            heard: false,
+            applied: Revision(0),
+            observed: Observed::Unspecified,
+            feature_level: 0,
+        }
+    }
+}
+
+/// A lease that ran out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expired {
+    /// Whose.
+    pub incarnation: Incarnation,
+    /// Since it was last heard.
+    pub silent: Duration,
+}
+
+/// Why a renewal is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RenewError {
+    /// A newer start of the same worker holds the lease.
+    #[error("{current} holds the lease: this process must stop")]
+    Superseded {
+        /// Who holds it.
+        current: Incarnation,
+    },
+    /// This worker is not registered, or not with this incarnation.
+    #[error("this incarnation is not registered: register first")]
+    NotRegistered,
+    /// An agent without an incarnation, or a process that holds no leases.
+    #[error("only agents with an incarnation and balancers hold leases")]
+    NotAHolder,
+    /// Too many balancers.
+    #[error("{MAX_BALANCERS} balancers hold leases already")]
+    Full,
+}
+
+/// The leader's table.
+///
+/// Bounded by the fleet: agents have a lease iff their worker is registered (see
+/// [`Leases::follow`]), balancers up to [`MAX_BALANCERS`], where the longest silent one gives way if
+/// its lease ran out and the newcomer is refused otherwise.
+#[derive(Clone, Debug, Default)]
+pub struct Leases {
+    agents: BTreeMap<String, (Incarnation, Lease)>,
+    balancers: BTreeMap<String, Lease>,
+}
+
+impl Leases {
+    /// Starts all leases afresh: this node began to lead, with these workers registered.
+    pub fn became_leader(
+        &mut self,
+        now: Now,
+        workers: impl IntoIterator<Item = (String, Incarnation)>,
+    ) {
+        *self = Self::default();
+        self.follow(now, workers);
+    }
+
+    /// Follows the facts: what registered begins a lease, what was removed or departed loses it.
+    ///
+    /// `workers` are all that are registered and did not say goodbye.
+    pub fn follow(&mut self, now: Now, workers: impl IntoIterator<Item = (String, Incarnation)>) {
+        let mut before = std::mem::take(&mut self.agents);
+        for (name, incarnation) in workers.into_iter().take(MAX_WORKERS) {
+            let lease = match before.remove(&name) {
+                Some((held, lease)) if held == incarnation => lease,
+                Some(_) | None => Lease::assumed(now),
+            };
+            self.agents.insert(name, (incarnation, lease));
+        }
+    }
+
+    /// Takes a renewal and returns how long it holds.
+    ///
+    /// # Errors
+    ///
+    /// Returns why the caller holds no lease.
+    pub fn renewed(
+        &mut self,
+        now: Now,
+        identity: &Identity,
+        incarnation: Option<Incarnation>,
+        applied: Revision,
+        observed: Observed,
+        feature_level: u32,
+    ) -> Result<Duration, RenewError> {
+        let lease = Lease {
+            last: now,
+            heard: true,
+            applied,
+            observed,
+            feature_level,
+        };
+        match identity.role {
+            Role::Agent => self.agent(&identity.name, incarnation, lease),
+            Role::Balancer => self.balancer(now, &identity.name, lease),
+            Role::Control | Role::Operator(_) => Err(RenewError::NotAHolder),
+        }
+    }
+
+    fn agent(
+        &mut self,
+        name: &str,
+        incarnation: Option<Incarnation>,
+        lease: Lease,
+    ) -> Result<Duration, RenewError> {
+        let asked = incarnation.ok_or(RenewError::NotAHolder)?;
+        match self.agents.get_mut(name) {
+            Some((current, held)) if *current == asked => {
+                *held = lease;
+                Ok(AGENT_TTL)
+            }
+            Some((current, _)) if current.worker == asked.worker && *current > asked => {
+                Err(RenewError::Superseded { current: *current })
+            }
+            Some(_) | None => Err(RenewError::NotRegistered),
+        }
+    }
+
+    fn balancer(&mut self, now: Now, name: &str, lease: Lease) -> Result<Duration, RenewError> {
+        if !self.balancers.contains_key(name) && self.balancers.len() >= MAX_BALANCERS {
+            let silent = self
+                .balancers
+                .iter()
+                .filter(|(_, lease)| now.since(lease.last) >= BALANCER_TTL)
+                .min_by_key(|(_, lease)| lease.last)
+                .map(|(name, _)| name.clone())
+                .ok_or(RenewError::Full)?;
+            self.balancers.remove(&silent);
+        }
+        self.balancers.insert(name.to_owned(), lease);
+        Ok(BALANCER_TTL)
+    }
+
+    /// Agents that were silent for `ttl` or longer, in order of their names.
+    #[must_use]
+    pub fn expired(&self, now: Now, ttl: Duration) -> Vec<Expired> {
+        self.agents
+            .values()
+            .map(|(incarnation, lease)| Expired {
+                incarnation: *incarnation,
+                silent: now.since(lease.last),
+            })
+            .filter(|lease| lease.silent >= ttl)
+            .collect()
+    }
+
+    /// The lease of this agent.
+    #[must_use]
+    pub fn of(&self, name: &str) -> Option<(Incarnation, Lease)> {
+        self.agents.get(name).copied()
+    }
+
+    /// How long ago a live process of this worker's name was heard: the evidence for a registration.
+    ///
+    /// What this leader only assumes counts as heard when it began, so that a change of leader does
+    /// not open a name to a second process.
+    #[must_use]
+    pub fn renewed_ago(&self, now: Now, name: &str) -> Option<Duration> {
+        self.agents
+            .get(name)
+            .map(|(_, lease)| now.since(lease.last))
+    }
+
+    /// Balancers whose lease holds, by name.
+    pub fn balancers(&self, now: Now) -> impl Iterator<Item = (&str, &Lease)> {
+        self.balancers
+            .iter()
+            .filter(move |(_, lease)| now.since(lease.last) < BALANCER_TTL)
+            .map(|(name, lease)| (name.as_str(), lease))
+    }
+
+    /// The least feature level that anyone alive reported; `None` before anyone did.
+    #[must_use]
+    pub fn feature_level(&self, now: Now) -> Option<u32> {
+        let agents = self.agents.values().map(|(_, lease)| lease);
+        let agents = agents.filter(|lease| now.since(lease.last) < AGENT_TTL);
+        let balancers = self.balancers(now).map(|(_, lease)| lease);
+        let heard = agents.chain(balancers).filter(|lease| lease.heard);
+        heard.map(|lease| lease.feature_level).min()
+    }
+
+    /// Names of the agents with a lease.
+    #[must_use]
+    pub fn agents(&self) -> BTreeSet<&str> {
+        self.agents.keys().map(String::as_str).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forebay_proto::WorkerId;
+
+    use super::*;
+
+    fn at(ms: u64) -> Now {
+        Now::at(Duration::from_millis(ms))
+    }
+
+    fn start(worker: u32, start: u32) -> Incarnation {
+        Incarnation {
+            worker: WorkerId(worker),
+            grant: 1,
+            start,
+        }
+    }
+
+    fn who(role: Role, name: &str) -> Identity {
+        Identity {
+            trust_domain: "td".into(),
+            role,
+            name: name.into(),
+        }
+    }
+
+    fn renew(
+        leases: &mut Leases,
+        ms: u64,
+        role: Role,
+        name: &str,
+        incarnation: Option<Incarnation>,
+    ) -> Result<Duration, RenewError> {
+        let who = who(role, name);
+        leases.renewed(at(ms), &who, incarnation, Revision(7), Observed::Ready, 1)
+    }
+
+    fn led() -> Leases {
+        let mut leases = Leases::default();
+        leases.became_leader(
+            at(0),
+            [("w1".into(), start(1, 5)), ("w2".into(), start(2, 0))],
+        );
+        leases
+    }
+
+    #[test]
+    fn a_new_leader_counts_silence_from_when_it_began() {
+        let mut leases = led();
+        assert_eq!(leases.expired(at(9_999), AGENT_TTL), []);
+        assert_eq!(leases.expired(at(10_000), AGENT_TTL).len(), 2);
+        leases.became_leader(at(10_000), [("w1".into(), start(1, 5))]);
+        assert_eq!(leases.expired(at(19_999), AGENT_TTL), []);
+    }
+
+    #[test]
+    fn a_renewal_keeps_a_lease_and_only_the_registered_start_can_renew() {
+        let mut leases = led();
+        let agent = Role::Agent;
+        assert_eq!(
+            renew(&mut leases, 8_000, agent, "w1", Some(start(1, 5))),
+            Ok(AGENT_TTL)
+        );
+        assert_eq!(
+            renew(&mut leases, 8_000, agent, "w1", Some(start(1, 4))),
+            Err(RenewError::Superseded {
+                current: start(1, 5)
+            })
+        );
+        for (name, asked, why) in [
+            ("w1", Some(start(1, 6)), RenewError::NotRegistered),
+            ("w1", Some(start(2, 0)), RenewError::NotRegistered),
+            ("w3", Some(start(3, 0)), RenewError::NotRegistered),
+            ("w1", None, RenewError::NotAHolder),
+        ] {
+            assert_eq!(renew(&mut leases, 8_000, agent, name, asked), Err(why));
+        }
+        let expired = leases.expired(at(12_000), AGENT_TTL);
+        assert_eq!(
+            expired,
+            [Expired {
+                incarnation: start(2, 0),
+                silent: Duration::from_secs(12)
+            }]
+        );
+        assert_eq!(
+            leases.renewed_ago(at(12_000), "w1"),
+            Some(Duration::from_secs(4))
+        );
+        assert_eq!(leases.renewed_ago(at(12_000), "w9"), None);
+    }
+
+    #[test]
+    fn leases_follow_the_facts() {
+        let mut leases = led();
+        leases.follow(
+            at(6_000),
+            [("w1".into(), start(1, 6)), ("w3".into(), start(3, 0))],
+        );
+        assert_eq!(leases.agents(), BTreeSet::from(["w1", "w3"]));
+        assert_eq!(leases.expired(at(15_999), AGENT_TTL), []);
+    }
+
+    #[test]
+    fn a_balancer_past_the_bound_takes_the_place_of_a_silent_one_or_is_refused() {
+        let mut leases = led();
+        for i in 0..MAX_BALANCERS {
+            renew(&mut leases, 0, Role::Balancer, &format!("b{i}"), None).unwrap();
+        }
+        assert_eq!(
+            renew(&mut leases, 100, Role::Balancer, "new", None),
+            Err(RenewError::Full)
+        );
+        assert_eq!(
+            renew(&mut leases, 3_000, Role::Balancer, "new", None),
+            Ok(BALANCER_TTL)
+        );
+        assert_eq!(leases.balancers.len(), MAX_BALANCERS);
+        assert_eq!(leases.balancers(at(3_000)).count(), 1);
+    }
+
+    #[test]
+    fn the_feature_level_is_the_least_that_anyone_alive_reported() {
+        let mut leases = led();
+        assert_eq!(leases.feature_level(at(0)), None);
+        renew(&mut leases, 0, Role::Agent, "w1", Some(start(1, 5))).unwrap();
+        assert_eq!(leases.feature_level(at(0)), Some(1));
+        assert_eq!(leases.feature_level(at(10_000)), None);
+    }
+
+    #[test]
+    fn operators_and_control_nodes_hold_no_leases() {
+        let mut leases = led();
+        assert_eq!(
+            renew(&mut leases, 0, Role::Control, "n1", None),
+            Err(RenewError::NotAHolder)
+        );
+    }
+}

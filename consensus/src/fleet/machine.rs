@@ -1,0 +1,23 @@
+//! The fleet as the state machine of a replica.
+
+use bytes::Bytes;
+
+use super::{Applied, Fleet};
+use crate::replica::{Machine, RestoreError};
+
+impl Machine for Fleet {
+    type Output = Applied;
+
+    fn apply(&mut self, index: u64, _term: u64, command: &Bytes) -> Applied {
+        Self::apply(self, index, command)
+    }
+
+    fn snapshot(&self) -> Vec<u8> {
+        Self::snapshot(self)
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), RestoreError> {
+        *self = Self::restore(bytes).map_err(|error| RestoreError(error.to_string()))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,301 @@
+//! The fleet: what a cell agrees on, as a pure replicated state machine.
+//!
+//! [`Fleet::apply`] takes one committed log entry and changes the state alike on every replica: no
+//! floats, no clock, no hash order. What a guard needs beyond the state travels in the entry as
+//! evidence. What is stored for others (specs, the configuration) stays the bytes that arrived, so
+//! a replica that is older than a proposer loses nothing of it.
+//!
+//! Deliberately not here: Raft, disks, leases (see [`lease`]: they are the leader's memory) and who
+//! may propose what (the server checks the RPC table before an entry is made).
+
+pub mod audit;
+mod config;
+mod expiry;
+pub mod lease;
+mod machine;
+mod proposal;
+mod registration;
+mod sessions;
+mod snapshot;
+mod workers;
+
+#[cfg(test)]
+mod model_tests;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use forebay_proto::fleet::Member;
+use forebay_proto::refusal::Refusal;
+use forebay_proto::wire::fleet as wire;
+use forebay_proto::{ClusterId, Millis, Revision};
+use wire::change::Change;
+use wire::command::Action;
+
+pub use snapshot::RestoreError;
+pub use workers::Worker;
+
+use audit::Chain;
+use config::Agreed;
+use proposal::Proposal;
+use sessions::{Seen, Sessions};
+
+/// Workers of one cell.
+pub const MAX_WORKERS: usize = 4_096;
+
+/// Evidence older than this is not acted on.
+pub const EVIDENCE_LIMIT: Millis = Millis(10_000);
+
+/// A process that renewed more recently than this is alive: its name cannot be taken silently.
+pub const LIVE_WITHIN: Millis = Millis(10_000);
+
+/// Newest replicated feature that this build understands.
+pub const FEATURE_LEVEL: u32 = 1;
+
+/// The agreed state of one cell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fleet {
+    cluster_id: ClusterId,
+    /// The newest time that any leader stamped; deadlines are measured in it.
+    cell_time: Millis,
+    /// Log index of the last change.
+    revision: Revision,
+    feature_level: u32,
+    /// Id of the newest worker ever registered: the next one gets the next.
+    newest_worker: u32,
+    workers: BTreeMap<String, Worker>,
+    members: Vec<Member>,
+    config: Agreed,
+    /// Pools whose leases ran out in too great a number to believe it.
+    correlated: BTreeSet<String>,
+    sessions: Sessions,
+    audit: Chain,
+}
+
+/// What became of one log entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// For the proposer.
+    pub outcome: wire::Outcome,
+    /// For watchers; `None` when no fact changed. Its revision is the entry's index.
+    pub delta: Option<wire::Delta>,
+}
+
+/// What an accepted command did: nothing in `changes` means that it was so already.
+#[derive(Debug, Default)]
+struct Effect {
+    changes: Vec<Change>,
+    /// The worker, for a registration.
+    worker: Option<wire::Worker>,
+}
+
+impl Effect {
+    fn unchanged() -> Self {
+        Self::default()
+    }
+
+    fn change(change: Change) -> Self {
+        Self {
+            changes: vec![change],
+            worker: None,
+        }
+    }
+}
+
+impl Fleet {
+    /// The state of a cluster that has agreed on nothing but its first members.
+    #[must_use]
+    pub fn bootstrap(cluster_id: ClusterId, members: Vec<Member>) -> Self {
+        Self {
+            cluster_id,
+            cell_time: Millis(0),
+            revision: Revision(0),
+            feature_level: FEATURE_LEVEL,
+            newest_worker: 0,
+            workers: BTreeMap::new(),
+            members,
+            config: Agreed::built_in(),
+            correlated: BTreeSet::new(),
+            sessions: Sessions::default(),
+            audit: Chain::default(),
+        }
+    }
+
+    /// Applies one committed entry, an encoded `Proposal`, alike on every replica.
+    ///
+    /// An entry that does not decode is refused as invalid; a repetition of a client's newest
+    /// command gets the original outcome and changes nothing.
+    pub fn apply(&mut self, index: u64, entry: &Bytes) -> Applied {
+        let proposal = match Proposal::decode(entry) {
+            Ok(proposal) => proposal,
+            Err(refusal) => return Applied::refused(&refusal),
+        };
+        self.cell_time = self.cell_time.max(proposal.at);
+        match self
+            .sessions
+            .find(proposal.client, proposal.sequence, index)
+        {
+            Seen::Before(outcome) => Applied {
+                outcome,
+                delta: None,
+            },
+            Seen::Past { newest } => Applied::refused(&Refusal::StaleSequence {
+                asked: proposal.sequence,
+                newest,
+            }),
+            Seen::Never => self.apply_once(Revision(index), &proposal),
+        }
+    }
+
+    fn apply_once(&mut self, at: Revision, proposal: &Proposal) -> Applied {
+        let action = proposal::action(&proposal.command);
+        let subject = audit::Subject::of(action.as_ref().ok());
+        let result = action.and_then(|action| self.execute(at, action, proposal));
+        if let Some(subject) = subject {
+            let result = match &result {
+                Ok(effect) if effect.changes.is_empty() => "unchanged",
+                Ok(_) => "done",
+                Err(refusal) => refusal.name(),
+            };
+            self.audit.append(at, proposal, &subject, result);
+        }
+        let applied = match result {
+            Ok(effect) => self.done(at, effect),
+            Err(refusal) => Applied::refused(&refusal),
+        };
+        let (client, sequence) = (proposal.client, proposal.sequence);
+        self.sessions
+            .record(client, sequence, at.0, applied.outcome.clone());
+        applied
+    }
+
+    fn execute(
+        &mut self,
+        at: Revision,
+        action: Action,
+        proposal: &Proposal,
+    ) -> Result<Effect, Refusal> {
+        let evidence = proposal.evidence.as_ref();
+        match action {
+            Action::Register(command) => self.register(at, command, evidence),
+            Action::Observe(command) => self.observe(at, &command),
+            Action::Goodbye(command) => self.goodbye(at, &command),
+            Action::SetDesired(command) => self.set_desired(at, &command),
+            Action::Remove(command) => self.remove(&command),
+            Action::ApplyConfig(command) => self.apply_config(at, &command),
+            Action::Expire(command) => self.expire(at, command, evidence),
+        }
+    }
+
+    fn done(&mut self, at: Revision, effect: Effect) -> Applied {
+        let unchanged = effect.changes.is_empty();
+        if !unchanged {
+            self.revision = at;
+        }
+        let done = wire::Done {
+            revision: self.revision.0,
+            worker: effect.worker,
+            unchanged,
+        };
+        let delta = (!unchanged).then(|| wire::Delta {
+            revision: at.0,
+            cell_time_ms: self.cell_time.0,
+            changes: effect
+                .changes
+                .into_iter()
+                .map(|change| wire::Change {
+                    change: Some(change),
+                })
+                .collect(),
+        });
+        Applied {
+            outcome: wire::Outcome {
+                outcome: Some(wire::outcome::Outcome::Done(done)),
+            },
+            delta,
+        }
+    }
+
+    /// Everything that a consumer of facts holds.
+    #[must_use]
+    pub fn facts(&self) -> wire::Facts {
+        wire::Facts {
+            cluster_id: self.cluster_id.to_wire(),
+            revision: self.revision.0,
+            cell_time_ms: self.cell_time.0,
+            workers: self.workers.values().map(Worker::to_wire).collect(),
+            members: self.members.iter().map(Member::to_wire).collect(),
+            config: self.config.bytes.clone(),
+            config_revision: self.config.revision.0,
+            correlated_expiry: self.correlated.iter().cloned().collect(),
+        }
+    }
+
+    /// The newest `limit` entries of the audit, oldest first, and the head of the chain.
+    #[must_use]
+    pub fn audit_tail(&self, limit: usize) -> (Vec<wire::AuditEntry>, [u8; 32]) {
+        (self.audit.tail(limit), self.audit.head())
+    }
+
+    /// Entries ever made in the audit.
+    #[must_use]
+    pub const fn audit_count(&self) -> u64 {
+        self.audit.count()
+    }
+
+    /// Which cluster this is.
+    #[must_use]
+    pub const fn cluster_id(&self) -> ClusterId {
+        self.cluster_id
+    }
+
+    /// Log index of the last change of a fact.
+    #[must_use]
+    pub const fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// The newest time that any leader stamped. A new leader continues from it.
+    #[must_use]
+    pub const fn cell_time(&self) -> Millis {
+        self.cell_time
+    }
+
+    /// Newest feature that commands may use.
+    #[must_use]
+    pub const fn feature_level(&self) -> u32 {
+        self.feature_level
+    }
+
+    /// Nodes of the control plane.
+    #[must_use]
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// The worker of this name.
+    #[must_use]
+    pub fn worker(&self, name: &str) -> Option<&Worker> {
+        self.workers.get(name)
+    }
+
+    /// All workers, by name.
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.workers.values()
+    }
+}
+
+impl Applied {
+    fn refused(refusal: &Refusal) -> Self {
+        Self {
+            outcome: wire::Outcome {
+                outcome: Some(wire::outcome::Outcome::Refusal(refusal.to_wire())),
+            },
+            delta: None,
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Random commands, and what must hold after each.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use forebay_proto::WorkerId;
+use forebay_proto::wire::fleet as wire;
+use proptest::prelude::*;
+use wire::Desired;
+
+use super::testing::{World, entry};
+use super::{Fleet, audit};
+
+fn name() -> impl Strategy<Value = String> {
+    (1..5u8).prop_map(|i| format!("w{i}"))
+}
+
+fn incarnation() -> impl Strategy<Value = String> {
+    (1..6u8, 1..30u8, 0..4u8).prop_map(|(w, g, s)| format!("{w}.{g}.{s}"))
+}
+
+fn line() -> impl Strategy<Value = String> {
+    let word = |words: &'static [&'static str]| proptest::sample::select(words);
+    let spec = (
+        word(&["", "models=m", "models=a,m", "models=a"]),
+        word(&["", "", "pool=other"]),
+    );
+    prop_oneof![
+        (name(), spec.clone(), word(&["", "renewed=5", "takeover"]))
+            .prop_map(|(n, (m, p), more)| format!("register {n} {m} {p} {more}")),
+        (name(), spec, incarnation(), 0..4u8)
+            .prop_map(|(n, (m, p), held, s)| format!("register {n} {m} {p} held={held} start={s}")),
+        (
+            incarnation(),
+            word(&["joining", "ready", "cordoned"]),
+            0..40u8
+        )
+            .prop_map(|(i, o, ack)| format!("observe {i} {o} ack={ack}")),
+        incarnation().prop_map(|i| format!("goodbye {i}")),
+        (
+            name(),
+            word(&["ready", "cordoned", "draining"]),
+            word(&["", "override"])
+        )
+            .prop_map(|(n, d, o)| format!("set {n} {d} {o}")),
+        (name(), word(&["", "override"])).prop_map(|(n, o)| format!("remove {n} {o}")),
+        (word(&["default", "default,other"]), 0..30u8)
+            .prop_map(|(pools, at)| format!("config {pools} expected={at}")),
+        (
+            incarnation(),
+            incarnation(),
+            word(&["", "correlated=default"])
+        )
+            .prop_map(|(a, b, c)| format!("expire {a}:10000 {b}:20000 {c}")),
+    ]
+}
+
+/// A command, the client that sends it, and whether its network repeats it.
+fn log() -> impl Strategy<Value = Vec<(String, u8, bool)>> {
+    proptest::collection::vec((line(), 0..3u8, any::<bool>()), 1..60)
+}
+
+/// The log's entries: each client counts its commands, a repeated one keeps its number.
+fn entries(log: &[(String, u8, bool)]) -> Vec<(String, bytes::Bytes, bool)> {
+    let mut sequences = BTreeMap::new();
+    let mut entries = vec![];
+    for (line, client, repeated) in log {
+        let sequence = sequences.entry(*client).or_insert(0u64);
+        *sequence += 1;
+        let bytes = entry(line, *client, *sequence);
+        entries.push((line.clone(), bytes.clone(), false));
+        if *repeated {
+            entries.push((line.clone(), bytes, true));
+        }
+    }
+    entries
+}
+
+/// Models with a worker that is wanted ready, by pool.
+fn served(fleet: &Fleet) -> BTreeSet<(String, String)> {
+    fleet
+        .workers()
+        .filter(|worker| worker.desired == Desired::Ready)
+        .flat_map(|worker| {
+            let pool = worker.spec.pool.clone();
+            let models = worker.spec.models.iter();
+            models.map(move |model| (pool.clone(), model.clone()))
+        })
+        .collect()
+}
+
+proptest! {
+    #[test]
+    fn invariants_hold_after_every_command(log in log()) {
+        let mut world = World::new();
+        let mut incarnations = BTreeMap::new();
+        let mut names: BTreeMap<WorkerId, String> = BTreeMap::new();
+        for (line, bytes, repeated) in entries(&log) {
+            let before = world.fleet.clone();
+            let applied = world.apply(bytes);
+            let fleet = &world.fleet;
+            if repeated {
+                prop_assert_eq!(applied.delta, None);
+                prop_assert_eq!(fleet.facts(), before.facts());
+                prop_assert_eq!(fleet.audit_count(), before.audit_count());
+                continue;
+            }
+            for worker in fleet.workers() {
+                let name = names.entry(worker.id).or_insert_with(|| worker.name.clone());
+                prop_assert_eq!(&*name, &worker.name, "an id was used for two names");
+                let newest = incarnations.entry(worker.id).or_insert(worker.incarnation);
+                prop_assert!(worker.incarnation >= *newest, "an incarnation went back");
+                *newest = worker.incarnation;
+                prop_assert!(worker.acknowledged_revision <= worker.desired_revision);
+                prop_assert!(fleet.config.document.pool(&worker.spec.pool).is_some());
+            }
+            let guarded = line.starts_with("set") || line.starts_with("remove");
+            if guarded && !line.ends_with("override") {
+                prop_assert!(served(fleet).is_superset(&served(&before)), "{}", line);
+            }
+            let audited = u64::from(!line.starts_with("observe"));
+            prop_assert_eq!(fleet.audit_count(), before.audit_count() + audited);
+            let (entries, head) = fleet.audit_tail(usize::MAX);
+            prop_assert_eq!(audit::verify(&entries, &head), Ok(()));
+            if let Some(delta) = applied.delta {
+                prop_assert_eq!(delta.revision, world.log.len() as u64);
+                prop_assert_eq!(fleet.revision().0, delta.revision);
+            } else {
+                prop_assert_eq!(fleet.facts().workers, before.facts().workers);
+                prop_assert_eq!(fleet.revision(), before.revision());
+            }
+        }
+    }
+
+    #[test]
+    fn a_state_restored_anywhere_in_the_log_goes_on_alike(log in log(), cut in 0..120usize) {
+        let mut one = World::new();
+        let mut other: Option<Fleet> = None;
+        for (i, (_, bytes, _)) in entries(&log).into_iter().enumerate() {
+            if i == cut {
+                other = Some(Fleet::restore(&one.fleet.snapshot()).unwrap());
+            }
+            let applied = one.apply(bytes.clone());
+            if let Some(other) = &mut other {
+                prop_assert_eq!(other.apply(i as u64 + 1, &bytes), applied);
+                prop_assert_eq!(other.state_hash(), one.fleet.state_hash());
+                prop_assert_eq!(&*other, &one.fleet);
+            }
+        }
+    }
+
+    #[test]
+    fn deltas_add_up_to_the_facts(log in log()) {
+        let mut world = World::new();
+        for (_, bytes, _) in entries(&log) {
+            world.apply(bytes);
+        }
+        let mut workers: BTreeMap<String, wire::Worker> = BTreeMap::new();
+        for delta in &world.deltas {
+            for change in delta.changes.iter().filter_map(|change| change.change.clone()) {
+                match change {
+                    wire::change::Change::WorkerPut(worker) => {
+                        workers.insert(worker.name.clone(), worker);
+                    }
+                    wire::change::Change::WorkerRemoved(name) => {
+                        workers.remove(&name);
+                    }
+                    wire::change::Change::Config(_)
+                    | wire::change::Change::CorrelatedExpiry(_) => {}
+                }
+            }
+        }
+        prop_assert_eq!(workers.into_values().collect::<Vec<_>>(), world.fleet.facts().workers);
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_refused_and_never_panic(
+        bytes in proptest::collection::vec(any::<u8>(), 0..200),
+    ) {
+        let mut world = World::new();
+        world.apply(bytes.clone());
+        prop_assert_eq!(world.fleet.revision().0, 0);
+        let _ = Fleet::restore(&bytes);
+        let mut framed = b"FBYFLEET\0\x01".to_vec();
+        framed.extend_from_slice(&crc32c::crc32c(&bytes).to_be_bytes());
+        framed.extend_from_slice(&bytes);
+        let _ = Fleet::restore(&framed);
+    }
+}

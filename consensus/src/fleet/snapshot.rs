@@ -1,0 +1,226 @@
+//! The whole state as bytes: for Raft snapshots, for restarts, and for comparing replicas.
+//!
+//! `magic (8) | version u16 | CRC-32C u32 | body`, numbers big-endian. The body is a message of its
+//! own with every map in key order, so equal states give equal bytes.
+
+use bytes::Bytes;
+use forebay_proto::config::Config;
+use forebay_proto::fleet::{Member, WorkerSpec};
+use forebay_proto::ids::{ClientId, Incarnation};
+use forebay_proto::wire::fleet as wire;
+use forebay_proto::{ClusterId, Millis, Revision, WorkerId};
+use prost::Message;
+use sha2::{Digest, Sha256};
+
+use super::audit::{Broken, Chain};
+use super::config::Agreed;
+use super::sessions::{MAX_SESSIONS, Session, Sessions};
+use super::{FEATURE_LEVEL, Fleet, MAX_WORKERS, Worker};
+
+const MAGIC: &[u8; 8] = b"FBYFLEET";
+const VERSION: u16 = 1;
+const HEADER_BYTES: usize = MAGIC.len() + 2 + 4;
+
+/// Why bytes are not a state.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RestoreError {
+    /// Not a snapshot of a fleet at all.
+    #[error("not a snapshot of a fleet")]
+    NotASnapshot,
+    /// Written by a newer version.
+    #[error(
+        "the snapshot has format {found}, this version reads up to {VERSION}: update this node"
+    )]
+    Version {
+        /// Format found.
+        found: u16,
+    },
+    /// Uses features that this version does not know.
+    #[error(
+        "the snapshot uses feature level {found}, this version knows up to {FEATURE_LEVEL}: update this node"
+    )]
+    FeatureLevel {
+        /// Level found.
+        found: u32,
+    },
+    /// The bytes were damaged.
+    #[error("the snapshot is damaged: its checksum does not hold")]
+    Checksum,
+    /// The checksum holds but the content does not.
+    #[error("the snapshot does not hold a state: {what}")]
+    Malformed {
+        /// What is wrong.
+        what: String,
+    },
+    /// Its audit does not verify.
+    #[error("the snapshot's audit does not verify: {0}")]
+    Audit(#[from] Broken),
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Body {
+    #[prost(message, optional, tag = "1")]
+    facts: Option<wire::Facts>,
+    #[prost(uint32, tag = "2")]
+    feature_level: u32,
+    #[prost(uint32, tag = "3")]
+    newest_worker: u32,
+    #[prost(message, repeated, tag = "4")]
+    sessions: Vec<StoredSession>,
+    #[prost(bytes = "bytes", tag = "5")]
+    audit_head: Bytes,
+    #[prost(uint64, tag = "6")]
+    audit_count: u64,
+    #[prost(message, repeated, tag = "7")]
+    audit_tail: Vec<wire::AuditEntry>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredSession {
+    #[prost(bytes = "bytes", tag = "1")]
+    client: Bytes,
+    #[prost(uint64, tag = "2")]
+    sequence: u64,
+    #[prost(uint64, tag = "3")]
+    used: u64,
+    #[prost(message, optional, tag = "4")]
+    outcome: Option<wire::Outcome>,
+}
+
+impl Fleet {
+    /// The whole state as bytes. Equal states give equal bytes.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<u8> {
+        let body = self.body().encode_to_vec();
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_be_bytes());
+        bytes.extend_from_slice(&crc32c::crc32c(&body).to_be_bytes());
+        bytes.extend_from_slice(&body);
+        bytes
+    }
+
+    /// The state that [`Fleet::snapshot`] wrote.
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong with the bytes. Arbitrary bytes never panic.
+    pub fn restore(bytes: &[u8]) -> Result<Self, RestoreError> {
+        let rest = bytes
+            .strip_prefix(MAGIC)
+            .ok_or(RestoreError::NotASnapshot)?;
+        let (version, rest) = rest.split_first_chunk().ok_or(RestoreError::NotASnapshot)?;
+        let found = u16::from_be_bytes(*version);
+        if found != VERSION {
+            return Err(RestoreError::Version { found });
+        }
+        let (checksum, body) = rest.split_first_chunk().ok_or(RestoreError::NotASnapshot)?;
+        if crc32c::crc32c(body) != u32::from_be_bytes(*checksum) {
+            return Err(RestoreError::Checksum);
+        }
+        let body = Body::decode(Bytes::copy_from_slice(body))
+            .map_err(|_| malformed("it does not decode"))?;
+        Self::from_body(body)
+    }
+
+    /// A digest of the whole state: replicas that applied the same log have the same one.
+    #[must_use]
+    pub fn state_hash(&self) -> [u8; 32] {
+        Sha256::digest(self.body().encode_to_vec()).into()
+    }
+
+    fn body(&self) -> Body {
+        let sessions = self.sessions.iter().map(|(client, session)| StoredSession {
+            client: client.to_wire(),
+            sequence: session.sequence,
+            used: session.used,
+            outcome: Some(session.outcome.clone()),
+        });
+        Body {
+            facts: Some(self.facts()),
+            feature_level: self.feature_level,
+            newest_worker: self.newest_worker,
+            sessions: sessions.collect(),
+            audit_head: self.audit.head().to_vec().into(),
+            audit_count: self.audit.count(),
+            audit_tail: self.audit.tail(usize::MAX),
+        }
+    }
+
+    fn from_body(body: Body) -> Result<Self, RestoreError> {
+        if body.feature_level > FEATURE_LEVEL {
+            return Err(RestoreError::FeatureLevel {
+                found: body.feature_level,
+            });
+        }
+        let facts = body.facts.ok_or_else(|| malformed("it has no facts"))?;
+        if facts.workers.len() > MAX_WORKERS || body.sessions.len() > MAX_SESSIONS {
+            return Err(malformed("it has more workers or sessions than fit"));
+        }
+        let head = body.audit_head[..]
+            .try_into()
+            .map_err(|_| malformed("the audit's head is no hash"))?;
+        let workers = facts.workers.into_iter().map(worker);
+        let members = facts.members.iter().map(Member::from_wire);
+        let sessions = body.sessions.into_iter().map(session);
+        let fleet = Self {
+            cluster_id: ClusterId::from_wire(&facts.cluster_id).map_err(malformed)?,
+            cell_time: Millis(facts.cell_time_ms),
+            revision: Revision(facts.revision),
+            feature_level: body.feature_level,
+            newest_worker: body.newest_worker,
+            workers: workers.collect::<Result<_, _>>()?,
+            members: members.collect::<Result<_, _>>().map_err(malformed)?,
+            config: Agreed {
+                document: Config::from_wire(&facts.config).map_err(malformed)?,
+                bytes: facts.config,
+                revision: Revision(facts.config_revision),
+            },
+            correlated: facts.correlated_expiry.into_iter().collect(),
+            sessions: Sessions::restore(sessions.collect::<Result<Vec<_>, _>>()?),
+            audit: Chain::restore(head, body.audit_count, body.audit_tail)?,
+        };
+        Ok(fleet)
+    }
+}
+
+fn worker(wire: wire::Worker) -> Result<(String, Worker), RestoreError> {
+    let (desired, observed) = (
+        wire::Desired::try_from(wire.desired).map_err(malformed)?,
+        wire::Observed::try_from(wire.observed).map_err(malformed)?,
+    );
+    let worker = Worker {
+        id: WorkerId(wire.id),
+        name: wire.name.clone(),
+        incarnation: Incarnation::from_wire(wire.incarnation.as_ref()).map_err(malformed)?,
+        spec: WorkerSpec::from_wire(&wire.spec).map_err(malformed)?,
+        spec_bytes: wire.spec,
+        desired,
+        observed,
+        lost: wire.lost,
+        departed: wire.departed,
+        desired_revision: Revision(wire.desired_revision),
+        acknowledged_revision: Revision(wire.acknowledged_revision),
+        revision: Revision(wire.revision),
+    };
+    Ok((wire.name, worker))
+}
+
+fn session(stored: StoredSession) -> Result<(ClientId, Session), RestoreError> {
+    let client = ClientId::from_wire(&stored.client).map_err(malformed)?;
+    let outcome = stored
+        .outcome
+        .ok_or_else(|| malformed("a session has no outcome"))?;
+    let session = Session {
+        sequence: stored.sequence,
+        used: stored.used,
+        outcome,
+    };
+    Ok((client, session))
+}
+
+fn malformed(what: impl std::fmt::Display) -> RestoreError {
+    RestoreError::Malformed {
+        what: format!("{what}"),
+    }
+}

@@ -1,0 +1,228 @@
+//! Commands as lines of text, so that tests read as transcripts.
+//!
+//! ```text
+//! register w1 pool=default models=m held=1.4.0 start=1 renewed=500 age=0 takeover spec=variant
+//! observe 1.4.1 ready ack=9
+//! goodbye 1.4.1
+//! set w1 cordoned override
+//! remove w1 override
+//! config default,other expected=0
+//! expire 1.4.1:12000 correlated=default
+//! ```
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use forebay_proto::config::{Config, Pool};
+use forebay_proto::fleet::WorkerSpec;
+use forebay_proto::refusal::Refusal;
+use forebay_proto::wire::Incarnation;
+use forebay_proto::wire::fleet as wire;
+use forebay_proto::{ClientId, ClusterId};
+use prost::Message;
+use wire::command::Action;
+
+use super::{Applied, Fleet};
+
+/// A fleet and the log that leads to it.
+pub(super) struct World {
+    pub(super) fleet: Fleet,
+    pub(super) log: Vec<Bytes>,
+    pub(super) deltas: Vec<wire::Delta>,
+}
+
+impl World {
+    pub(super) fn new() -> Self {
+        Self {
+            fleet: Fleet::bootstrap(ClusterId([1; 16]), vec![]),
+            log: vec![],
+            deltas: vec![],
+        }
+    }
+
+    /// Index that the next entry gets.
+    pub(super) fn next(&self) -> u64 {
+        self.log.len() as u64 + 1
+    }
+
+    pub(super) fn apply(&mut self, entry: impl Into<Bytes>) -> Applied {
+        let (index, entry) = (self.next(), entry.into());
+        let applied = self.fleet.apply(index, &entry);
+        self.log.push(entry);
+        self.deltas.extend(applied.delta.clone());
+        applied
+    }
+
+    pub(super) fn run(&mut self, line: &str) -> String {
+        let entry = entry(line, 7, self.next());
+        shown(&self.apply(entry))
+    }
+}
+
+/// Runs each line and compares what came of it with what stands behind `->`.
+pub(super) fn check(transcript: &str) -> World {
+    let mut world = World::new();
+    for line in transcript.lines().map(str::trim) {
+        let Some((command, expected)) = line.split_once("->") else {
+            assert!(line.is_empty(), "no -> in {line:?}");
+            continue;
+        };
+        let (command, expected) = (command.trim(), expected.trim());
+        let index = world.next();
+        assert_eq!(world.run(command), expected, "entry {index}: {command}");
+    }
+    world
+}
+
+pub(super) fn shown(applied: &Applied) -> String {
+    match applied.outcome.outcome.clone().unwrap() {
+        wire::outcome::Outcome::Done(done) => {
+            assert_eq!(done.unchanged, applied.delta.is_none());
+            let what = if done.unchanged { "unchanged" } else { "done" };
+            let worker = done.worker.and_then(|worker| worker.incarnation);
+            worker.map_or(what.into(), |i| {
+                format!("{what} {}.{}.{}", i.worker, i.grant, i.start)
+            })
+        }
+        wire::outcome::Outcome::Refusal(refusal) => {
+            assert_eq!(applied.delta, None);
+            match Refusal::from_wire(refusal).unwrap() {
+                Refusal::Invalid { path, .. } => format!("invalid {path}"),
+                other => other.name().into(),
+            }
+        }
+    }
+}
+
+/// An entry of this client and sequence number.
+pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let given: BTreeMap<&str, &str> = words.iter().filter_map(|w| w.split_once('=')).collect();
+    let number = |key: &str| given.get(key).map(|n| n.parse::<u64>().unwrap());
+    let flag = |flag: &str| words.contains(&flag);
+    let action = match words[0] {
+        "register" => Action::Register(wire::RegisterWorker {
+            name: words[1].into(),
+            spec: spec(&given),
+            held: given.get("held").map(|held| incarnation(held)),
+            start: number("start").unwrap_or(0) as u32,
+            takeover: flag("takeover"),
+        }),
+        "observe" => Action::Observe(wire::ObserveWorker {
+            incarnation: Some(incarnation(words[1])),
+            observed: match words[2] {
+                "joining" => 1,
+                "ready" => 2,
+                "cordoned" => 3,
+                other => other.parse().unwrap(),
+            },
+            acknowledged_revision: number("ack").unwrap_or(0),
+        }),
+        "goodbye" => Action::Goodbye(wire::Goodbye {
+            incarnation: Some(incarnation(words[1])),
+        }),
+        "set" => Action::SetDesired(wire::SetDesired {
+            name: words[1].into(),
+            desired: match words[2] {
+                "ready" => 1,
+                "cordoned" => 2,
+                "draining" => 3,
+                other => other.parse().unwrap(),
+            },
+            override_guard: flag("override"),
+        }),
+        "remove" => Action::Remove(wire::RemoveWorker {
+            name: words[1].into(),
+            override_guard: flag("override"),
+        }),
+        "config" => Action::ApplyConfig(wire::ApplyConfig {
+            config: config(words[1]),
+            expected_revision: number("expected").unwrap_or(0),
+        }),
+        "expire" => Action::Expire(wire::ExpireLeases {
+            evidence: words[1..]
+                .iter()
+                .filter_map(|word| word.split_once(':'))
+                .map(|(who, silent)| wire::LeaseEvidence {
+                    incarnation: Some(incarnation(who)),
+                    silent_ms: silent.parse().unwrap(),
+                })
+                .collect(),
+            correlated: given
+                .get("correlated")
+                .map(|pools| pools.split(',').map(Into::into).collect())
+                .unwrap_or_default(),
+        }),
+        other => panic!("no command {other}"),
+    };
+    let command = wire::Command {
+        action: Some(action),
+    };
+    let evidence = (!flag("unproven")).then(|| wire::Evidence {
+        age_ms: number("age").unwrap_or(0) as u32,
+        renewed_ms_ago: number("renewed"),
+    });
+    proposal(command.encode_to_vec().into(), client, sequence, evidence)
+}
+
+pub(super) fn proposal(
+    command: Bytes,
+    client: u8,
+    sequence: u64,
+    evidence: Option<wire::Evidence>,
+) -> Bytes {
+    wire::Proposal {
+        at_ms: sequence * 10,
+        actor: Some(wire::Actor {
+            identity: "operator/admin/alice".into(),
+            address: "10.0.0.1:5".into(),
+        }),
+        client: ClientId([client; 16]).to_wire(),
+        sequence,
+        command,
+        reason: "a reason".into(),
+        evidence,
+    }
+    .encode_to_vec()
+    .into()
+}
+
+pub(super) fn config(pools: &str) -> Bytes {
+    let pools = pools.split(',').map(Pool::named).collect();
+    Config { pools }.to_wire()
+}
+
+fn spec(given: &BTreeMap<&str, &str>) -> Bytes {
+    let list = |key: &str, default: &str| {
+        let list = *given.get(key).unwrap_or(&default);
+        list.split(',')
+            .filter(|m| !m.is_empty())
+            .map(Into::into)
+            .collect()
+    };
+    WorkerSpec {
+        pool: (*given.get("pool").unwrap_or(&"default")).into(),
+        advertise: (*given.get("advertise").unwrap_or(&"h:1")).into(),
+        engine: "vllm".into(),
+        models: list("models", "m"),
+        revision: (*given.get("spec").unwrap_or(&"")).into(),
+        gpu_type: String::new(),
+        gpu_count: 0,
+        kv_tokens: 0,
+        max_context_tokens: 0,
+        adapters: vec![],
+        zone: String::new(),
+        labels: BTreeMap::new(),
+        slots: 4,
+    }
+    .to_wire()
+}
+
+fn incarnation(text: &str) -> Incarnation {
+    let parts: Vec<u64> = text.split('.').map(|part| part.parse().unwrap()).collect();
+    Incarnation {
+        worker: parts[0] as u32,
+        grant: parts[1],
+        start: parts[2] as u32,
+    }
+}
