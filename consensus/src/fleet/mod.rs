@@ -77,7 +77,7 @@ pub struct Fleet {
 }
 
 /// What became of one log entry.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Applied {
     /// For the proposer.
     pub outcome: wire::Outcome,
