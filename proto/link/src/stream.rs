@@ -1,0 +1,150 @@
+//! One direction of a QUIC stream, cut into frames.
+
+use bytes::Bytes;
+use forebay_proto::frame::{Decoder, Frame, FrameError};
+
+use crate::Code;
+
+/// Why a frame could not be sent. The stream is over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SendError {
+    /// The peer does not read this stream any more; the number is its [`Code`].
+    #[error("the peer stopped reading (code {0})")]
+    Stopped(u64),
+    /// The connection is gone.
+    #[error("the connection is gone: {0}")]
+    Lost(String),
+    /// Too large for its kind.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+}
+
+/// Why no more frames will come. A clean end is not an error: `recv` returns `None`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecvError {
+    /// The peer gave the stream up; the number is its [`Code`].
+    #[error("the peer reset the stream (code {0})")]
+    Reset(u64),
+    /// The connection is gone.
+    #[error("the connection is gone: {0}")]
+    Lost(String),
+    /// The stream ended inside a frame.
+    #[error("the stream ended inside a frame")]
+    Truncated,
+    /// What came is not a frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+}
+
+/// Sends frames. Dropped without [`FrameSender::finish`] it resets the stream, so that a sender
+/// that died cannot look like a clean end.
+pub struct FrameSender {
+    stream: quinn::SendStream,
+    over: bool,
+}
+
+impl FrameSender {
+    pub(crate) const fn new(stream: quinn::SendStream) -> Self {
+        Self {
+            stream,
+            over: false,
+        }
+    }
+
+    /// Sends one frame; waits while the peer's window is full.
+    ///
+    /// # Errors
+    ///
+    /// Returns why the stream is over.
+    pub async fn send(&mut self, frame: &Frame) -> Result<(), SendError> {
+        let header = Bytes::copy_from_slice(&frame.header()?);
+        let mut pieces = [header, frame.payload.clone()];
+        self.stream
+            .write_all_chunks(&mut pieces)
+            .await
+            .map_err(|error| match error {
+                quinn::WriteError::Stopped(code) => SendError::Stopped(code.into_inner()),
+                other => SendError::Lost(other.to_string()),
+            })
+    }
+
+    /// Ends the stream cleanly: all that was sent will arrive unless the connection dies.
+    pub fn finish(&mut self) {
+        self.over = true;
+        // Already stopped or lost: the peer knows, and nobody is left to tell.
+        let _ = self.stream.finish();
+    }
+
+    /// Gives the stream up.
+    pub fn reset(&mut self, code: Code) {
+        self.over = true;
+        // As above.
+        let _ = self.stream.reset(code.var());
+    }
+
+    /// Waits until the peer stops reading (its code), or has read everything (`None`).
+    pub async fn stopped(&mut self) -> Option<u64> {
+        match self.stream.stopped().await {
+            Ok(code) => code.map(quinn::VarInt::into_inner),
+            Err(_) => Some(u64::from(Code::Cancelled as u32)),
+        }
+    }
+}
+
+impl Drop for FrameSender {
+    fn drop(&mut self) {
+        if !self.over {
+            self.reset(Code::Cancelled);
+        }
+    }
+}
+
+/// Receives frames. Dropped before the end it tells the peer to stop.
+pub struct FrameReceiver {
+    stream: quinn::RecvStream,
+    decoder: Decoder,
+}
+
+/// Most bytes taken from the stream at once.
+const READ_BYTES: usize = 64 << 10;
+
+impl FrameReceiver {
+    pub(crate) fn new(stream: quinn::RecvStream) -> Self {
+        Self {
+            stream,
+            decoder: Decoder::default(),
+        }
+    }
+
+    /// The next frame, or `None` at the clean end. Cancel safe.
+    ///
+    /// # Errors
+    ///
+    /// Returns why the stream is over.
+    pub async fn recv(&mut self) -> Result<Option<Frame>, RecvError> {
+        loop {
+            if let Some(frame) = self.decoder.pop()? {
+                return Ok(Some(frame));
+            }
+            let chunk =
+                self.stream
+                    .read_chunk(READ_BYTES, true)
+                    .await
+                    .map_err(|error| match error {
+                        quinn::ReadError::Reset(code) => RecvError::Reset(code.into_inner()),
+                        other => RecvError::Lost(other.to_string()),
+                    })?;
+            match chunk {
+                Some(chunk) => self.decoder.push(&chunk.bytes),
+                None if self.decoder.is_empty() => return Ok(None),
+                None => return Err(RecvError::Truncated),
+            }
+        }
+    }
+
+    /// Tells the peer that nothing more will be read.
+    pub fn stop(&mut self, code: Code) {
+        // Already ended or lost: nothing to stop.
+        let _ = self.stream.stop(code.var());
+    }
+}

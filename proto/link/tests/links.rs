@@ -1,0 +1,211 @@
+//! Links over real QUIC on loopback: who is let in, what arrives, what a death looks like.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // a test's helpers fail as its assertions do
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use forebay_link::{
+    Alpn, Authority, ConnectError, CredentialPaths, Credentials, Endpoint, Expect, LinkClosed,
+    RecvError,
+};
+use forebay_proto::Role;
+use forebay_proto::frame::{Frame, Kind};
+
+const PATIENCE: Duration = Duration::from_secs(3);
+
+fn credentials(dir: &Path, authority: &Authority, role: Role, name: &str) -> Credentials {
+    let own = dir.join(format!("{}-{name}", authority.trust_domain()));
+    if !own.join("ca.pem").exists() {
+        authority.save(&own).unwrap();
+    }
+    let (cert, key) = authority.issue(role, name, 30).unwrap().save(&own).unwrap();
+    Credentials::load(&CredentialPaths {
+        ca: own.join("ca.pem"),
+        cert,
+        key,
+    })
+    .unwrap()
+}
+
+fn loopback() -> SocketAddr {
+    ([127, 0, 0, 1], 0).into()
+}
+
+struct World {
+    dir: tempfile::TempDir,
+    authority: Authority,
+}
+
+impl World {
+    fn new() -> Self {
+        let authority = Authority::create("test", 1).unwrap();
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            authority,
+        }
+    }
+
+    fn credentials(&self, role: Role, name: &str) -> Credentials {
+        credentials(self.dir.path(), &self.authority, role, name)
+    }
+
+    fn agent(&self) -> (Endpoint, String) {
+        let agent = Endpoint::bind(
+            loopback(),
+            &self.credentials(Role::Agent, "w1"),
+            &[Alpn::Work],
+        );
+        let agent = agent.unwrap();
+        let address = agent.local_addr().unwrap().to_string();
+        (agent, address)
+    }
+}
+
+#[tokio::test]
+async fn frames_arrive_both_ways_and_an_end_is_an_end() {
+    let world = World::new();
+    let (agent, address) = world.agent();
+    agent.update_hello(|hello| hello.build = "the agent".into());
+    let balancer = Endpoint::client(&world.credentials(Role::Balancer, "b1")).unwrap();
+    let expect = Expect::named(Role::Agent, "w1");
+    let out = balancer
+        .connect(&address, Alpn::Work, &expect, PATIENCE)
+        .await
+        .unwrap();
+    assert_eq!(
+        (out.peer().short().as_str(), out.hello().build.as_str()),
+        ("agent/w1", "the agent")
+    );
+    let inward = agent.accept().await.unwrap();
+    assert_eq!(inward.peer().short(), "balancer/b1");
+
+    let (mut send, mut recv) = out.open().unwrap();
+    send.send(&Frame::new(Kind::Body, Bytes::from_static(b"hello")))
+        .await
+        .unwrap();
+    send.finish();
+    let (mut answer, mut asked) = inward.accept().await.unwrap();
+    assert_eq!(asked.recv().await.unwrap().unwrap().payload, "hello");
+    assert_eq!(asked.recv().await, Ok(None));
+    answer
+        .send(&Frame::new(Kind::Data, Bytes::from(vec![7; 200_000])))
+        .await
+        .unwrap();
+    assert_eq!(recv.recv().await.unwrap().unwrap().payload.len(), 200_000);
+    drop(answer);
+    assert!(
+        matches!(recv.recv().await, Err(RecvError::Reset(_))),
+        "a dropped sender is no end"
+    );
+
+    let load = Frame::new(Kind::Load, Bytes::from_static(b"load"));
+    assert!(inward.send_datagram(&load));
+    assert_eq!(out.read_datagram().await, Ok(load));
+}
+
+#[tokio::test]
+async fn the_wrong_role_name_or_ca_is_turned_away_with_a_reason() {
+    let world = World::new();
+    let (_agent, address) = world.agent();
+    let anyone = Expect::role(Role::Agent);
+
+    let agent = Endpoint::client(&world.credentials(Role::Agent, "w2")).unwrap();
+    let error = agent
+        .connect(&address, Alpn::Work, &anyone, PATIENCE)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, ConnectError::TurnedAway { reason, .. } if reason.contains("agent/w2 may not speak")),
+        "{error}"
+    );
+
+    let balancer = Endpoint::client(&world.credentials(Role::Balancer, "b1")).unwrap();
+    let other = Expect::named(Role::Agent, "w9");
+    let error = balancer
+        .connect(&address, Alpn::Work, &other, PATIENCE)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, ConnectError::WrongPeer { found, .. } if found == "agent/w1"),
+        "{error}"
+    );
+    let error = balancer
+        .connect(&address, Alpn::Control, &anyone, PATIENCE)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, ConnectError::Handshake { .. }), "{error}");
+
+    let stranger = Authority::create("test", 2).unwrap();
+    let stranger = credentials(world.dir.path(), &stranger, Role::Balancer, "b1");
+    let stranger = Endpoint::client(&stranger).unwrap();
+    let error = stranger
+        .connect(&address, Alpn::Work, &anyone, PATIENCE)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, ConnectError::Handshake { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn garbage_and_half_open_peers_do_not_stop_others() {
+    let world = World::new();
+    let (agent, address) = world.agent();
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    for size in [0, 1, 20, 1200, 1400] {
+        for first in [0x00, 0x40, 0xc0, 0xff] {
+            socket.send_to(&vec![first; size], &address).await.unwrap();
+        }
+    }
+    let balancer = Endpoint::client(&world.credentials(Role::Balancer, "b1")).unwrap();
+    let expect = Expect::role(Role::Agent);
+    balancer
+        .connect(&address, Alpn::Work, &expect, PATIENCE)
+        .await
+        .unwrap();
+    assert!(agent.accept().await.is_some());
+}
+
+#[test]
+fn a_restarted_peer_resets_the_connections_of_its_predecessor() {
+    let runtime = || {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.enable_all().worker_threads(1).build().unwrap()
+    };
+    let world = World::new();
+    let credentials = world.credentials(Role::Agent, "w1");
+    let (ours, first) = (runtime(), runtime());
+    let agent = {
+        let _inside = first.enter();
+        Endpoint::bind(loopback(), &credentials, &[Alpn::Work]).unwrap()
+    };
+    let address = agent.local_addr().unwrap();
+    let expect = Expect::role(Role::Agent);
+    let link = ours.block_on(async {
+        let balancer = Endpoint::client(&world.credentials(Role::Balancer, "b1")).unwrap();
+        let address = address.to_string();
+        balancer
+            .connect(&address, Alpn::Work, &expect, PATIENCE)
+            .await
+            .unwrap()
+    });
+    // The tasks stop where they are and say no goodbye, as after kill -9.
+    first.shutdown_timeout(PATIENCE);
+    drop(agent);
+    let closed = ours.block_on(async {
+        let _again = Endpoint::bind(address, &credentials, &[Alpn::Work]).unwrap();
+        let closed = async {
+            loop {
+                link.send_datagram(&Frame::new(Kind::Load, Bytes::new()));
+                tokio::select! {
+                    closed = link.closed() => break closed,
+                    () = tokio::time::sleep(Duration::from_millis(20)) => {}
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, closed)
+            .await
+            .expect("reset well before silence")
+    });
+    assert_eq!(closed, LinkClosed::Reset);
+}
