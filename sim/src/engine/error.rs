@@ -5,13 +5,13 @@ use serde::Serialize;
 /// An answer other than 200. The message never repeats what the client sent as text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{status}: {message}")]
-pub struct ApiError {
+pub(super) struct ApiError {
     /// The HTTP status.
-    pub status: u16,
+    pub(super) status: u16,
     /// What is wrong and what to do.
-    pub message: String,
+    pub(super) message: String,
     /// The field at fault.
-    pub param: Option<&'static str>,
+    pub(super) param: Option<&'static str>,
 }
 
 impl ApiError {

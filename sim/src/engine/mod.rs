@@ -17,7 +17,6 @@ mod server;
 mod service;
 pub mod text;
 
-pub use error::ApiError;
 pub use server::serve;
 
 use std::net::SocketAddr;
