@@ -274,10 +274,9 @@ impl Node {
         message.set_msg_type(MessageType::MsgPropose);
         message.from = raft.id;
         let (term, first) = (raft.term, raft.raft_log.last_index() + 1);
-        let entries = commands.into_iter().map(|data| {
-            let mut entry = eraftpb::Entry::default();
-            entry.data = data;
-            entry
+        let entries = commands.into_iter().map(|data| eraftpb::Entry {
+            data,
+            ..eraftpb::Entry::default()
         });
         message.set_entries(entries.collect::<Vec<_>>().into());
         // Leadership is known, so only the bound on uncommitted bytes or a hand-over is left.

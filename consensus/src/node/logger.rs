@@ -36,7 +36,7 @@ impl Drain for Bridge {
         let (node, line) = (self.id, line.0);
         match level {
             Level::Critical | Level::Error => {
-                tracing::error!(target: "forebay::raft", node, "{line}")
+                tracing::error!(target: "forebay::raft", node, "{line}");
             }
             Level::Warning => tracing::warn!(target: "forebay::raft", node, "{line}"),
             Level::Info | Level::Debug | Level::Trace => {

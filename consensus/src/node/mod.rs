@@ -25,6 +25,8 @@ mod validate;
 pub mod wire;
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod world;
 
 pub use self::core::{

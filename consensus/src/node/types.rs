@@ -32,11 +32,12 @@ impl Entry {
     }
 
     pub(crate) fn to_raft(&self) -> eraftpb::Entry {
-        let mut entry = eraftpb::Entry::default();
-        entry.index = self.index;
-        entry.term = self.term;
-        entry.data = self.data.clone();
-        entry
+        eraftpb::Entry {
+            index: self.index,
+            term: self.term,
+            data: self.data.clone(),
+            ..eraftpb::Entry::default()
+        }
     }
 }
 
@@ -73,11 +74,12 @@ impl HardState {
     }
 
     pub(crate) fn to_raft(self) -> eraftpb::HardState {
-        let mut state = eraftpb::HardState::default();
-        state.term = self.term;
-        state.vote = self.vote;
-        state.commit = self.commit;
-        state
+        eraftpb::HardState {
+            term: self.term,
+            vote: self.vote,
+            commit: self.commit,
+            ..eraftpb::HardState::default()
+        }
     }
 }
 
@@ -219,8 +221,10 @@ impl Snapshot {
     }
 
     pub(crate) fn to_raft(&self) -> eraftpb::Snapshot {
-        let mut snapshot = eraftpb::Snapshot::default();
-        snapshot.data = self.data.clone();
+        let mut snapshot = eraftpb::Snapshot {
+            data: self.data.clone(),
+            ..eraftpb::Snapshot::default()
+        };
         let meta = snapshot.mut_metadata();
         meta.index = self.index;
         meta.term = self.term;

@@ -116,8 +116,10 @@ fn snapshot_to_wire(snapshot: eraftpb::Snapshot) -> wire::Snapshot {
 }
 
 fn snapshot_from_wire(snapshot: wire::Snapshot) -> eraftpb::Snapshot {
-    let mut to = eraftpb::Snapshot::default();
-    to.data = snapshot.data;
+    let mut to = eraftpb::Snapshot {
+        data: snapshot.data,
+        ..eraftpb::Snapshot::default()
+    };
     let meta = to.mut_metadata();
     meta.index = snapshot.index;
     meta.term = snapshot.term;
