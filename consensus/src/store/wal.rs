@@ -396,12 +396,15 @@ impl Replayed {
                 if let Some(last) = last.filter(|last| entry.index > last + 1) {
                     return Err(format!("entry {} follows entry {last}", entry.index));
                 }
-                let keep = first
-                    .or(self.base.map(|base| base + 1))
-                    .map_or(Some(0), |first| entry.index.checked_sub(first));
-                let Some(keep) = keep else {
-                    return Err(format!("entry {} lies before the log", entry.index));
-                };
+                if let Some(base) = self.base.filter(|base| entry.index <= *base) {
+                    return Err(format!(
+                        "entry {} lies before the snapshot at {base}",
+                        entry.index
+                    ));
+                }
+                // Before the first one held: what it replaces was in a segment that a later snapshot
+                // covered, so nothing that is held stays.
+                let keep = first.map_or(0, |first| entry.index.saturating_sub(first));
                 self.entries
                     .truncate(usize::try_from(keep).unwrap_or(usize::MAX));
                 segment.max_index = segment.max_index.max(entry.index);
