@@ -1,1 +1,15 @@
-//! All that decides, pure: views, waits, bookings, policies.
+//! All that decides, pure: what a balancer believes of its workers, how long a request would wait
+//! on each, what it has booked, and which worker it picks.
+//!
+//! No clock, randomness, socket or task: `now` and the generator are arguments, so that the
+//! simulator runs the same code.
+
+mod load;
+mod pick;
+mod view;
+mod wait;
+
+pub use load::{Acceptance, Load, LoadError};
+pub use pick::{Choice, NoChoice, Rank};
+pub use view::{BookingId, Known, View};
+pub use wait::{Queueing, exceeds};

@@ -1,0 +1,115 @@
+//! A worker's load, as its own agent reports it.
+
+use std::time::Duration;
+
+use forebay_proto::ids::IdError;
+use forebay_proto::wire::work as wire;
+use forebay_proto::{Incarnation, Millis, Revision};
+
+/// Whether a worker takes new placements, by its agent's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Acceptance {
+    /// It does.
+    Open,
+    /// An operator cordoned it.
+    Cordoned,
+    /// An operator drains it.
+    Draining,
+    /// Its engine does not answer.
+    EngineDown,
+    /// It has not got its facts or its engine yet.
+    Joining,
+}
+
+/// State of one worker at one moment. The newest `seq` of an incarnation wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Who reports.
+    pub incarnation: Incarnation,
+    /// Counts up with every change that a report may show.
+    pub seq: u64,
+    /// Whether it takes placements.
+    pub acceptance: Acceptance,
+    /// Requests on the engine.
+    pub running: u32,
+    /// Requests in the agent's own queue.
+    pub queued: u32,
+    /// Requests that run at once.
+    pub slots: u32,
+    /// Requests that may wait in the agent's queue.
+    pub queue_limit: u32,
+    /// Mean time a recent request held its slot; zero: none finished yet.
+    pub service: Duration,
+    /// Facts the agent has applied.
+    pub facts_revision: Revision,
+    /// It reports at least this often.
+    pub interval: Duration,
+}
+
+/// A report that says nothing usable.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    /// Who reports is missing.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// An acceptance this build does not know.
+    #[error("unknown acceptance {0}")]
+    Acceptance(i32),
+}
+
+impl Load {
+    /// Reads a report.
+    ///
+    /// # Errors
+    ///
+    /// Returns what is missing or unknown.
+    pub fn from_wire(report: &wire::LoadReport) -> Result<Self, LoadError> {
+        use wire::Acceptance as Wire;
+        let acceptance = match Wire::try_from(report.acceptance) {
+            Ok(Wire::Open) => Acceptance::Open,
+            Ok(Wire::Cordoned) => Acceptance::Cordoned,
+            Ok(Wire::Draining) => Acceptance::Draining,
+            Ok(Wire::EngineDown) => Acceptance::EngineDown,
+            Ok(Wire::Joining) => Acceptance::Joining,
+            Ok(Wire::Unspecified) | Err(_) => {
+                return Err(LoadError::Acceptance(report.acceptance));
+            }
+        };
+        Ok(Self {
+            incarnation: Incarnation::from_wire(report.incarnation.as_ref())?,
+            seq: report.seq,
+            acceptance,
+            running: report.running,
+            queued: report.queued,
+            slots: report.slots,
+            queue_limit: report.queue_limit,
+            service: Duration::from_millis(report.service_ms.into()),
+            facts_revision: Revision(report.facts_revision),
+            interval: Duration::from_millis(report.interval_ms.into()),
+        })
+    }
+
+    /// The report for the wire.
+    #[must_use]
+    pub fn to_wire(&self) -> wire::LoadReport {
+        let acceptance = match self.acceptance {
+            Acceptance::Open => wire::Acceptance::Open,
+            Acceptance::Cordoned => wire::Acceptance::Cordoned,
+            Acceptance::Draining => wire::Acceptance::Draining,
+            Acceptance::EngineDown => wire::Acceptance::EngineDown,
+            Acceptance::Joining => wire::Acceptance::Joining,
+        };
+        wire::LoadReport {
+            incarnation: Some(self.incarnation.to_wire()),
+            seq: self.seq,
+            acceptance: acceptance.into(),
+            running: self.running,
+            queued: self.queued,
+            slots: self.slots,
+            queue_limit: self.queue_limit,
+            service_ms: Millis::from_duration(self.service).wire(),
+            facts_revision: self.facts_revision.0,
+            interval_ms: Millis::from_duration(self.interval).wire(),
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! What one balancer believes of its workers: facts, reports, reachability, and its own bookings.
+//!
+//! A booking counts from the moment it is made. Once a report with the sequence number that the
+//! agent gave with its acceptance is held, the report contains it and it is not added again;
+//! a release is taken off likewise until a report contains that (DESIGN §5, rule 4).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use forebay_proto::fleet::WorkerSpec;
+use forebay_proto::wire::fleet::Desired;
+use forebay_proto::{Incarnation, Now, WorkerId};
+
+use crate::load::{Acceptance, Load};
+use crate::wait::Queueing;
+
+/// Reports missed before a worker is suspect.
+const SUSPECT_AFTER_INTERVALS: u32 = 3;
+/// The least silence that makes one suspect.
+const SUSPECT_AFTER: Duration = Duration::from_millis(150);
+
+/// What the facts say of one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Its name.
+    pub name: String,
+    /// Its newest start that the log knows; the agent may already be a later one.
+    pub incarnation: Incarnation,
+    /// What it serves, and where.
+    pub spec: WorkerSpec,
+    /// What the operator wants of it.
+    pub desired: Desired,
+    /// Its agent said goodbye: only a later start may serve.
+    pub departed: bool,
+}
+
+/// One booking, until both its end and the report that contains its end are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BookingId {
+    pub(crate) worker: WorkerId,
+    number: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Booking {
+    /// Reports from this one on contain it.
+    accepted: Option<u64>,
+    /// Reports from this one on do not contain it any more.
+    released: Option<u64>,
+}
+
+impl Booking {
+    /// What it adds to a report with this sequence number.
+    fn beyond(self, seq: u64) -> i64 {
+        let present = i64::from(self.released.is_none());
+        let entered = self.accepted.is_some_and(|accepted| accepted <= seq);
+        let left = self.released.is_some_and(|released| released <= seq);
+        present - i64::from(entered && !left)
+    }
+}
+
+/// One worker, as seen from here.
+#[derive(Clone, Debug)]
+pub(crate) struct Worker {
+    pub(crate) known: Known,
+    /// The start that is connected, which may be later than the one in the facts.
+    pub(crate) connected: Option<Incarnation>,
+    heard: Now,
+    pub(crate) load: Option<Load>,
+    bookings: BTreeMap<u64, Booking>,
+}
+
+impl Worker {
+    /// The start that a placement would go to.
+    pub(crate) fn incarnation(&self) -> Option<Incarnation> {
+        let fenced_by = self.known.incarnation;
+        self.connected.filter(|connected| {
+            *connected > fenced_by || (*connected == fenced_by && !self.known.departed)
+        })
+    }
+
+    /// Whether facts and its own last word let it take placements.
+    pub(crate) fn open(&self) -> bool {
+        self.known.desired == Desired::Ready
+            && self
+                .load
+                .is_none_or(|load| load.acceptance == Acceptance::Open)
+    }
+
+    /// Whether nothing was heard for so long that it may be dead.
+    pub(crate) fn suspect(&self, now: Now) -> bool {
+        let interval = self.load.map_or(SUSPECT_AFTER, |load| load.interval);
+        now.since(self.heard) > (interval * SUSPECT_AFTER_INTERVALS).max(SUSPECT_AFTER)
+    }
+
+    /// What a new request would find: the last report and what is known beyond it.
+    pub(crate) fn queueing(&self) -> Queueing {
+        let seq = self.load.map_or(0, |load| load.seq);
+        let reported = self
+            .load
+            .map_or(0, |load| i64::from(load.running) + i64::from(load.queued));
+        let beyond: i64 = self
+            .bookings
+            .values()
+            .map(|booking| booking.beyond(seq))
+            .sum();
+        Queueing {
+            present: u32::try_from((reported + beyond).max(0)).unwrap_or(u32::MAX),
+            slots: self.load.map_or(self.known.spec.slots, |load| load.slots),
+            service: self.load.map_or(Duration::ZERO, |load| load.service),
+        }
+    }
+
+    /// Whether slots and queue are taken, as far as is known.
+    pub(crate) fn full(&self) -> bool {
+        let queue_limit = self.load.map_or(0, |load| load.queue_limit);
+        let queueing = self.queueing();
+        queueing.present >= queueing.slots.saturating_add(queue_limit)
+    }
+
+    fn settle(&mut self) {
+        let seq = self.load.map_or(0, |load| load.seq);
+        self.bookings
+            .retain(|_, booking| booking.released.is_none_or(|released| released > seq));
+    }
+}
+
+/// All workers, as seen from one balancer. Bounded by the workers in the facts and the requests
+/// that the balancer has in flight.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    workers: BTreeMap<WorkerId, Worker>,
+    next_booking: u64,
+}
+
+impl View {
+    /// Takes new facts over. Workers that are gone from them are forgotten, bookings included.
+    pub fn set_known(&mut self, known: impl IntoIterator<Item = Known>) {
+        let mut present = BTreeSet::new();
+        for known in known {
+            let id = known.incarnation.worker;
+            present.insert(id);
+            match self.workers.get_mut(&id) {
+                Some(worker) => worker.known = known,
+                None => {
+                    let worker = Worker {
+                        known,
+                        connected: None,
+                        heard: Now::default(),
+                        load: None,
+                        bookings: BTreeMap::new(),
+                    };
+                    self.workers.insert(id, worker);
+                }
+            }
+        }
+        self.workers.retain(|id, _| present.contains(id));
+    }
+
+    /// A link to this start of a worker stands. What was known of an earlier start is void.
+    ///
+    /// Returns whether it may serve: it is not older than what is known.
+    pub fn connected(&mut self, now: Now, incarnation: Incarnation) -> bool {
+        let Some(worker) = self.workers.get_mut(&incarnation.worker) else {
+            return false;
+        };
+        if incarnation < worker.known.incarnation
+            || worker
+                .connected
+                .is_some_and(|connected| connected > incarnation)
+        {
+            return false;
+        }
+        if worker.connected != Some(incarnation) {
+            worker.load = None;
+            worker.bookings.clear();
+        }
+        worker.connected = Some(incarnation);
+        worker.heard = now;
+        true
+    }
+
+    /// The link to this start is gone. Bookings on it are released by their own guards.
+    pub fn disconnected(&mut self, incarnation: Incarnation) {
+        if let Some(worker) = self.workers.get_mut(&incarnation.worker)
+            && worker.connected == Some(incarnation)
+        {
+            worker.connected = None;
+            worker.load = None;
+        }
+    }
+
+    /// Takes a report over if it is newer than the one held. Returns whether it is.
+    pub fn report(&mut self, now: Now, load: Load) -> bool {
+        let Some(worker) = self.workers.get_mut(&load.incarnation.worker) else {
+            return false;
+        };
+        if worker.connected != Some(load.incarnation) {
+            return false;
+        }
+        worker.heard = now;
+        if worker.load.is_some_and(|held| held.seq >= load.seq) {
+            return false;
+        }
+        worker.load = Some(load);
+        worker.settle();
+        true
+    }
+
+    /// Workers from which nothing was heard for so long that a probe is due.
+    pub fn suspects(&self, now: Now) -> impl Iterator<Item = Incarnation> {
+        let suspects = self
+            .workers
+            .values()
+            .filter(move |worker| worker.suspect(now));
+        suspects.filter_map(|worker| worker.connected)
+    }
+
+    /// Books one request on the connected start of a worker, before it is dispatched.
+    pub fn book(&mut self, worker: WorkerId) -> BookingId {
+        self.next_booking += 1;
+        let number = self.next_booking;
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.bookings.insert(number, Booking::default());
+        }
+        BookingId { worker, number }
+    }
+
+    /// The agent took it; reports from `report_seq` on contain it.
+    pub fn accepted(&mut self, id: BookingId, report_seq: u64) {
+        if let Some(booking) = self.booking(id) {
+            booking.accepted = Some(report_seq);
+        }
+    }
+
+    /// It is over. With the trailer's `report_seq` it is taken off until a report says so; without
+    /// (refused, or the link is gone) it vanishes at once.
+    pub fn released(&mut self, id: BookingId, report_seq: Option<u64>) {
+        let Some(worker) = self.workers.get_mut(&id.worker) else {
+            return;
+        };
+        match (worker.bookings.get_mut(&id.number), report_seq) {
+            (Some(booking), Some(seq)) if booking.accepted.is_some() => {
+                booking.released = Some(seq);
+                worker.settle();
+            }
+            _ => {
+                worker.bookings.remove(&id.number);
+            }
+        }
+    }
+
+    fn booking(&mut self, id: BookingId) -> Option<&mut Booking> {
+        self.workers
+            .get_mut(&id.worker)?
+            .bookings
+            .get_mut(&id.number)
+    }
+
+    /// Bookings that are not released, of one worker or of all.
+    #[must_use]
+    pub fn open_bookings(&self, worker: Option<WorkerId>) -> usize {
+        self.workers
+            .iter()
+            .filter(|(id, _)| worker.is_none_or(|wanted| wanted == **id))
+            .flat_map(|(_, worker)| worker.bookings.values())
+            .filter(|booking| booking.released.is_none())
+            .count()
+    }
+
+    /// Every model that a worker in the facts serves, with the first pool by name that has it.
+    #[must_use]
+    pub fn models(&self) -> BTreeMap<&str, &str> {
+        let mut models = BTreeMap::<&str, &str>::new();
+        for worker in self.workers.values() {
+            let pool = worker.known.spec.pool.as_str();
+            for model in worker
+                .known
+                .spec
+                .models
+                .iter()
+                .chain(&worker.known.spec.adapters)
+            {
+                let first = models.entry(model).or_insert(pool);
+                *first = pool.min(*first);
+            }
+        }
+        models
+    }
+
+    /// What the facts say of each worker, and its start that is connected.
+    pub fn iter(&self) -> impl Iterator<Item = (&Known, Option<Incarnation>, Option<&Load>)> {
+        self.workers
+            .values()
+            .map(|worker| (&worker.known, worker.connected, worker.load.as_ref()))
+    }
+
+    pub(crate) fn workers(&self) -> impl Iterator<Item = (WorkerId, &Worker)> {
+        self.workers.iter().map(|(id, worker)| (*id, worker))
+    }
+}

@@ -1,0 +1,269 @@
+//! What a balancer believes and whom it picks, as claims.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of a test fail as its assertions do
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use forebay_proto::fleet::WorkerSpec;
+use forebay_proto::wire::fleet::Desired;
+use forebay_proto::{Incarnation, Now, Revision, WorkerId};
+use forebay_scheduler::{Acceptance, Known, Load, NoChoice, View};
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+const INTERVAL: Duration = Duration::from_millis(100);
+
+fn at(ms: u64) -> Now {
+    Now::at(Duration::from_millis(1_000 + ms))
+}
+
+fn incarnation(worker: u32, start: u32) -> Incarnation {
+    Incarnation {
+        worker: WorkerId(worker),
+        grant: 10,
+        start,
+    }
+}
+
+fn known(worker: u32, model: &str, slots: u32) -> Known {
+    let spec = WorkerSpec {
+        pool: "default".into(),
+        advertise: "127.0.0.1:7420".into(),
+        engine: "openai".into(),
+        models: vec![model.into()],
+        revision: String::new(),
+        gpu_type: String::new(),
+        gpu_count: 0,
+        kv_tokens: 0,
+        max_context_tokens: 0,
+        adapters: vec![],
+        zone: String::new(),
+        labels: BTreeMap::new(),
+        slots,
+    };
+    let name = format!("w{worker}");
+    Known {
+        name,
+        incarnation: incarnation(worker, 1),
+        spec,
+        desired: Desired::Ready,
+        departed: false,
+    }
+}
+
+fn load(worker: u32, seq: u64, running: u32, queued: u32, slots: u32) -> Load {
+    Load {
+        incarnation: incarnation(worker, 1),
+        seq,
+        acceptance: Acceptance::Open,
+        running,
+        queued,
+        slots,
+        queue_limit: 4,
+        service: Duration::from_millis(400),
+        facts_revision: Revision(1),
+        interval: INTERVAL,
+    }
+}
+
+/// Workers named by their number: `"running+queued/slots"`, `-` cut off, with a mark in front:
+/// `c` cordoned by facts, `x` closed by its own word, `s` silent for long, `d` departed.
+fn world(workers: &[&str]) -> View {
+    let mut view = View::default();
+    let parsed: Vec<_> = workers
+        .iter()
+        .map(|text| {
+            let (mark, rest) = text.split_at(
+                text.find(|c: char| c.is_ascii_digit())
+                    .unwrap_or(text.len()),
+            );
+            let numbers: Vec<u32> = rest
+                .split(['+', '/'])
+                .filter_map(|n| n.parse().ok())
+                .collect();
+            (mark.to_owned(), numbers)
+        })
+        .collect();
+    view.set_known(parsed.iter().enumerate().map(|(i, (mark, _))| {
+        let mut known = known(u32::try_from(i).unwrap(), "m", 4);
+        if mark == "c" {
+            known.desired = Desired::Cordoned;
+        }
+        known.departed = mark == "d";
+        known
+    }));
+    for (i, (mark, numbers)) in parsed.iter().enumerate() {
+        let id = u32::try_from(i).unwrap();
+        if mark == "-" {
+            continue;
+        }
+        let heard = if mark == "s" { Now::default() } else { at(0) };
+        assert!(view.connected(heard, incarnation(id, 1)));
+        if let [running, queued, slots] = numbers[..] {
+            let mut load = load(id, 1, running, queued, slots);
+            if mark == "x" {
+                load.acceptance = Acceptance::EngineDown;
+            }
+            assert!(view.report(heard, load));
+        }
+    }
+    view
+}
+
+fn picks(view: &View, now: Now) -> Result<u32, NoChoice> {
+    view.pick(now, "m", &[], &mut StdRng::seed_from_u64(1))
+        .map(|choice| choice.incarnation.worker.0)
+}
+
+fn check(workers: &[&str], expected: Result<u32, NoChoice>) {
+    assert_eq!(picks(&world(workers), at(1)), expected, "{workers:?}");
+}
+
+#[test]
+fn the_shortest_predicted_wait_wins() {
+    check(&["4+2/4", "4+0/4"], Ok(1));
+    check(&["4+0/4", "3+0/4"], Ok(1));
+    check(&["8+0/8", "2+0/2"], Ok(0));
+}
+
+#[test]
+fn with_free_slots_on_both_the_emptier_one_wins() {
+    check(&["3+0/4", "3+0/16"], Ok(1));
+}
+
+#[test]
+fn who_may_not_serve_is_never_picked() {
+    check(&["c0+0/4", "4+3/4"], Ok(1));
+    check(&["x0+0/4", "4+3/4"], Ok(1));
+    check(&["d0+0/4", "4+3/4"], Ok(1));
+    check(&["-", "4+3/4"], Ok(1));
+    check(&["s0+0/4", "4+3/4"], Ok(1));
+}
+
+#[test]
+fn why_there_is_no_choice_is_said() {
+    check(&["4+4/4", "4+4/4"], Err(NoChoice::Busy));
+    check(&["-", "c0+0/4"], Err(NoChoice::NoCapacity));
+    let view = world(&["0+0/4"]);
+    let none = view.pick(at(1), "other", &[], &mut StdRng::seed_from_u64(1));
+    assert_eq!(none, Err(NoChoice::UnknownModel));
+    let tried = view.pick(at(1), "m", &[WorkerId(0)], &mut StdRng::seed_from_u64(1));
+    assert_eq!(tried, Err(NoChoice::NoCapacity));
+}
+
+#[test]
+fn a_pool_is_never_stopped_by_silence_alone() {
+    check(&["s0+0/4"], Ok(0));
+}
+
+#[test]
+fn equal_workers_share_evenly() {
+    let view = world(&["0+0/4"; 4]);
+    let mut rng = StdRng::seed_from_u64(7);
+    let mut counts = [0; 4];
+    for _ in 0..4_000 {
+        counts[view
+            .pick(at(1), "m", &[], &mut rng)
+            .unwrap()
+            .incarnation
+            .worker
+            .0 as usize] += 1;
+    }
+    assert!(
+        counts.iter().all(|count| (850..1_150).contains(count)),
+        "{counts:?}"
+    );
+}
+
+#[test]
+fn a_booking_counts_at_once_and_never_twice() {
+    let mut view = world(&["0+0/1", "0+0/1"]);
+    let first = picks(&view, at(1)).unwrap();
+    let booking = view.book(WorkerId(first));
+    assert_ne!(picks(&view, at(1)).unwrap(), first);
+
+    view.accepted(booking, 2);
+    view.report(at(2), load(first, 2, 1, 0, 1));
+    assert_ne!(
+        picks(&view, at(2)).unwrap(),
+        first,
+        "the report contains it"
+    );
+
+    view.released(booking, Some(3));
+    assert_eq!(view.open_bookings(None), 0);
+    let mut free = vec![picks(&view, at(2)).unwrap()];
+    free.extend((0..20).map(|seed| {
+        let choice = view
+            .pick(at(2), "m", &[], &mut StdRng::seed_from_u64(seed))
+            .unwrap();
+        choice.incarnation.worker.0
+    }));
+    assert!(
+        free.contains(&first),
+        "the release counts before a report says so"
+    );
+    view.report(at(3), load(first, 3, 0, 0, 1));
+    assert_eq!(view.open_bookings(None), 0);
+}
+
+#[test]
+fn a_later_start_voids_what_was_known_of_an_earlier_one() {
+    let mut view = world(&["4+4/4"]);
+    assert!(view.connected(at(1), incarnation(0, 2)));
+    assert!(
+        !view.connected(at(1), incarnation(0, 1)),
+        "the dead do not come back"
+    );
+    assert!(!view.report(at(1), load(0, 9, 0, 0, 4)), "nor report");
+    assert_eq!(picks(&view, at(2)), Ok(0));
+}
+
+#[test]
+fn an_old_report_never_replaces_a_newer_one() {
+    let mut view = world(&["0+0/4"]);
+    assert!(view.report(at(1), load(0, 5, 4, 4, 4)));
+    assert!(!view.report(at(2), load(0, 4, 0, 0, 4)));
+    assert_eq!(picks(&view, at(2)), Err(NoChoice::Busy));
+}
+
+proptest! {
+    /// An agent that counts truly, reports that are lost, late and repeated: at the end of every
+    /// run the view agrees with the agent and nothing stays booked.
+    #[test]
+    fn after_any_history_the_view_agrees_with_the_agent(steps in proptest::collection::vec((0..5u8, any::<prop::sample::Index>()), 0..200)) {
+        let mut view = world(&["0+0/64"]);
+        let (mut seq, mut running, mut open, mut mail) = (1u64, 0u32, Vec::new(), Vec::new());
+        for (step, which) in steps {
+            match step {
+                0 => {
+                    let booking = view.book(WorkerId(0));
+                    running += 1;
+                    seq += 1;
+                    view.accepted(booking, seq);
+                    open.push(booking);
+                }
+                1 => {
+                    let refused = view.book(WorkerId(0));
+                    view.released(refused, None);
+                }
+                2 if !open.is_empty() => {
+                    let booking = open.swap_remove(which.index(open.len()));
+                    running -= 1;
+                    seq += 1;
+                    view.released(booking, Some(seq));
+                }
+                3 => mail.push(load(0, seq, running, 0, 64)),
+                4 if !mail.is_empty() => {
+                    view.report(at(1), mail[which.index(mail.len())]);
+                }
+                _ => {}
+            }
+            prop_assert_eq!(view.open_bookings(None), open.len());
+            let wait = view.pick(at(1), "m", &[], &mut StdRng::seed_from_u64(1)).map(|c| c.rank.occupancy);
+            prop_assert_eq!(wait, Ok((running + 1) * 1_000 / 64));
+        }
+    }
+}
