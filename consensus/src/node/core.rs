@@ -9,10 +9,12 @@ use raft::{RawNode, Ready, SnapshotStatus, StateRole};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
+use super::error::{NodeError, ProposeRefused};
 use super::log::Log;
 use super::logger::logger;
+use super::status::{Role, SnapshotReport, Status};
 use super::step::{Outcome, ReadReady, Step, Write};
-use super::types::{Entry, HardState, Members, Restored, RestoredError, Snapshot};
+use super::types::{Entry, HardState, Members, Restored, Snapshot};
 use super::validate::{self, Rejected};
 
 /// How often [`Node::tick`] is to be called.
@@ -39,92 +41,6 @@ pub struct Config {
     /// Seeds elections and marks this start's reads. A process gives a fresh random number, a
     /// simulation a chosen one.
     pub seed: u64,
-}
-
-/// Why a node cannot start from what its disk remembered.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NodeError {
-    /// The log and the snapshot do not fit each other.
-    #[error("{0}; do not start this node again with this disk: remove it and join a new one")]
-    Restored(#[from] RestoredError),
-    /// The group of the snapshot does not have this node.
-    #[error("{id} is not among the members {members:?} of its own snapshot")]
-    NotAMember {
-        /// This node.
-        id: NodeId,
-        /// The members.
-        members: Members,
-    },
-    /// raft-rs refused the configuration.
-    #[error("raft refused to start: {0}")]
-    Raft(String),
-}
-
-/// Why a proposal was not taken. Nothing of it is in the log.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ProposeRefused {
-    /// Another node leads, or nobody is known to.
-    #[error("not the leader")]
-    NotLeader {
-        /// Who leads, as far as known.
-        leader: Option<NodeId>,
-    },
-    /// Too much is uncommitted, or the leadership is being handed over: try again shortly.
-    #[error("too much is waiting to be committed: try again")]
-    Overloaded,
-    /// An empty command cannot be told from a leader's no-op.
-    #[error("the command is empty")]
-    Empty,
-    /// Larger than [`MAX_COMMAND_BYTES`].
-    #[error("the command has {0} bytes, at most {max}", max = MAX_COMMAND_BYTES)]
-    TooLarge(usize),
-    /// An earlier write failed.
-    #[error("the node stopped after a failed write; restart the process")]
-    Stopped,
-}
-
-/// How a snapshot that was sent to a peer fared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SnapshotReport {
-    /// The peer has it all.
-    Delivered,
-    /// It did not arrive whole.
-    Failed,
-}
-
-/// What a member is at the moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Follows a leader, or waits for one.
-    #[default]
-    Follower,
-    /// Asks whether an election could be won.
-    PreCandidate,
-    /// Stands for election.
-    Candidate,
-    /// Leads its term.
-    Leader,
-}
-
-/// What a node knows of itself and its group.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Status {
-    /// What this node is.
-    pub role: Role,
-    /// The newest term it has seen.
-    pub term: u64,
-    /// Who leads, itself included, as far as known.
-    pub leader: Option<NodeId>,
-    /// The newest index known to be committed.
-    pub commit: u64,
-    /// The newest index given out for applying.
-    pub applied: u64,
-    /// Where the log ends.
-    pub last_index: u64,
-    /// Ticks since the leader was heard; zero on the leader itself.
-    pub leader_heard_ticks: u32,
-    /// On the leader: what each other member has acknowledged, ascending by id.
-    pub peers: Vec<(NodeId, u64)>,
 }
 
 /// One member of the group. See the module's page.

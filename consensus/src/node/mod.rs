@@ -17,8 +17,10 @@
 //! every node of a new cluster shares ([`Snapshot::bootstrap`]).
 
 mod core;
+mod error;
 mod log;
 mod logger;
+mod status;
 mod step;
 mod types;
 mod validate;
@@ -30,9 +32,10 @@ mod hostile;
 mod world;
 
 pub use self::core::{
-    Config, HEARTBEAT_TICKS, MAX_COMMAND_BYTES, MAX_ELECTION_TICKS, MIN_ELECTION_TICKS, Node,
-    NodeError, ProposeRefused, Role, SnapshotReport, Status, TICK,
+    Config, HEARTBEAT_TICKS, MAX_COMMAND_BYTES, MAX_ELECTION_TICKS, MIN_ELECTION_TICKS, Node, TICK,
 };
+pub use self::error::{NodeError, ProposeRefused};
+pub use self::status::{Role, SnapshotReport, Status};
 pub use self::step::{Outcome, ReadReady, Step, Write};
 pub use self::types::{Entry, HardState, Members, MembersError, Restored, RestoredError, Snapshot};
 pub use self::validate::{MAX_SNAPSHOT_BYTES, Rejected};

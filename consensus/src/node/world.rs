@@ -2,7 +2,7 @@
 //! synced. Everything comes from one seed; a failure names it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::hash::{DefaultHasher, Hash as _};
 
 use bytes::Bytes;
 use forebay_proto::NodeId;
@@ -11,6 +11,10 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
 use super::*;
+use disk::{Disk, DiskFault};
+
+mod disk;
+mod tests;
 
 const TICK_MS: u64 = 50;
 
@@ -22,7 +26,9 @@ struct Faults {
     max_delay_ms: u64,
     /// Mean time between crashes of any node, and between changes of the partition.
     crash_every_ms: u64,
+    max_down_ms: u64,
     split_every_ms: u64,
+    disk: DiskFault,
 }
 
 const CALM: Faults = Faults {
@@ -30,75 +36,19 @@ const CALM: Faults = Faults {
     doubled: 0.0,
     max_delay_ms: 1,
     crash_every_ms: 0,
+    max_down_ms: 3_000,
     split_every_ms: 0,
+    disk: DiskFault::Honest,
 };
 const STORM: Faults = Faults {
     lost: 0.05,
     doubled: 0.05,
     max_delay_ms: 40,
     crash_every_ms: 1_500,
+    max_down_ms: 3_000,
     split_every_ms: 2_000,
+    disk: DiskFault::Honest,
 };
-
-/// What a disk holds for certain, and what it may forget at a crash.
-#[derive(Clone)]
-struct Disk {
-    durable: Restored,
-    lazy: Option<HardState>,
-}
-
-impl Disk {
-    fn new(members: &Members) -> Self {
-        let snapshot = Snapshot::bootstrap(members.clone(), Bytes::from_static(b"1"));
-        let hard_state = HardState {
-            term: 1,
-            vote: 0,
-            commit: 1,
-        };
-        Self {
-            durable: Restored {
-                hard_state,
-                snapshot,
-                entries: Vec::new(),
-            },
-            lazy: None,
-        }
-    }
-
-    /// Writes the first `parts` of what is to be written: snapshot, each entry, hard state.
-    fn write(&mut self, write: &Write, parts: usize) {
-        let mut left = parts;
-        let mut take = || {
-            let some = left > 0;
-            left = left.saturating_sub(1);
-            some
-        };
-        if let Some(state) = self.lazy.take() {
-            self.durable.hard_state = state;
-        }
-        if let Some(snapshot) = &write.snapshot
-            && take()
-        {
-            self.durable.snapshot = snapshot.clone();
-            self.durable.entries.clear();
-        }
-        for entry in &write.entries {
-            if take() {
-                self.durable.entries.retain(|held| held.index < entry.index);
-                self.durable.entries.push(entry.clone());
-            }
-        }
-        if let Some(state) = write.hard_state
-            && take()
-        {
-            if write.must_sync {
-                self.durable.hard_state = state;
-            } else {
-                self.lazy = Some(state);
-            }
-        }
-    }
-}
 
 struct Host {
     disk: Disk,
@@ -236,7 +186,7 @@ impl World {
         } = self.faults;
         if crash_every_ms > 0 && self.rng.random_ratio(1, crash_every_ms as u32) {
             let id = self.rng.random_range(1..=self.hosts.len() as u64);
-            let down_ms = self.rng.random_range(10..3_000);
+            let down_ms = self.rng.random_range(10..self.faults.max_down_ms);
             self.crash(id, down_ms);
         }
         if split_every_ms > 0 && self.rng.random_ratio(1, split_every_ms as u32) {
@@ -252,7 +202,7 @@ impl World {
         let now = self.now;
         let host = self.hosts.get_mut(&id).unwrap();
         host.node = None;
-        host.disk.lazy = None;
+        host.disk.crash(self.faults.disk);
         host.back_at = now + down_ms;
     }
 
@@ -301,9 +251,9 @@ impl World {
             let Some(mut step) = node.ready() else { break };
             let now = step.take_send_now();
             let entries = step.write().entries.clone();
-            let disk = &mut host.disk;
+            let (disk, fault) = (&mut host.disk, self.faults.disk);
             let done = step.persist(|write| {
-                disk.write(write, if torn { cut } else { usize::MAX });
+                disk.write(write, if torn { cut } else { usize::MAX }, fault);
                 if torn { Err(()) } else { Ok(()) }
             });
             self.check_logs(id, &entries);
@@ -461,96 +411,4 @@ impl World {
             .retain(|entry| entry.index + 5 > snapshot.index);
         node.compact(snapshot, 5);
     }
-}
-
-#[test]
-fn storms_never_lose_what_was_committed_and_the_calm_after_them_settles() {
-    let (mut installed, mut reads, mut elections) = (0, 0, 0);
-    for seed in 0..60 {
-        let mut world = World::new(seed, 3 + 2 * (seed % 2), STORM);
-        world.run(12_000);
-        world.faults = CALM;
-        world.apart.clear();
-        world.run(6_000);
-        let before = world.committed.len();
-        world.run(1_000);
-        assert!(
-            world.committed.len() > before + 4,
-            "seed {seed}: the calm serves"
-        );
-        let newest = *world.committed.last_key_value().unwrap().0;
-        for (id, host) in &world.hosts {
-            assert!(
-                host.applied + 20 > newest,
-                "seed {seed}: node {id} at {} of {newest}",
-                host.applied
-            );
-        }
-        installed += world.snapshots_installed;
-        reads += world.reads_done;
-        elections += world.elected_at.len();
-    }
-    assert!(
-        installed > 10 && reads > 1_000 && elections > 48,
-        "{installed} {reads} {elections}"
-    );
-}
-
-#[test]
-fn equal_seeds_and_inputs_give_equal_outputs() {
-    let trace = |seed| {
-        let mut world = World::new(seed, 3, STORM);
-        world.run(10_000);
-        (world.trace.finish(), world.sent)
-    };
-    for seed in 100..104 {
-        assert_eq!(trace(seed), trace(seed));
-    }
-    assert_ne!(trace(100), trace(101));
-}
-
-#[test]
-fn a_dead_leader_is_followed_within_half_a_second_to_one_and_a_half() {
-    let mut took = Vec::new();
-    for seed in 0..40 {
-        let mut world = World::new(1_000 + seed, 3, CALM);
-        world.run(4_000);
-        let leader = world.leader().unwrap();
-        let died = world.now;
-        world.crash(leader, 60_000);
-        while world.leader().is_none() {
-            world.run(1);
-            assert!(world.now < died + 5_000, "seed {seed}: no leader after 5 s");
-        }
-        took.push(world.now - died);
-    }
-    took.sort_unstable();
-    let (least, median, most) = (took[0], took[20], took[39]);
-    assert!(
-        least >= 350 && median < 1_000 && most < 1_500,
-        "{least} {median} {most}"
-    );
-}
-
-#[test]
-fn a_group_of_one_elects_itself_at_once() {
-    let mut world = World::new(7, 1, CALM);
-    world.run(1);
-    world.node(1).unwrap().campaign();
-    world.perform(1);
-    assert_eq!(world.node(1).unwrap().role(), Role::Leader);
-    world.run(100);
-    assert!(world.committed.len() > 2 && world.reads_done > 2);
-}
-
-#[test]
-fn leadership_is_handed_over_without_an_election_timeout() {
-    let mut world = World::new(8, 3, CALM);
-    world.run(4_000);
-    let leader = world.leader().unwrap();
-    let heir = 1 + leader % 3;
-    world.node(leader).unwrap().transfer(NodeId(heir)).unwrap();
-    world.perform(leader);
-    world.run(40);
-    assert_eq!(world.leader(), Some(heir));
 }

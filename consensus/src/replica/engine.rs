@@ -73,6 +73,7 @@ pub(crate) fn start<M: Machine>(
         warned_at: None,
     };
     engine.publish_status();
+    let last_status = engine.status.clone();
     let thread = std::thread::Builder::new().name(format!("replica-{}", id.0));
     let run = move || {
         // The engine, and with it the lock on the disk, is gone before anyone is told.
@@ -82,6 +83,10 @@ pub(crate) fn start<M: Machine>(
             Ok(Err(reason)) => reason,
             Err(panic) => StopReason::Panicked(panic_text(&*panic)),
         };
+        last_status.send_modify(|status| {
+            status.role = Role::Follower;
+            status.leader = None;
+        });
         stopped.send_replace(Some(Arc::new(reason)));
     };
     thread.spawn(run).map_err(StartError::Thread)?;
@@ -133,10 +138,11 @@ impl<M: Machine> Engine<M> {
             }
             next_tick = self.tick_until(Instant::now(), next_tick);
             self.propose_batch();
-            if let Some(ctx) = self.reads.question(Instant::now()) {
-                self.node.read_index(ctx);
-            }
             self.drive()?;
+            while let Some(ctx) = self.reads.question(Instant::now()) {
+                self.node.read_index(ctx);
+                self.drive()?;
+            }
             self.fail_lost_proposals();
             self.snapshot_when_due()?;
             self.publish_status();

@@ -93,9 +93,8 @@ pub enum TransferError {
     Stopped,
 }
 
-/// What goes to the replica's thread. Made by [`ReplicaHandle`].
-#[derive(Debug)]
-pub enum Input<O> {
+/// What goes to the replica's thread. Without `Debug`: it holds commands.
+pub(crate) enum Input<O> {
     /// A peer's message.
     Step {
         /// Whose connection it came on.

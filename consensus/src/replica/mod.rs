@@ -28,7 +28,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_proto::NodeId;
 
-pub use handle::{Input, ProposeError, ReadError, ReplicaHandle, Status, TransferError};
+pub use handle::{ProposeError, ReadError, ReplicaHandle, Status, TransferError};
 
 use crate::node::{Message, NodeError, Restored};
 use crate::store::{Store, StoreError};

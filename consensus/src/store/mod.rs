@@ -21,6 +21,8 @@ mod snapshot;
 mod wal;
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};
@@ -109,6 +111,9 @@ impl Store {
             }));
         };
         identity::check_own(&dir, &cluster, store_id)?;
+        if identity::is_bootstrapping(&dir) {
+            identity::end_bootstrap(&dir)?;
+        }
         let snapshot = snapshot::newest(&dir)?
             .ok_or_else(|| StoreError::SnapshotMissing { dir: dir.clone() })?;
         let (mut wal, replayed) = Wal::open(&dir, options.segment_bytes, options.fault.clone())?;
