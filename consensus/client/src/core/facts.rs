@@ -1,0 +1,219 @@
+//! The facts as their consumers hold them: decoded once, kept up to date by deltas.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forebay_proto::config::{Config, ConfigError};
+use forebay_proto::fleet::{Member, SpecError, WorkerSpec};
+use forebay_proto::ids::IdError;
+use forebay_proto::wire::fleet as wire;
+use forebay_proto::{ClusterId, Incarnation, Millis, Revision, WorkerId};
+use wire::change::Change;
+use wire::{Desired, Observed};
+
+/// Everything that a consumer knows of the fleet, as of one revision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Which cluster says so.
+    pub cluster_id: ClusterId,
+    /// As of when.
+    pub revision: Revision,
+    /// The newest time that the cell agreed on.
+    pub cell_time: Millis,
+    /// Workers by name.
+    pub workers: BTreeMap<String, Arc<WorkerFact>>,
+    /// Nodes of the control plane.
+    pub members: Vec<Member>,
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// The configuration as it is stored.
+    pub config_bytes: Bytes,
+    /// When the configuration was applied; zero for the built-in one.
+    pub config_revision: Revision,
+    /// Pools in which too many leases ran out at once to believe it.
+    pub correlated_expiry: BTreeSet<String>,
+}
+
+/// One worker, as agreed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerFact {
+    /// Its id.
+    pub id: WorkerId,
+    /// Its name.
+    pub name: String,
+    /// The start that may serve.
+    pub incarnation: Incarnation,
+    /// What it is.
+    pub spec: WorkerSpec,
+    /// What it is, as it is stored.
+    pub spec_bytes: Bytes,
+    /// What operators want of it; unspecified for what this version does not know.
+    pub desired: Desired,
+    /// What its agent says of itself; unspecified for what this version does not know.
+    pub observed: Observed,
+    /// Its lease ran out and it has not been heard since.
+    pub lost: bool,
+    /// Its agent said goodbye: the incarnation is dead.
+    pub departed: bool,
+    /// When `desired` last changed.
+    pub desired_revision: Revision,
+    /// The newest `desired_revision` that its agent has applied.
+    pub acknowledged_revision: Revision,
+    /// When anything of it last changed.
+    pub revision: Revision,
+}
+
+/// Why facts cannot be used. Their consumer keeps those it has.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FactsError {
+    /// An id or a name does not have its form.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// A worker's spec cannot be used.
+    #[error("worker {name}: {error}")]
+    Spec {
+        /// Whose.
+        name: String,
+        /// What is wrong.
+        error: SpecError,
+    },
+    /// The configuration cannot be used.
+    #[error("configuration: {0}")]
+    Config(#[from] ConfigError),
+    /// A change of a kind that this version does not know.
+    #[error("a change of a kind that this version does not know: update this process")]
+    UnknownChange,
+}
+
+impl WorkerFact {
+    /// Whether its desired state is in force: its agent has applied it.
+    #[must_use]
+    pub fn is_in_force(&self) -> bool {
+        self.acknowledged_revision >= self.desired_revision
+    }
+
+    /// Reads a worker as it stands on the wire.
+    ///
+    /// # Errors
+    ///
+    /// Returns what cannot be used of it.
+    pub fn from_wire(wire: wire::Worker) -> Result<Self, FactsError> {
+        let incarnation = Incarnation::from_wire(wire.incarnation.as_ref())?;
+        let spec = WorkerSpec::from_wire(&wire.spec).map_err(|error| FactsError::Spec {
+            name: wire.name.clone(),
+            error,
+        })?;
+        let (desired, observed) = (wire.desired(), wire.observed());
+        Ok(Self {
+            id: WorkerId(wire.id),
+            name: wire.name,
+            incarnation,
+            spec,
+            // A copy: a slice would keep the whole frame in memory.
+            spec_bytes: Bytes::copy_from_slice(&wire.spec),
+            desired,
+            observed,
+            lost: wire.lost,
+            departed: wire.departed,
+            desired_revision: Revision(wire.desired_revision),
+            acknowledged_revision: Revision(wire.acknowledged_revision),
+            revision: Revision(wire.revision),
+        })
+    }
+
+    fn to_wire(&self) -> wire::Worker {
+        wire::Worker {
+            id: self.id.0,
+            name: self.name.clone(),
+            incarnation: Some(self.incarnation.to_wire()),
+            spec: self.spec_bytes.clone(),
+            desired: self.desired.into(),
+            observed: self.observed.into(),
+            lost: self.lost,
+            departed: self.departed,
+            desired_revision: self.desired_revision.0,
+            acknowledged_revision: self.acknowledged_revision.0,
+            revision: self.revision.0,
+        }
+    }
+}
+
+impl Facts {
+    /// Reads a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// Returns what cannot be used of it.
+    pub fn from_wire(wire: wire::Facts) -> Result<Self, FactsError> {
+        let mut workers = BTreeMap::new();
+        for worker in wire.workers {
+            let worker = WorkerFact::from_wire(worker)?;
+            workers.insert(worker.name.clone(), Arc::new(worker));
+        }
+        let members = wire.members.iter().map(Member::from_wire);
+        Ok(Self {
+            cluster_id: ClusterId::from_wire(&wire.cluster_id)?,
+            revision: Revision(wire.revision),
+            cell_time: Millis(wire.cell_time_ms),
+            workers,
+            members: members.collect::<Result<_, _>>()?,
+            config: Arc::new(Config::from_wire(&wire.config)?),
+            config_bytes: Bytes::copy_from_slice(&wire.config),
+            config_revision: Revision(wire.config_revision),
+            correlated_expiry: wire.correlated_expiry.into_iter().collect(),
+        })
+    }
+
+    /// The facts for the wire and the disk.
+    #[must_use]
+    pub fn to_wire(&self) -> wire::Facts {
+        wire::Facts {
+            cluster_id: self.cluster_id.to_wire(),
+            revision: self.revision.0,
+            cell_time_ms: self.cell_time.0,
+            workers: self.workers.values().map(|w| w.to_wire()).collect(),
+            members: self.members.iter().map(Member::to_wire).collect(),
+            config: self.config_bytes.clone(),
+            config_revision: self.config_revision.0,
+            correlated_expiry: self.correlated_expiry.iter().cloned().collect(),
+        }
+    }
+
+    /// The facts after a delta; those before it stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// Returns what cannot be used of it.
+    pub fn after(&self, delta: wire::Delta) -> Result<Self, FactsError> {
+        let mut next = self.clone();
+        for change in delta.changes {
+            match change.change.ok_or(FactsError::UnknownChange)? {
+                Change::WorkerPut(worker) => {
+                    let worker = WorkerFact::from_wire(worker)?;
+                    next.workers.insert(worker.name.clone(), Arc::new(worker));
+                }
+                Change::WorkerRemoved(name) => {
+                    next.workers.remove(&name);
+                }
+                Change::Config(change) => {
+                    next.config = Arc::new(Config::from_wire(&change.config)?);
+                    next.config_bytes = Bytes::copy_from_slice(&change.config);
+                    next.config_revision = Revision(change.config_revision);
+                }
+                Change::CorrelatedExpiry(alarm) => {
+                    next.correlated_expiry = alarm.pools.into_iter().collect();
+                }
+            }
+        }
+        next.revision = Revision(delta.revision);
+        next.cell_time = next.cell_time.max(Millis(delta.cell_time_ms));
+        Ok(next)
+    }
+
+    /// The worker of this id.
+    #[must_use]
+    pub fn worker(&self, id: WorkerId) -> Option<&Arc<WorkerFact>> {
+        self.workers.values().find(|worker| worker.id == id)
+    }
+}

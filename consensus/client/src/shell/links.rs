@@ -1,0 +1,134 @@
+//! One connection a control node, dialled when it is needed and again when it is gone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_link::{Alpn, Endpoint, Expect, FrameReceiver, FrameSender, Link};
+use forebay_proto::Role;
+use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::wire::control as wire;
+use parking_lot::Mutex;
+
+use crate::core::error::NodeError;
+
+/// A handshake on a machine that has other things to do.
+const DIAL_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Connections by address. Bounded by the roster, which is.
+pub(crate) struct Links {
+    endpoint: Endpoint,
+    slots: Mutex<BTreeMap<String, Slot>>,
+}
+
+/// Held while dialling, so that one node is dialled once.
+type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
+
+impl Links {
+    pub(crate) fn new(endpoint: Endpoint) -> Self {
+        Self {
+            endpoint,
+            slots: Mutex::default(),
+        }
+    }
+
+    /// Asks one question and waits for its answer, at most `patience`.
+    pub(crate) async fn ask(
+        &self,
+        address: &str,
+        name: Option<&str>,
+        question: &wire::Request,
+        patience: Duration,
+    ) -> Result<wire::response::Response, NodeError> {
+        let exchange = self.exchange(address, name, question);
+        match tokio::time::timeout(patience, exchange).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                // Its process may be gone and another in its place: the next question dials anew.
+                self.forget(address);
+                Err(NodeError::Silent)
+            }
+        }
+    }
+
+    async fn exchange(
+        &self,
+        address: &str,
+        name: Option<&str>,
+        question: &wire::Request,
+    ) -> Result<wire::response::Response, NodeError> {
+        let (mut sender, mut receiver) = self.open(address, name, question).await?;
+        sender.finish();
+        let answer = receiver.recv().await.map_err(|error| unreachable(&error))?;
+        let answer = answer.ok_or_else(|| unintelligible("the stream ended without an answer"))?;
+        read(&answer)
+    }
+
+    /// Opens a stream with a question on it, dialling if there is no connection.
+    pub(crate) async fn open(
+        &self,
+        address: &str,
+        name: Option<&str>,
+        question: &wire::Request,
+    ) -> Result<(FrameSender, FrameReceiver), NodeError> {
+        let frame = Frame::message(Kind::Request, question);
+        let (mut sender, receiver) = {
+            let link = self.link(address, name).await?;
+            link.open().map_err(|error| unreachable(&error))?
+        };
+        sender
+            .send(&frame)
+            .await
+            .map_err(|error| unreachable(&error))?;
+        Ok((sender, receiver))
+    }
+
+    /// The connection to a node. What the facts call it, its certificate has to.
+    pub(crate) async fn link(&self, address: &str, name: Option<&str>) -> Result<Link, NodeError> {
+        let slot = self.slots.lock().entry(address.into()).or_default().clone();
+        let mut held = slot.lock().await;
+        if let Some(link) = held.as_ref().filter(|link| link.close_reason().is_none()) {
+            return Ok(link.clone());
+        }
+        let expect = name.map_or(Expect::role(Role::Control), |name| {
+            Expect::named(Role::Control, name)
+        });
+        let link = self
+            .endpoint
+            .connect(address, Alpn::Control, &expect, DIAL_PATIENCE)
+            .await
+            .map_err(|error| unreachable(&error))?;
+        *held = Some(link.clone());
+        Ok(link)
+    }
+
+    /// Drops the connection to a node, once nobody uses it.
+    pub(crate) fn forget(&self, address: &str) {
+        self.slots.lock().remove(address);
+    }
+}
+
+/// Reads an answer.
+pub(crate) fn read(frame: &Frame) -> Result<wire::response::Response, NodeError> {
+    if frame.kind != Kind::Response {
+        return Err(unintelligible("not a response"));
+    }
+    let response: wire::Response = frame
+        .decode()
+        .map_err(|error| unintelligible(&error.to_string()))?;
+    response
+        .response
+        .ok_or_else(|| unintelligible("a response of an unknown kind"))
+}
+
+fn unreachable(error: &dyn std::error::Error) -> NodeError {
+    NodeError::Unreachable {
+        problem: error.to_string(),
+    }
+}
+
+fn unintelligible(problem: &str) -> NodeError {
+    NodeError::Unintelligible {
+        problem: problem.into(),
+    }
+}

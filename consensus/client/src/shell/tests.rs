@@ -1,0 +1,1 @@
+//! The shell against small control nodes over the real link.
