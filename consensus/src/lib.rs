@@ -3,4 +3,5 @@
 pub mod fleet;
 pub mod node;
 pub mod replica;
+pub mod server;
 pub mod store;

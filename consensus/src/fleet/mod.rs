@@ -128,13 +128,17 @@ impl Fleet {
     /// Applies one committed entry, an encoded `Proposal`, alike on every replica.
     ///
     /// An entry that does not decode is refused as invalid; a repetition of a client's newest
-    /// command gets the original outcome and changes nothing.
+    /// command gets the original outcome and changes nothing. Sequence 0 is the leader's own: its
+    /// commands may be applied twice without harm, so they take no session.
     pub fn apply(&mut self, index: u64, entry: &Bytes) -> Applied {
         let proposal = match Proposal::decode(entry) {
             Ok(proposal) => proposal,
             Err(refusal) => return Applied::refused(&refusal),
         };
         self.cell_time = self.cell_time.max(proposal.at);
+        if proposal.sequence == 0 {
+            return self.apply_once(Revision(index), &proposal);
+        }
         match self
             .sessions
             .find(proposal.client, proposal.sequence, index)
@@ -168,8 +172,10 @@ impl Fleet {
             Err(refusal) => Applied::refused(&refusal),
         };
         let (client, sequence) = (proposal.client, proposal.sequence);
-        self.sessions
-            .record(client, sequence, at.0, applied.outcome.clone());
+        if sequence > 0 {
+            let outcome = applied.outcome.clone();
+            self.sessions.record(client, sequence, at.0, outcome);
+        }
         applied
     }
 

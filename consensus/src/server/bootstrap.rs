@@ -1,0 +1,123 @@
+//! How a node with an empty disk becomes one of the first members of a cluster.
+
+use std::sync::Arc;
+
+use forebay_proto::fleet::Member;
+use forebay_proto::ids::check_name;
+use forebay_proto::wire::control::{self, failure::Failure};
+use forebay_proto::{ClusterId, NodeId};
+
+use super::BOOTSTRAP_AFTER;
+use super::lifecycle::{Shared, run_member};
+use crate::fleet::Fleet;
+use crate::node::{Members, Snapshot};
+use crate::store::{ClusterFile, MemberRecord};
+
+fn bad(problem: impl Into<String>) -> Failure {
+    Failure::BadRequest(control::BadRequest {
+        problem: problem.into(),
+    })
+}
+
+/// Makes this node a member, or says why not. A repetition of the same request succeeds.
+pub(crate) async fn bootstrap(
+    shared: &Arc<Shared>,
+    request: &control::Bootstrap,
+) -> Result<control::Bootstrapped, Failure> {
+    let cluster_id = ClusterId::from_wire(&request.cluster_id).map_err(|e| bad(e.to_string()))?;
+    let members = members(request)?;
+    let own = members
+        .iter()
+        .find(|member| member.name == shared.name)
+        .ok_or_else(|| bad(format!("{} is not among the members", shared.name)))?
+        .id;
+    tokio::time::sleep(BOOTSTRAP_AFTER.saturating_sub(shared.started.elapsed())).await;
+    let mut waiting = shared.waiting.lock().await;
+    if let Some(running) = shared.running() {
+        return already(&running.cluster, cluster_id, &members);
+    }
+    let problem = shared.problem.lock().clone();
+    if !problem.is_empty() {
+        return Err(Failure::Uninitialised(control::Uninitialised { problem }));
+    }
+    if members
+        .iter()
+        .any(|member| member.id == own && member.store_id != shared.store_id)
+    {
+        return Err(bad(format!(
+            "{} was asked with another store id than {}: it restarted on another disk; run init again",
+            shared.name, shared.store_id
+        )));
+    }
+    let disk = waiting.take().ok_or_else(|| {
+        let reason = "the disk failed during an earlier init: see this node's log".to_owned();
+        Failure::Stopped(control::Stopped { reason })
+    })?;
+    let snapshot = first_snapshot(cluster_id, &members).map_err(|error| bad(error.to_string()))?;
+    let file = ClusterFile::new(cluster_id, own, shared.name.clone(), members);
+    let stopped = |error: String| {
+        shared.set_problem(&error);
+        Failure::Stopped(control::Stopped { reason: error })
+    };
+    let (store, restored) = disk
+        .bootstrap(file, &snapshot)
+        .map_err(|error| stopped(error.to_string()))?;
+    run_member(shared, store, restored).map_err(|error| stopped(error.to_string()))?;
+    Ok(control::Bootstrapped {
+        cluster_id: cluster_id.to_wire(),
+        node_id: own.0,
+    })
+}
+
+fn members(request: &control::Bootstrap) -> Result<Vec<MemberRecord>, Failure> {
+    let mut records = Vec::new();
+    for wire in request.members.iter().take(Members::MAX + 1) {
+        let member = Member::from_wire(wire).map_err(|error| bad(error.to_string()))?;
+        check_name("member", &member.name).map_err(|error| bad(error.to_string()))?;
+        forebay_proto::fleet::check_address(&member.address).map_err(bad)?;
+        let Member {
+            id,
+            name,
+            address,
+            store_id,
+        } = member;
+        records.push(MemberRecord {
+            id,
+            name,
+            address,
+            store_id,
+        });
+    }
+    Ok(records)
+}
+
+fn already(
+    cluster: &ClusterFile,
+    asked: ClusterId,
+    members: &[MemberRecord],
+) -> Result<control::Bootstrapped, Failure> {
+    let cluster_id = cluster.cluster_id.to_wire();
+    if cluster.cluster_id == asked && cluster.members == members {
+        return Ok(control::Bootstrapped {
+            cluster_id,
+            node_id: cluster.node_id.0,
+        });
+    }
+    Err(Failure::AlreadyInitialised(control::AlreadyInitialised {
+        cluster_id,
+    }))
+}
+
+/// What every first member starts from, alike to the byte.
+fn first_snapshot(
+    cluster_id: ClusterId,
+    members: &[MemberRecord],
+) -> Result<Snapshot, crate::node::MembersError> {
+    let voters: Vec<NodeId> = members.iter().map(|member| member.id).collect();
+    let facts = members.iter().map(super::lifecycle::member).collect();
+    let fleet = Fleet::bootstrap(cluster_id, facts);
+    Ok(Snapshot::bootstrap(
+        Members::new(voters, [])?,
+        fleet.snapshot().into(),
+    ))
+}

@@ -1,0 +1,241 @@
+//! What a node does while it leads: leases, cell time, and the stamp on every proposal.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use forebay_proto::wire::fleet as wire;
+use forebay_proto::{Incarnation, Millis, NodeId, Now};
+use parking_lot::Mutex;
+use prost::Message;
+use wire::command::Action;
+
+use super::publish::Publisher;
+use crate::fleet::Applied;
+use crate::fleet::lease::Leases;
+use crate::node::Role;
+use crate::replica::{ProposeError, ReplicaHandle};
+
+/// How long the leader waits for its own proposals.
+const OWN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Why a command of the leader's own came to nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeFailure {
+    /// Raft did not carry it.
+    #[error(transparent)]
+    Raft(#[from] ProposeError),
+}
+
+/// A node's side of leading. Cheap to clone; works only while the node leads.
+#[derive(Clone)]
+pub struct Leader(Arc<Inner>);
+
+struct Inner {
+    started: Instant,
+    replica: ReplicaHandle<Applied>,
+    published: Arc<Publisher>,
+    reign: Mutex<Reign>,
+}
+
+/// One term of leading.
+#[derive(Default)]
+struct Reign {
+    /// The term, while this node leads.
+    term: Option<u64>,
+    leases: Leases,
+    /// Cell time when the reign began, and when that was.
+    cell_time: Millis,
+    began: Now,
+}
+
+/// A proposal before the leader's stamp.
+pub(crate) struct Asked {
+    pub(crate) actor: wire::Actor,
+    pub(crate) client: Bytes,
+    pub(crate) sequence: u64,
+    pub(crate) command: Bytes,
+    pub(crate) reason: String,
+    /// The worker whose registration it asks for.
+    pub(crate) registers: Option<String>,
+}
+
+impl Leader {
+    pub(crate) fn new(
+        started: Instant,
+        replica: ReplicaHandle<Applied>,
+        published: Arc<Publisher>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            started,
+            replica,
+            published,
+            reign: Mutex::default(),
+        }))
+    }
+
+    /// The node's monotonic clock.
+    #[must_use]
+    pub fn now(&self) -> Now {
+        Now::at(self.0.started.elapsed())
+    }
+
+    /// Whether this node leads, as far as it knows.
+    #[must_use]
+    pub fn is_leader(&self) -> bool {
+        self.0.reign.lock().term.is_some()
+    }
+
+    /// The newest facts that this node has applied.
+    #[must_use]
+    pub fn facts(&self) -> Arc<wire::Facts> {
+        self.0.published.facts()
+    }
+
+    /// Looks at the leases. They mean nothing unless this node leads.
+    pub fn with_leases<T>(&self, look: impl FnOnce(&Leases, Now) -> T) -> T {
+        let now = self.now();
+        look(&self.0.reign.lock().leases, now)
+    }
+
+    /// Proposes a command of the control plane's own.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it was not carried. A refusal by the state machine is a result, not an error.
+    pub async fn propose(
+        &self,
+        action: Action,
+        reason: &str,
+    ) -> Result<wire::Outcome, ProposeFailure> {
+        let command = wire::Command {
+            action: Some(action),
+        };
+        let actor = wire::Actor {
+            identity: "control".into(),
+            address: String::new(),
+        };
+        let asked = Asked {
+            actor,
+            client: Bytes::from_static(&[0; 16]),
+            // The leader's own commands may be applied twice without harm.
+            sequence: 0,
+            command: command.encode_to_vec().into(),
+            reason: reason.into(),
+            registers: None,
+        };
+        let deadline = tokio::time::Instant::now() + OWN_DEADLINE;
+        Ok(self.propose_for(asked, deadline).await?)
+    }
+
+    /// Stamps and proposes what somebody asked.
+    pub(crate) async fn propose_for(
+        &self,
+        asked: Asked,
+        deadline: tokio::time::Instant,
+    ) -> Result<wire::Outcome, ProposeError> {
+        let entry = self.stamp(asked).ok_or_else(|| ProposeError::NotLeader {
+            leader: self.0.replica.status().borrow().leader,
+        })?;
+        let applied = self.0.replica.propose(entry, deadline).await?;
+        Ok(applied.output.outcome)
+    }
+
+    fn stamp(&self, asked: Asked) -> Option<Bytes> {
+        let now = self.now();
+        let reign = self.0.reign.lock();
+        reign.term?;
+        let evidence = wire::Evidence {
+            age_ms: 0,
+            renewed_ms_ago: asked
+                .registers
+                .and_then(|name| reign.leases.renewed_ago(now, &name))
+                .map(|ago| Millis::from_duration(ago).0),
+        };
+        let proposal = wire::Proposal {
+            at_ms: reign.cell_time.0 + Millis::from_duration(now.since(reign.began)).0,
+            actor: Some(asked.actor),
+            client: asked.client,
+            sequence: asked.sequence,
+            command: asked.command,
+            reason: asked.reason,
+            evidence: Some(evidence),
+        };
+        Some(proposal.encode_to_vec().into())
+    }
+
+    /// Takes a renewal, if this node leads.
+    pub(crate) fn renewed(
+        &self,
+        renew: impl FnOnce(&mut Leases, Now) -> Result<Duration, crate::fleet::lease::RenewError>,
+    ) -> Option<Result<Duration, crate::fleet::lease::RenewError>> {
+        let now = self.now();
+        let mut reign = self.0.reign.lock();
+        reign.term.map(|_| renew(&mut reign.leases, now))
+    }
+
+    /// Follows the replica: begins and ends reigns, and keeps the leases with the facts.
+    pub(crate) async fn follow(self) {
+        let mut status = self.0.replica.status();
+        let mut changes = self.0.published.changes();
+        loop {
+            let leads = {
+                let status = status.borrow_and_update();
+                (status.role == Role::Leader).then_some(status.term)
+            };
+            self.settle(leads);
+            tokio::select! {
+                changed = status.changed() => if changed.is_err() { return },
+                changed = changes.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    fn settle(&self, leads: Option<u64>) {
+        let now = self.now();
+        let facts = self.0.published.facts();
+        let mut reign = self.0.reign.lock();
+        if reign.term != leads {
+            reign.term = leads;
+            reign.leases.became_leader(now, alive(&facts));
+            reign.cell_time = Millis(facts.cell_time_ms);
+            reign.began = now;
+            if facts.cell_time_ms == 0 {
+                // A new cell's time begins at the wall clock, so that an audit reads as dates do;
+                // from then on only monotonic clocks move it.
+                reign.cell_time = wall_clock();
+            }
+        } else if leads.is_some() {
+            reign.leases.follow(now, alive(&facts));
+        }
+    }
+
+    /// Where the leader listens, as the facts say.
+    pub(crate) fn address_of(&self, node: NodeId) -> String {
+        let facts = self.0.published.facts();
+        let member = facts.members.iter().find(|member| member.id == node.0);
+        member
+            .map(|member| member.address.clone())
+            .unwrap_or_default()
+    }
+}
+
+/// Workers whose agents should be heard.
+fn alive(facts: &wire::Facts) -> impl Iterator<Item = (String, Incarnation)> {
+    facts
+        .workers
+        .iter()
+        .filter(|worker| !worker.departed)
+        .filter_map(|worker| {
+            let incarnation = Incarnation::from_wire(worker.incarnation.as_ref()).ok()?;
+            Some((worker.name.clone(), incarnation))
+        })
+}
+
+fn wall_clock() -> Millis {
+    Millis::from_duration(
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default(),
+    )
+}

@@ -1,0 +1,279 @@
+//! From an opened disk to a running member, and to its end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forebay_link::{Alpn, Code, Credentials, Endpoint, Link};
+use forebay_proto::fleet::Member;
+use forebay_proto::{Role, StoreId};
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, watch};
+
+use super::leader::Leader;
+use super::peers::{self, Peers};
+use super::publish::Publisher;
+use super::{Config, ServerError, rpc};
+use crate::fleet::{Applied, Fleet};
+use crate::node::Restored;
+use crate::replica::{self, ReplicaHandle, ReplicaOptions, StopReason};
+use crate::store::{ClusterFile, Opened, Store, StoreOptions, Uninitialised};
+
+/// RPCs under way on one node; more are refused as overloaded.
+const MAX_RPCS: usize = 4_096;
+
+/// A member: everything that exists once a disk belongs to a cluster.
+pub(crate) struct Running {
+    pub(crate) cluster: ClusterFile,
+    pub(crate) replica: ReplicaHandle<Applied>,
+    pub(crate) published: Arc<Publisher>,
+    pub(crate) leader: Leader,
+}
+
+/// What a node is in.
+#[derive(Clone)]
+pub(crate) enum Phase {
+    /// Waits for `forebay init`.
+    Uninitialised,
+    /// Takes part.
+    Running(Arc<Running>),
+    /// Has ended by itself, or is about to.
+    Stopped(Arc<StopReason>),
+}
+
+/// What every task of a node shares.
+pub(crate) struct Shared {
+    pub(crate) name: String,
+    pub(crate) store_id: StoreId,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) phase: watch::Sender<Phase>,
+    /// The disk of a node that is not a member yet.
+    pub(crate) waiting: tokio::sync::Mutex<Option<Uninitialised>>,
+    /// What keeps this node from taking part, for its operator.
+    pub(crate) problem: Mutex<String>,
+    pub(crate) rpcs: Semaphore,
+    pub(crate) started: Instant,
+    options: ReplicaOptions,
+}
+
+impl Shared {
+    pub(crate) fn running(&self) -> Option<Arc<Running>> {
+        match &*self.phase.borrow() {
+            Phase::Running(running) => Some(running.clone()),
+            Phase::Uninitialised | Phase::Stopped(_) => None,
+        }
+    }
+
+    /// Notes what is wrong; says it once.
+    pub(crate) fn set_problem(&self, problem: &str) {
+        let mut held = self.problem.lock();
+        if *held != problem {
+            if !problem.is_empty() {
+                tracing::warn!(problem, "this node needs its operator");
+            }
+            problem.clone_into(&mut held);
+        }
+    }
+}
+
+/// A started control node.
+pub struct ControlNode {
+    shared: Arc<Shared>,
+}
+
+/// Opens the disk, listens, and takes part if the disk belongs to a cluster.
+///
+/// # Errors
+///
+/// Returns [`ServerError`] with what to do.
+pub async fn start(config: Config) -> Result<ControlNode, ServerError> {
+    let credentials = Credentials::load(&config.credentials)?;
+    let identity = credentials.identity();
+    if identity.role != Role::Control {
+        return Err(ServerError::WrongRole {
+            found: identity.short(),
+        });
+    }
+    let opened = Store::open(&config.data_dir, StoreOptions::default())?;
+    if let Opened::Member(store, _) = &opened
+        && store.cluster().node_name != identity.name
+    {
+        return Err(ServerError::OtherNode {
+            dir: config.data_dir,
+            found: store.cluster().node_name.clone(),
+            name: identity.name.clone(),
+        });
+    }
+    let endpoint = Endpoint::bind(config.listen, &credentials, &[Alpn::Raft, Alpn::Control])?;
+    let (store_id, waiting, member) = match opened {
+        Opened::Uninitialised(disk) => (disk.store_id(), Some(disk), None),
+        Opened::Member(store, restored) => (store.store_id(), None, Some((*store, *restored))),
+    };
+    endpoint.update_hello(|hello| hello.store_id = store_id.to_wire());
+    let shared = Arc::new(Shared {
+        name: identity.name.clone(),
+        store_id,
+        endpoint,
+        phase: watch::Sender::new(Phase::Uninitialised),
+        waiting: tokio::sync::Mutex::new(waiting),
+        problem: Mutex::default(),
+        rpcs: Semaphore::new(MAX_RPCS),
+        started: Instant::now(),
+        options: config.replica,
+    });
+    match member {
+        Some((store, restored)) => run_member(&shared, store, restored)?,
+        None => tracing::info!(
+            name = shared.name,
+            store = %shared.store_id,
+            "uninitialised: waiting for `forebay init`"
+        ),
+    }
+    tokio::spawn(accept_loop(shared.clone()));
+    Ok(ControlNode { shared })
+}
+
+/// Starts the replica and everything around it.
+pub(crate) fn run_member(
+    shared: &Arc<Shared>,
+    store: Store,
+    restored: Restored,
+) -> Result<(), ServerError> {
+    let cluster = store.cluster().clone();
+    let members: Vec<Member> = cluster.members.iter().map(member).collect();
+    shared.endpoint.update_hello(|hello| {
+        hello.cluster_id = cluster.cluster_id.to_wire();
+        hello.node_id = cluster.node_id.0;
+    });
+    let published = Arc::new(Publisher::new(cluster.cluster_id));
+    let fleet = Fleet::bootstrap(cluster.cluster_id, members);
+    let (peers, outbound) = Peers::new(&cluster);
+    let hook = published.clone();
+    let replica = replica::start(
+        shared.options,
+        (store, restored),
+        fleet,
+        outbound,
+        move |fleet: &Fleet, applied, outputs: &[replica::Applied<Applied>]| {
+            hook.publish(fleet, applied, outputs);
+        },
+    )?;
+    peers.spawn(shared, &replica);
+    let leader = Leader::new(shared.started, replica.clone(), published.clone());
+    tokio::spawn(leader.clone().follow());
+    let running = Running {
+        cluster,
+        replica: replica.clone(),
+        published,
+        leader,
+    };
+    tracing::info!(
+        name = shared.name,
+        node = %running.cluster.node_id,
+        cluster = %running.cluster.cluster_id,
+        "taking part"
+    );
+    shared.phase.send_replace(Phase::Running(Arc::new(running)));
+    let phase = shared.phase.clone();
+    tokio::spawn(async move {
+        let reason = replica.stopped().await;
+        phase.send_replace(Phase::Stopped(reason));
+    });
+    Ok(())
+}
+
+pub(crate) fn member(record: &crate::store::MemberRecord) -> Member {
+    Member {
+        id: record.id,
+        name: record.name.clone(),
+        address: record.address.clone(),
+        store_id: record.store_id,
+    }
+}
+
+async fn accept_loop(shared: Arc<Shared>) {
+    while let Some(link) = shared.endpoint.accept().await {
+        let shared = shared.clone();
+        tokio::spawn(async move { serve(&shared, link).await });
+    }
+}
+
+async fn serve(shared: &Arc<Shared>, link: Link) {
+    match link.alpn() {
+        Alpn::Raft => peers::receive(shared, &link).await,
+        Alpn::Control => rpc::serve(shared, &link).await,
+        Alpn::Work => link.close(Code::Protocol, "a control node places nothing"),
+    }
+}
+
+impl ControlNode {
+    /// Where it listens.
+    ///
+    /// # Errors
+    ///
+    /// Returns what the system says.
+    pub fn local_addr(&self) -> std::io::Result<std::net::SocketAddr> {
+        self.shared.endpoint.local_addr()
+    }
+
+    /// Its name, from its certificate.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Its side of leading, once it is a member: waits until then. `None` if it stops before.
+    pub async fn leader(&self) -> Option<Leader> {
+        let mut phase = self.shared.phase.subscribe();
+        let ready = phase
+            .wait_for(|phase| !matches!(phase, Phase::Uninitialised))
+            .await
+            .ok()?;
+        match &*ready {
+            Phase::Running(running) => Some(running.leader.clone()),
+            Phase::Uninitialised | Phase::Stopped(_) => None,
+        }
+    }
+
+    /// What it knows of itself, as `forebay members` shows it.
+    #[must_use]
+    pub fn status(&self) -> forebay_proto::wire::control::NodeStatus {
+        rpc::status(&self.shared)
+    }
+
+    /// Runs until `shutdown`, then stops cleanly; or until the replica ends by itself.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ServerError::Stopped`] when the replica ended by itself: the process should exit.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
+        let mut phase = self.shared.phase.subscribe();
+        let failed = async {
+            loop {
+                if let Phase::Stopped(reason) = &*phase.borrow_and_update() {
+                    return reason.clone();
+                }
+                // The sender lives as long as `self`.
+                let _ = phase.changed().await;
+            }
+        };
+        tokio::select! {
+            reason = failed => {
+                self.shared.endpoint.close("stopped");
+                return Err(ServerError::Stopped(reason));
+            }
+            () = shutdown => {}
+        }
+        if let Some(running) = self.shared.running() {
+            let stopping = running.replica.stop();
+            if tokio::time::timeout(Duration::from_secs(5), stopping)
+                .await
+                .is_err()
+            {
+                tracing::warn!("the replica did not stop in time; its log is safe");
+            }
+        }
+        self.shared.endpoint.close("shutting down");
+        self.shared.endpoint.wait_idle().await;
+        Ok(())
+    }
+}

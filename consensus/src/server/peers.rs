@@ -1,0 +1,304 @@
+//! Raft messages between members, over one link each way.
+//!
+//! Before a message is sent or looked at, both ends compare cluster, node and store id: a member
+//! whose disk was emptied has forgotten its votes, and would help to elect a second history.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_link::{Alpn, Backoff, Code, ConnectError, Expect, Link, LinkClosed};
+use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::wire::Hello;
+use forebay_proto::{ClusterId, NodeId, Role, StoreId};
+use tokio::sync::mpsc;
+
+use super::lifecycle::Shared;
+use crate::fleet::Applied;
+use crate::node::{Message, SnapshotReport, wire};
+use crate::replica::ReplicaHandle;
+use crate::store::{ClusterFile, MemberRecord};
+
+/// Messages that wait for one peer; more are dropped, which Raft takes as loss.
+const MAX_WAITING: usize = 1_024;
+const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
+const LEAST_BACKOFF: Duration = Duration::from_millis(50);
+const MOST_BACKOFF: Duration = Duration::from_millis(500);
+/// A peer that takes nothing for so long is taken for gone.
+const SEND_PATIENCE: Duration = Duration::from_secs(2);
+
+type Replica = ReplicaHandle<Applied>;
+
+/// The peers of one member, before their tasks run.
+pub(crate) struct Peers {
+    cluster: ClusterFile,
+    queues: Vec<(MemberRecord, mpsc::Receiver<Message>)>,
+}
+
+impl Peers {
+    /// The peers, and what the replica hands its messages to.
+    pub(crate) fn new(
+        cluster: &ClusterFile,
+    ) -> (Self, impl FnMut(NodeId, Message) + Send + 'static + use<>) {
+        let mut senders = BTreeMap::new();
+        let mut queues = Vec::new();
+        for member in cluster
+            .members
+            .iter()
+            .filter(|member| member.id != cluster.node_id)
+        {
+            let (sender, receiver) = mpsc::channel(MAX_WAITING);
+            senders.insert(member.id, sender);
+            queues.push((member.clone(), receiver));
+        }
+        let outbound = move |to: NodeId, message: Message| {
+            if let Some(queue) = senders.get(&to) {
+                // Full: the peer's task reports it unreachable, and Raft sends again.
+                let _ = queue.try_send(message);
+            }
+        };
+        (
+            Self {
+                cluster: cluster.clone(),
+                queues,
+            },
+            outbound,
+        )
+    }
+
+    /// Starts a task for each peer.
+    pub(crate) fn spawn(self, shared: &Arc<Shared>, replica: &Replica) {
+        for (member, queue) in self.queues {
+            let task = PeerTask {
+                shared: shared.clone(),
+                replica: replica.clone(),
+                cluster_id: self.cluster.cluster_id,
+                member,
+                backoff: Backoff::new(LEAST_BACKOFF, MOST_BACKOFF),
+                trouble: String::new(),
+            };
+            tokio::spawn(task.run(queue));
+        }
+    }
+}
+
+struct PeerTask {
+    shared: Arc<Shared>,
+    replica: Replica,
+    cluster_id: ClusterId,
+    member: MemberRecord,
+    backoff: Backoff,
+    /// What was last logged, so that it is said once.
+    trouble: String,
+}
+
+impl PeerTask {
+    async fn run(mut self, mut queue: mpsc::Receiver<Message>) {
+        loop {
+            match self.connect().await {
+                Ok(link) => {
+                    self.backoff.reset();
+                    self.say(String::new());
+                    if self.carry(&link, &mut queue).await.is_none() {
+                        return;
+                    }
+                    link.close(Code::Normal, "reconnecting");
+                }
+                Err(trouble) => self.say(trouble),
+            }
+            self.replica.report_unreachable(self.member.id);
+            let pause = self.backoff.next(&mut rand::rng());
+            // What waited is old; Raft sends what is still needed.
+            let pausing = tokio::time::sleep(pause);
+            tokio::pin!(pausing);
+            loop {
+                tokio::select! {
+                    () = &mut pausing => break,
+                    message = queue.recv() => match message {
+                        Some(message) => self.lost(&message).await,
+                        None => return,
+                    },
+                }
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Link, String> {
+        let expect = Expect::named(Role::Control, &self.member.name);
+        let link = self
+            .shared
+            .endpoint
+            .connect(&self.member.address, Alpn::Raft, &expect, CONNECT_PATIENCE)
+            .await
+            .map_err(|error: ConnectError| error.to_string())?;
+        if link.hello().cluster_id.is_empty() && link.hello().store_id == self.member.store_id.0[..]
+        {
+            link.close(Code::Normal, "not initialised yet");
+            return Err(format!("{} is not initialised yet", self.member.name));
+        }
+        match check_disk(self.cluster_id, &self.member, link.hello()) {
+            Ok(()) => Ok(link),
+            Err(problem) => {
+                link.close(Code::Identity, &problem);
+                Err(problem)
+            }
+        }
+    }
+
+    /// Sends what comes until the link fails; `None` when the replica has ended.
+    async fn carry(&self, link: &Link, queue: &mut mpsc::Receiver<Message>) -> Option<()> {
+        let Ok(mut stream) = link.open_one_way() else {
+            return Some(());
+        };
+        loop {
+            let message = tokio::select! {
+                message = queue.recv() => message?,
+                _ = link.closed() => return Some(()),
+            };
+            let is_snapshot = !message.get_snapshot().data.is_empty();
+            let frame = Frame::message(Kind::Raft, &wire::to_wire(message));
+            if is_snapshot {
+                self.send_snapshot(link.clone(), frame);
+                continue;
+            }
+            match tokio::time::timeout(SEND_PATIENCE, stream.send(&frame)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return Some(()),
+            }
+        }
+    }
+
+    /// On a stream of its own, so that heartbeats pass it.
+    fn send_snapshot(&self, link: Link, frame: Frame) {
+        let (replica, peer) = (self.replica.clone(), self.member.id);
+        tokio::spawn(async move {
+            let sent = async {
+                let mut stream = link.open_one_way().ok()?;
+                stream.send(&frame).await.ok()?;
+                stream.finish();
+                // Read to its end by the peer: `None`.
+                stream.stopped().await.is_none().then_some(())
+            };
+            let report = match sent.await {
+                Some(()) => SnapshotReport::Delivered,
+                None => SnapshotReport::Failed,
+            };
+            replica.report_snapshot(peer, report).await;
+        });
+    }
+
+    async fn lost(&self, message: &Message) {
+        if !message.get_snapshot().data.is_empty() {
+            self.replica
+                .report_snapshot(self.member.id, SnapshotReport::Failed)
+                .await;
+        }
+    }
+
+    fn say(&mut self, trouble: String) {
+        if self.trouble != trouble {
+            match trouble.as_str() {
+                "" => tracing::info!(peer = self.member.name, "connected"),
+                trouble => tracing::warn!(peer = self.member.name, trouble, "cannot reach a peer"),
+            }
+            self.trouble = trouble;
+        }
+    }
+}
+
+/// Whether a peer's Hello is that of the member we know.
+fn check_disk(ours: ClusterId, member: &MemberRecord, hello: &Hello) -> Result<(), String> {
+    let name = &member.name;
+    if hello.store_id != member.store_id.0[..] {
+        let found = StoreId::from_wire(&hello.store_id)
+            .map_or_else(|_| "no store id".to_owned(), |id| format!("store {id}"));
+        return Err(format!(
+            "{name} lost its disk: cluster {ours} knows it with store {}, it answers with {found}. \
+             Its votes are forgotten, so it is refused: put the old disk back; see docs/operators.md, \
+             \"A lost disk\"",
+            member.store_id
+        ));
+    }
+    if hello.cluster_id != ours.0[..] || hello.node_id != member.id.0 {
+        let theirs = ClusterId::from_wire(&hello.cluster_id)
+            .map_or_else(|_| "no cluster".to_owned(), |id| format!("cluster {id}"));
+        return Err(format!(
+            "{name} says it is node {} of {theirs}, not {} of cluster {ours}: one of them has \
+             another cluster's data directory",
+            hello.node_id, member.id
+        ));
+    }
+    Ok(())
+}
+
+/// Takes a peer's messages, if it is the member that it must be.
+pub(crate) async fn receive(shared: &Arc<Shared>, link: &Link) {
+    let Some(running) = shared.running() else {
+        // It reads our Hello and leaves: at once if this disk is not the one it knows.
+        let left = tokio::time::timeout(CONNECT_PATIENCE, link.closed()).await;
+        if let Ok(LinkClosed::Peer { code, .. }) = left
+            && code == u64::from(Code::Identity as u32)
+        {
+            lost_disk(shared, link.hello());
+        }
+        link.close(Code::Normal, "uninitialised");
+        return;
+    };
+    let peer = running
+        .cluster
+        .members
+        .iter()
+        .find(|member| member.name == link.peer().name);
+    let checked = match peer {
+        Some(member) => {
+            check_disk(running.cluster.cluster_id, member, link.hello()).map(|()| member)
+        }
+        None => Err(format!(
+            "{} is no member of this cluster",
+            link.peer().short()
+        )),
+    };
+    let member = match checked {
+        Ok(member) => member,
+        Err(problem) => {
+            tracing::warn!(peer = link.peer().name, problem, "refused a peer");
+            link.close(Code::Identity, &problem);
+            return;
+        }
+    };
+    while let Ok(mut stream) = link.accept_one_way().await {
+        let (replica, from, link) = (running.replica.clone(), member.id, link.clone());
+        tokio::spawn(async move {
+            loop {
+                match stream.recv().await {
+                    Ok(Some(frame)) => {
+                        let message = frame
+                            .decode()
+                            .ok()
+                            .filter(|_| frame.kind == Kind::Raft)
+                            .and_then(|message| wire::from_wire(message).ok());
+                        let Some(message) = message else {
+                            link.close(Code::Protocol, "not a Raft message");
+                            return;
+                        };
+                        replica.step(from, message);
+                    }
+                    Ok(None) => return,
+                    Err(_) => return,
+                }
+            }
+        });
+    }
+}
+
+/// A member of a cluster knows this node with another disk than this empty one.
+fn lost_disk(shared: &Shared, hello: &Hello) {
+    if let Ok(cluster) = ClusterId::from_wire(&hello.cluster_id) {
+        shared.set_problem(&format!(
+            "{} lost its disk: cluster {cluster} counts it as a member, but this data directory is \
+             empty (store {}). It takes no part, and cannot be initialised again, because a second \
+             history could begin. Put the old disk back; see docs/operators.md, \"A lost disk\"",
+            shared.name, shared.store_id
+        ));
+    }
+}

@@ -1,0 +1,148 @@
+//! What the machine looked like after the newest batch, for everyone who is not the replica.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use forebay_proto::ClusterId;
+use forebay_proto::wire::fleet as wire;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::fleet::{Applied, Fleet};
+use crate::replica;
+
+/// Deltas kept for watchers that resume; who is further behind gets a snapshot.
+const MAX_DELTAS: usize = 4_096;
+/// Audit entries kept in memory, the newest.
+const MAX_AUDIT: usize = 1_000;
+
+/// The newest facts, the deltas that led there, and the audit's tail.
+pub(crate) struct Publisher {
+    state: Mutex<State>,
+    /// Counts publications, to wake watchers.
+    changed: watch::Sender<u64>,
+}
+
+struct State {
+    facts: Arc<wire::Facts>,
+    deltas: VecDeque<Arc<wire::Delta>>,
+    /// Revision of the state before the oldest delta.
+    floor: u64,
+    audit: VecDeque<wire::AuditEntry>,
+    audit_head: [u8; 32],
+    audit_count: u64,
+}
+
+/// What a watcher gets next.
+pub(crate) enum Next {
+    /// It is too far behind, or new: everything.
+    Snapshot(Arc<wire::Facts>),
+    /// What happened since.
+    Deltas(Vec<Arc<wire::Delta>>),
+}
+
+impl Publisher {
+    pub(crate) fn new(cluster: ClusterId) -> Self {
+        let facts = wire::Facts {
+            cluster_id: cluster.to_wire(),
+            ..wire::Facts::default()
+        };
+        Self {
+            state: Mutex::new(State {
+                facts: Arc::new(facts),
+                deltas: VecDeque::new(),
+                floor: 0,
+                audit: VecDeque::new(),
+                audit_head: [0; 32],
+                audit_count: 0,
+            }),
+            changed: watch::Sender::new(0),
+        }
+    }
+
+    /// Called on the replica's thread after each batch.
+    pub(crate) fn publish(
+        &self,
+        fleet: &Fleet,
+        _applied: u64,
+        outputs: &[replica::Applied<Applied>],
+    ) {
+        let deltas: Vec<_> = outputs
+            .iter()
+            .filter_map(|applied| applied.output.delta.clone())
+            .collect();
+        let held = self.state.lock().facts.revision;
+        if deltas.is_empty() && !outputs.is_empty() {
+            // Nothing changed but perhaps the audit: a refusal is an entry, too.
+            self.state.lock().take_audit(fleet);
+            return;
+        }
+        let facts = Arc::new(fleet.facts());
+        let mut state = self.state.lock();
+        if deltas.is_empty() && facts.revision != held {
+            // The start, or a snapshot from the leader: what lies between is not known.
+            state.deltas.clear();
+            state.floor = facts.revision;
+        }
+        state.facts = facts;
+        for delta in deltas {
+            if state.deltas.len() == MAX_DELTAS
+                && let Some(oldest) = state.deltas.pop_front()
+            {
+                state.floor = oldest.revision;
+            }
+            state.deltas.push_back(Arc::new(delta));
+        }
+        state.take_audit(fleet);
+        drop(state);
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// The newest facts.
+    pub(crate) fn facts(&self) -> Arc<wire::Facts> {
+        self.state.lock().facts.clone()
+    }
+
+    /// Wakes after each publication.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// What somebody who holds `revision` needs to be up to date.
+    pub(crate) fn since(&self, revision: u64) -> Next {
+        let state = self.state.lock();
+        if revision < state.floor || (revision == 0 && state.facts.revision == 0) {
+            return Next::Snapshot(state.facts.clone());
+        }
+        let first = state
+            .deltas
+            .partition_point(|delta| delta.revision <= revision);
+        Next::Deltas(state.deltas.range(first..).cloned().collect())
+    }
+
+    /// The newest audit entries, oldest first, and the head of the chain.
+    pub(crate) fn audit(&self, limit: usize) -> (Vec<wire::AuditEntry>, [u8; 32]) {
+        let state = self.state.lock();
+        let skip = state.audit.len().saturating_sub(limit);
+        (
+            state.audit.iter().skip(skip).cloned().collect(),
+            state.audit_head,
+        )
+    }
+}
+
+impl State {
+    fn take_audit(&mut self, fleet: &Fleet) {
+        let count = fleet.audit_count();
+        if count == self.audit_count {
+            return;
+        }
+        let new = usize::try_from(count.saturating_sub(self.audit_count)).unwrap_or(MAX_AUDIT);
+        let (entries, head) = fleet.audit_tail(new.min(MAX_AUDIT));
+        self.audit.extend(entries);
+        let excess = self.audit.len().saturating_sub(MAX_AUDIT);
+        self.audit.drain(..excess);
+        self.audit_head = head;
+        self.audit_count = count;
+    }
+}

@@ -1,0 +1,379 @@
+//! Requests of agents, balancers, operators and other nodes. What the table does not allow is denied.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_link::{FEATURE_LEVEL, FrameReceiver, FrameSender, Link};
+use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::rpc::Rpc;
+use forebay_proto::wire::control::{self, failure::Failure, request::Request, response::Response};
+use forebay_proto::wire::fleet::{self as wire, command::Action};
+use forebay_proto::{Identity, Incarnation, Millis, Revision, Role};
+use prost::Message;
+use tokio::time::Instant;
+
+use super::leader::Asked;
+use super::lifecycle::{Phase, Running, Shared};
+use super::{bootstrap, watchers};
+use crate::fleet::lease::RenewError;
+use crate::node::Role as RaftRole;
+use crate::replica::{ProposeError, ReadError};
+
+/// A stream that does not say what it wants is ended.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
+/// No caller waits longer than this for one answer.
+const MAX_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Answers the streams of one link.
+pub(crate) async fn serve(shared: &Arc<Shared>, link: &Link) {
+    while let Ok((send, recv)) = link.accept().await {
+        let (shared, link) = (shared.clone(), link.clone());
+        tokio::spawn(async move { answer(&shared, &link, send, recv).await });
+    }
+}
+
+async fn answer(shared: &Arc<Shared>, link: &Link, mut send: FrameSender, mut recv: FrameReceiver) {
+    let response = match tokio::time::timeout(REQUEST_PATIENCE, recv.recv()).await {
+        Ok(Ok(Some(frame))) if frame.kind == Kind::Request => match shared.rpcs.try_acquire() {
+            Ok(_permit) => match authorise(link.peer(), &frame) {
+                Ok((Request::Watch(watch), _)) => {
+                    drop(_permit);
+                    watch_or_fail(shared, link, &watch, &mut send, &mut recv).await
+                }
+                Ok((request, action)) => Some(execute(shared, link, request, action).await),
+                Err(failure) => Some(Err(failure)),
+            },
+            Err(_) => Some(Err(Failure::Overloaded(control::Overloaded {
+                what: "requests under way on this node".into(),
+            }))),
+        },
+        Ok(Ok(Some(_))) => Some(Err(bad("expected a Request frame"))),
+        Ok(Ok(None) | Err(_)) | Err(_) => return,
+    };
+    let Some(result) = response else { return };
+    let response = result.unwrap_or_else(|failure| {
+        Response::Failure(control::Failure {
+            failure: Some(failure),
+        })
+    });
+    let response = control::Response {
+        response: Some(response),
+    };
+    if send
+        .send(&Frame::message(Kind::Response, &response))
+        .await
+        .is_ok()
+    {
+        send.finish();
+    }
+}
+
+async fn watch_or_fail(
+    shared: &Arc<Shared>,
+    link: &Link,
+    watch: &control::Watch,
+    send: &mut FrameSender,
+    recv: &mut FrameReceiver,
+) -> Option<Result<Response, Failure>> {
+    match member(shared) {
+        Ok(running) => {
+            watchers::feed(&running, link.peer(), watch, send, recv).await;
+            None
+        }
+        Err(failure) => Some(Err(failure)),
+    }
+}
+
+fn bad(problem: impl Into<String>) -> Failure {
+    Failure::BadRequest(control::BadRequest {
+        problem: problem.into(),
+    })
+}
+
+/// Decodes a request and checks that its caller may make it.
+fn authorise(peer: &Identity, frame: &Frame) -> Result<(Request, Option<Action>), Failure> {
+    let request = frame
+        .decode::<control::Request>()
+        .map_err(|error| bad(error.to_string()))?
+        .request
+        .ok_or_else(|| bad("an RPC that this version does not know: update the control nodes"))?;
+    let action = match &request {
+        Request::Propose(propose) => {
+            wire::Command::decode(propose.command.clone())
+                .map_err(|_| bad("the command does not decode"))?
+                .action
+        }
+        _ => None,
+    };
+    let rpc = Rpc::of(&request, action.as_ref()).ok_or_else(|| {
+        bad("a command that this version does not know: update the control nodes")
+    })?;
+    if !rpc.allows(peer.role) {
+        tracing::warn!(peer = peer.short(), ?rpc, "denied");
+        let (rpc, identity) = (format!("{rpc:?}"), peer.short());
+        return Err(Failure::Unauthorized(control::Unauthorized {
+            rpc,
+            identity,
+        }));
+    }
+    Ok((request, action))
+}
+
+async fn execute(
+    shared: &Arc<Shared>,
+    link: &Link,
+    request: Request,
+    action: Option<Action>,
+) -> Result<Response, Failure> {
+    match (request, action) {
+        (Request::Probe(_), _) => Ok(Response::Status(status(shared))),
+        (Request::Bootstrap(request), _) => bootstrap::bootstrap(shared, &request)
+            .await
+            .map(Response::Bootstrapped),
+        (Request::Read(read), _) => {
+            let running = member(shared)?;
+            let waited = Millis(u64::from(read.deadline_ms));
+            match running.replica.read_index(deadline(read.deadline_ms)).await {
+                Ok(_) => Ok(Response::Facts((*running.published.facts()).clone())),
+                Err(ReadError::Timeout) => Err(Failure::NoQuorum(control::NoQuorum {
+                    waited_ms: waited.0,
+                })),
+                Err(ReadError::Overloaded) => Err(overloaded("reads")),
+                Err(ReadError::Stopped) => Err(stopped(shared)),
+            }
+        }
+        (Request::Audit(audit), _) => {
+            let limit = usize::try_from(audit.limit).unwrap_or(usize::MAX);
+            let (entries, head) = member(shared)?.published.audit(limit);
+            let head = bytes::Bytes::copy_from_slice(&head);
+            Ok(Response::Audit(control::AuditTail { entries, head }))
+        }
+        (Request::Renew(renew), _) => renewed(shared, link.peer(), &renew).map(Response::Renewed),
+        (Request::Propose(request), Some(action)) => propose(shared, link, request, &action)
+            .await
+            .map(Response::Outcome),
+        (Request::Propose(_), None) => Err(bad("the proposal has no command")),
+        (Request::Watch(_), _) => Err(bad("a watch takes its stream for itself")),
+    }
+}
+
+fn member(shared: &Shared) -> Result<Arc<Running>, Failure> {
+    match &*shared.phase.borrow() {
+        Phase::Running(running) => Ok(running.clone()),
+        Phase::Uninitialised => {
+            let mut problem = shared.problem.lock().clone();
+            if problem.is_empty() {
+                problem = format!("{} waits for `forebay init`", shared.name);
+            }
+            Err(Failure::Uninitialised(control::Uninitialised { problem }))
+        }
+        Phase::Stopped(reason) => Err(Failure::Stopped(control::Stopped {
+            reason: reason.to_string(),
+        })),
+    }
+}
+
+fn deadline(ms: u32) -> Instant {
+    Instant::now() + Duration::from_millis(ms.into()).min(MAX_DEADLINE)
+}
+
+fn overloaded(what: &str) -> Failure {
+    Failure::Overloaded(control::Overloaded { what: what.into() })
+}
+
+fn stopped(shared: &Shared) -> Failure {
+    match member(shared) {
+        Err(failure) => failure,
+        Ok(_) => Failure::Stopped(control::Stopped {
+            reason: "stopping".into(),
+        }),
+    }
+}
+
+fn not_leader(running: &Running, leader: Option<forebay_proto::NodeId>) -> Failure {
+    let leader_address = leader
+        .map(|id| running.leader.address_of(id))
+        .unwrap_or_default();
+    let leader = leader.map_or(0, |id| id.0);
+    Failure::NotLeader(control::NotLeader {
+        leader,
+        leader_address,
+    })
+}
+
+/// An agent speaks of its own worker only.
+fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(), Failure> {
+    let denied = |what: String| {
+        let identity = peer.short();
+        Err(Failure::Unauthorized(control::Unauthorized {
+            rpc: what,
+            identity,
+        }))
+    };
+    let about = match action {
+        Action::Register(register) if register.name == peer.name => return Ok(()),
+        Action::Register(register) => return denied(format!("RegisterWorker {}", register.name)),
+        Action::Observe(observe) => &observe.incarnation,
+        Action::Goodbye(goodbye) => &goodbye.incarnation,
+        Action::SetDesired(_) | Action::Remove(_) | Action::ApplyConfig(_) | Action::Expire(_) => {
+            return Ok(());
+        }
+    };
+    let id = about.as_ref().map(|incarnation| incarnation.worker);
+    let facts = running.published.facts();
+    let own = facts.workers.iter().find(|worker| worker.name == peer.name);
+    match (id, own) {
+        (Some(id), Some(own)) if own.id == id => Ok(()),
+        _ => denied("a command about another worker".into()),
+    }
+}
+
+async fn propose(
+    shared: &Shared,
+    link: &Link,
+    request: control::Propose,
+    action: &Action,
+) -> Result<wire::Outcome, Failure> {
+    let running = member(shared)?;
+    check_name(&running, link.peer(), action)?;
+    if request.sequence == 0 {
+        return Err(bad("sequence numbers begin at 1"));
+    }
+    let registers = match action {
+        Action::Register(register) => Some(register.name.clone()),
+        _ => None,
+    };
+    let asked = Asked {
+        actor: wire::Actor {
+            identity: link.peer().short(),
+            address: link.remote().to_string(),
+        },
+        client: request.client,
+        sequence: request.sequence,
+        command: request.command,
+        reason: request.reason.chars().take(500).collect(),
+        registers,
+    };
+    let proposed = running
+        .leader
+        .propose_for(asked, deadline(request.deadline_ms))
+        .await;
+    proposed.map_err(|error| match error {
+        ProposeError::NotLeader { leader } => not_leader(&running, leader),
+        ProposeError::Overloaded => overloaded("proposals"),
+        ProposeError::Size(_) => bad(error.to_string()),
+        ProposeError::Timeout | ProposeError::LeadershipLost => {
+            Failure::Unknown(control::Unknown {})
+        }
+        ProposeError::Stopped => stopped(shared),
+    })
+}
+
+fn renewed(
+    shared: &Shared,
+    peer: &Identity,
+    renew: &control::Renew,
+) -> Result<control::Renewed, Failure> {
+    let running = member(shared)?;
+    let incarnation = Incarnation::from_wire(renew.incarnation.as_ref()).ok();
+    let (applied, observed) = (Revision(renew.applied_revision), renew.observed());
+    let feature_level = renew.feature_level;
+    let taken = running.leader.renewed(|leases, now| {
+        leases.renewed(now, peer, incarnation, applied, observed, feature_level)
+    });
+    match taken {
+        None => Err(not_leader(
+            &running,
+            running.replica.status().borrow().leader,
+        )),
+        Some(Ok(ttl)) => {
+            let facts = running.published.facts();
+            if let (Role::Agent, Some(incarnation)) = (peer.role, incarnation) {
+                note_observed(&running, &facts, &peer.name, incarnation, renew);
+            }
+            let ttl_ms = Millis::from_duration(ttl).wire();
+            Ok(control::Renewed {
+                ttl_ms,
+                revision: facts.revision,
+            })
+        }
+        Some(Err(RenewError::Superseded { current })) => {
+            Err(Failure::Superseded(control::Superseded {
+                current: Some(current.to_wire()),
+            }))
+        }
+        Some(Err(error @ (RenewError::NotRegistered | RenewError::NotAHolder))) => {
+            Err(bad(error.to_string()))
+        }
+        Some(Err(RenewError::Full)) => Err(overloaded("balancers with a lease")),
+    }
+}
+
+/// Commits what an agent says of itself where the facts say otherwise.
+fn note_observed(
+    running: &Running,
+    facts: &wire::Facts,
+    name: &str,
+    incarnation: Incarnation,
+    renew: &control::Renew,
+) {
+    let Some(worker) = facts.workers.iter().find(|worker| worker.name == name) else {
+        return;
+    };
+    let acknowledges = worker.acknowledged_revision < worker.desired_revision
+        && renew.applied_revision >= worker.desired_revision;
+    if worker.observed == renew.observed && !worker.lost && !acknowledges {
+        return;
+    }
+    let leader = running.leader.clone();
+    let observe = Action::Observe(wire::ObserveWorker {
+        incarnation: Some(incarnation.to_wire()),
+        observed: renew.observed,
+        acknowledged_revision: renew.applied_revision,
+    });
+    // The next renewal says it again if this one is lost.
+    tokio::spawn(async move { leader.propose(observe, "observed state").await });
+}
+
+/// What this node knows of itself; works without a quorum.
+pub(crate) fn status(shared: &Shared) -> control::NodeStatus {
+    let mut status = control::NodeStatus {
+        name: shared.name.clone(),
+        store_id: shared.store_id.to_wire(),
+        build: concat!("forebay/", env!("CARGO_PKG_VERSION")).into(),
+        feature_level: FEATURE_LEVEL,
+        problem: shared.problem.lock().clone(),
+        role: "uninitialised".into(),
+        ..control::NodeStatus::default()
+    };
+    match &*shared.phase.borrow() {
+        Phase::Uninitialised => {}
+        Phase::Stopped(reason) => {
+            status.role = "stopped".into();
+            status.problem = reason.to_string();
+        }
+        Phase::Running(running) => {
+            let replica = running.replica.status().borrow().clone();
+            status.initialised = true;
+            status.cluster_id = running.cluster.cluster_id.to_wire();
+            status.node_id = running.cluster.node_id.0;
+            status.leader = replica.leader.map_or(0, |id| id.0);
+            status.term = replica.term;
+            status.commit = replica.commit;
+            status.applied = replica.applied;
+            status.last_index = replica.last_index;
+            status.leader_heard_ms = replica.leader_heard_ms;
+            let members = running.cluster.members.iter();
+            status.members = members
+                .map(|one| super::lifecycle::member(one).to_wire())
+                .collect();
+            status.role = match replica.role {
+                RaftRole::Leader => "leader",
+                RaftRole::Follower => "follower",
+                RaftRole::Candidate | RaftRole::PreCandidate => "candidate",
+            }
+            .into();
+        }
+    }
+    status
+}
