@@ -7,6 +7,3 @@ pub(crate) mod init;
 mod links;
 pub(crate) mod renew;
 pub(crate) mod watch;
-
-#[cfg(test)]
-mod tests;

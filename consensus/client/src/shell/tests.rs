@@ -1,1 +1,0 @@
-//! The shell against small control nodes over the real link.
