@@ -12,8 +12,8 @@ use super::core::MAX_COMMAND_BYTES;
 use super::log::Log;
 use super::types::{Members, MembersError};
 
-/// The largest machine state that travels in a message.
-pub const MAX_SNAPSHOT_BYTES: usize = 64 << 20;
+/// The largest machine state that travels in a message: below the 64 MiB of a Raft frame.
+pub const MAX_SNAPSHOT_BYTES: usize = 60 << 20;
 
 /// Entries and bytes of one append: several times what [`super::Node`] sends.
 const MAX_APPEND_ENTRIES: usize = 1 << 16;

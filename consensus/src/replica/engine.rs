@@ -15,7 +15,9 @@ use super::reads::Reads;
 use super::{
     Applied, Hook, Machine, Outbound, ReplicaOptions, RestoreError, StartError, StopReason,
 };
-use crate::node::{Config, Node, Outcome, ProposeRefused, Rejected, Restored, Role, Snapshot};
+use crate::node::{
+    Config, MAX_SNAPSHOT_BYTES, Node, Outcome, ProposeRefused, Rejected, Restored, Role, Snapshot,
+};
 use crate::store::Store;
 
 /// Inputs that one turn takes before it writes.
@@ -337,7 +339,15 @@ impl<M: Machine> Engine<M> {
         if self.node.snapshot_index() >= self.applied {
             return Ok(());
         }
-        let data = self.machine.snapshot().into();
+        let data = Bytes::from(self.machine.snapshot());
+        if data.len() > MAX_SNAPSHOT_BYTES {
+            let (bytes, max) = (data.len(), MAX_SNAPSHOT_BYTES);
+            tracing::error!(
+                bytes,
+                max,
+                "the state is too large to be sent to a member that lost track"
+            );
+        }
         let snapshot = Snapshot {
             index: self.applied,
             term,
