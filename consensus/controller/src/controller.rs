@@ -3,7 +3,7 @@
 //! Many leases of a pool that run out together say more about the network, or about this leader,
 //! than about the workers. When more than a fifth of a pool, and at least two, would be lost within
 //! ten seconds, none of them is: an alarm is raised for the pool, and cleared when no more than a
-//! fifth is silent. A lost worker that is heard again is found again, also without a restart.
+//! fifth is silent. That a lost worker was heard again is noted where its renewal is taken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,7 +12,6 @@ use forebay_consensus::fleet::lease::{AGENT_TTL, Leases};
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{Incarnation, Millis, Now};
-use wire::Observed;
 
 /// Losses this far apart count as at once.
 const AT_ONCE: Duration = Duration::from_secs(10);
@@ -28,8 +27,6 @@ const FEWEST: usize = 2;
 pub enum Action {
     /// Declare leases expired, and in which pools that is not believed.
     Expire(wire::ExpireLeases),
-    /// A lost worker was heard again.
-    Found(wire::ObserveWorker),
 }
 
 /// The leader's loop, without the loop.
@@ -41,7 +38,6 @@ pub struct Controller {
 
 /// A worker as this loop sees it.
 struct Seen {
-    name: String,
     incarnation: Incarnation,
     pool: String,
     lost: bool,
@@ -62,13 +58,8 @@ impl Controller {
         }
         self.proposed.retain(|_, at| now.since(*at) < AT_ONCE);
         let workers: Vec<Seen> = facts.workers.iter().filter_map(seen).collect();
-        let mut actions: Vec<_> = workers
-            .iter()
-            .filter(|worker| worker.lost)
-            .filter_map(|worker| found(worker, now, leases))
-            .collect();
-        actions.extend(self.expire(now, leases, &workers, &facts.correlated_expiry));
-        actions
+        let expiry = self.expire(now, leases, &workers, &facts.correlated_expiry);
+        expiry.into_iter().collect()
     }
 
     fn expire(
@@ -122,27 +113,12 @@ impl Controller {
     }
 }
 
-/// A lost worker whose own incarnation renews again.
-fn found(worker: &Seen, now: Now, leases: &Leases) -> Option<Action> {
-    let (incarnation, lease) = leases.of(&worker.name)?;
-    let heard = lease.heard && now.since(lease.last) < AGENT_TTL;
-    let says = lease.observed != Observed::Unspecified;
-    (heard && says && incarnation == worker.incarnation).then(|| {
-        Action::Found(wire::ObserveWorker {
-            incarnation: Some(incarnation.to_wire()),
-            observed: lease.observed.into(),
-            acknowledged_revision: lease.applied.0,
-        })
-    })
-}
-
 /// `None` for one that said goodbye, or that this version cannot read.
 fn seen(worker: &wire::Worker) -> Option<Seen> {
     if worker.departed {
         return None;
     }
     Some(Seen {
-        name: worker.name.clone(),
         incarnation: Incarnation::from_wire(worker.incarnation.as_ref()).ok()?,
         pool: WorkerSpec::from_wire(&worker.spec).ok()?.pool,
         lost: worker.lost,
@@ -151,6 +127,7 @@ fn seen(worker: &wire::Worker) -> Option<Seen> {
 
 #[cfg(test)]
 mod tests {
+    use forebay_proto::wire::fleet::Observed;
     use forebay_proto::{Identity, Revision, Role, WorkerId};
 
     use super::*;
@@ -251,11 +228,6 @@ mod tests {
                         }
                         self.facts.correlated_expiry = expire.correlated;
                     }
-                    Action::Found(observed) => {
-                        let id = observed.incarnation.unwrap().worker;
-                        self.facts.workers[id as usize - 1].lost = false;
-                        shown.push(format!("found w{id}"));
-                    }
                 }
             }
             shown.join(", ")
@@ -263,15 +235,14 @@ mod tests {
     }
 
     #[test]
-    fn a_single_silent_worker_is_lost_once_and_found_when_it_is_heard() {
+    fn a_single_silent_worker_is_lost_once() {
         let mut world = World::new(2);
         world.renew(5_000, [2]);
         assert_eq!(world.step(9_999), "");
         assert_eq!(world.step(10_000), "lost w1");
         assert_eq!(world.step(10_500), "");
         world.renew(11_000, [1, 2]);
-        assert_eq!(world.step(11_000), "found w1");
-        assert_eq!(world.step(11_500), "");
+        assert_eq!(world.step(11_000), "");
     }
 
     #[test]

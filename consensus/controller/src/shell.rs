@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use forebay_consensus::fleet::lease::Leases;
 use forebay_proto::Now;
+use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
+
+use forebay_consensus::server;
 
 use crate::controller::{Action, Controller};
 
@@ -40,6 +43,34 @@ pub trait Leader: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), String>> + Send;
 }
 
+impl Leader for server::Leader {
+    fn is_leader(&self) -> bool {
+        Self::is_leader(self)
+    }
+
+    fn now(&self) -> Now {
+        Self::now(self)
+    }
+
+    fn leases(&self) -> Leases {
+        self.with_leases(|leases, _| leases.clone())
+    }
+
+    fn facts(&self) -> Arc<wire::Facts> {
+        Self::facts(self)
+    }
+
+    async fn propose(&self, action: wire::command::Action) -> Result<(), String> {
+        let outcome = Self::propose(self, action, "leases ran out").await;
+        match outcome.map_err(|error| error.to_string())?.outcome {
+            Some(wire::outcome::Outcome::Done(_)) => Ok(()),
+            Some(wire::outcome::Outcome::Refusal(refusal)) => Err(Refusal::from_wire(refusal)
+                .map_or_else(|| "refused".into(), |refusal| refusal.to_string())),
+            None => Err("no outcome".into()),
+        }
+    }
+}
+
 /// Runs the loop for as long as it is polled; it does nothing while another node leads.
 pub async fn run(leader: Arc<impl Leader>) {
     let mut controller = Controller::default();
@@ -61,7 +92,6 @@ pub async fn run(leader: Arc<impl Leader>) {
                     announce(&expire);
                     wire::command::Action::Expire(expire)
                 }
-                Action::Found(observed) => wire::command::Action::Observe(observed),
             };
             if let Err(problem) = leader.propose(action).await {
                 tracing::debug!(problem, "a step of the controller was not carried out");

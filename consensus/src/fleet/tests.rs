@@ -238,6 +238,19 @@ fn a_repetition_gets_the_first_outcome_and_changes_nothing() {
 }
 
 #[test]
+fn a_command_without_a_number_is_applied_each_time() {
+    let mut world = World::new();
+    world.run("register w1");
+    for (line, expected) in [
+        ("observe 1.1.0 ready", "done"),
+        ("observe 1.1.0 cordoned", "done"),
+        ("observe 1.1.0 cordoned", "unchanged"),
+    ] {
+        assert_eq!(shown(&world.apply(entry(line, 0, 0))), expected);
+    }
+}
+
+#[test]
 fn a_refusal_is_an_outcome_that_a_repetition_gets_too() {
     let mut world = World::new();
     let refused = world.apply(entry("remove w1", 1, 1));

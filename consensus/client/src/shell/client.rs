@@ -240,7 +240,8 @@ impl ControlClient {
             let wake_up = match plan.next(self.now()) {
                 Next::Ask(address) => {
                     let patience = until.since(self.now()).min(ATTEMPT_PATIENCE);
-                    let question = question(patience);
+                    // The node gives up a little earlier, so that it can say why.
+                    let question = question(patience.mul_f32(0.9));
                     asked.push(async move {
                         let answer = self.ask(&address, question, patience).await;
                         (address, answer)
