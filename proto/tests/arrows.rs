@@ -12,8 +12,16 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("proto/admin", "forebay-admin", ""),
     ("proto/link", "forebay-link", "forebay-proto"),
     ("scheduler", "forebay-scheduler", "forebay-proto"),
-    ("consensus", "forebay-consensus", "forebay-proto forebay-link"),
-    ("consensus/client", "forebay-control-client", "forebay-proto forebay-link"),
+    (
+        "consensus",
+        "forebay-consensus",
+        "forebay-proto forebay-link",
+    ),
+    (
+        "consensus/client",
+        "forebay-control-client",
+        "forebay-proto forebay-link",
+    ),
     (
         "consensus/controller",
         "forebay-controller",
@@ -39,21 +47,37 @@ const ALLOWED: &[(&str, &str, &str)] = &[
 ];
 
 /// What a crate that promises purity must not even be able to reach.
-const IMPURE: &[&str] = &["tokio", "quinn", "hyper", "hyper-util", "axum", "reqwest", "socket2"];
+const IMPURE: &[&str] = &[
+    "tokio",
+    "quinn",
+    "hyper",
+    "hyper-util",
+    "axum",
+    "reqwest",
+    "socket2",
+];
 const PURE: &[&str] = &["proto", "scheduler"];
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 fn manifest(folder: &str) -> toml::Table {
     let path = root().join(folder).join("Cargo.toml");
-    fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path:?}: {e}")).parse().unwrap()
+    fs::read_to_string(&path)
+        .unwrap_or_else(|e| panic!("{path:?}: {e}"))
+        .parse()
+        .unwrap()
 }
 
 fn dependencies(manifest: &toml::Table) -> BTreeSet<String> {
     let table = manifest.get("dependencies").and_then(toml::Value::as_table);
-    table.map(|table| table.keys().cloned().collect()).unwrap_or_default()
+    table
+        .map(|table| table.keys().cloned().collect())
+        .unwrap_or_default()
 }
 
 #[test]
@@ -61,7 +85,11 @@ fn every_arrow_is_allowed() {
     let mut wrong = Vec::new();
     for (folder, package, allowed) in ALLOWED {
         let manifest = manifest(folder);
-        assert_eq!(manifest["package"]["name"].as_str(), Some(*package), "{folder}");
+        assert_eq!(
+            manifest["package"]["name"].as_str(),
+            Some(*package),
+            "{folder}"
+        );
         let allowed: BTreeSet<&str> = allowed.split_whitespace().collect();
         for dependency in dependencies(&manifest) {
             let ours = dependency.starts_with("forebay");
@@ -82,7 +110,10 @@ fn every_member_of_the_workspace_has_its_row() {
         .iter()
         .filter_map(toml::Value::as_str)
         .collect();
-    assert_eq!(members, ALLOWED.iter().map(|(folder, ..)| *folder).collect());
+    assert_eq!(
+        members,
+        ALLOWED.iter().map(|(folder, ..)| *folder).collect()
+    );
 }
 
 #[test]
@@ -94,12 +125,25 @@ fn pure_crates_cannot_reach_sockets_or_runtimes_and_ban_clocks() {
             .collect();
         assert!(reached.is_empty(), "{folder} reaches {reached:?}");
     }
-    let pure_in_part =
-        ["consensus", "consensus/client", "consensus/controller", "balancer", "worker-agent", "sim"];
+    let pure_in_part = [
+        "consensus",
+        "consensus/client",
+        "consensus/controller",
+        "balancer",
+        "worker-agent",
+        "sim",
+    ];
     for folder in PURE.iter().chain(&pure_in_part) {
         let bans = fs::read_to_string(root().join(folder).join("clippy.toml")).unwrap();
-        for banned in ["std::time::Instant::now", "std::time::SystemTime::now", "rand::random"] {
-            assert!(bans.contains(banned), "{folder}/clippy.toml does not ban {banned}");
+        for banned in [
+            "std::time::Instant::now",
+            "std::time::SystemTime::now",
+            "rand::random",
+        ] {
+            assert!(
+                bans.contains(banned),
+                "{folder}/clippy.toml does not ban {banned}"
+            );
         }
     }
 }
@@ -112,7 +156,9 @@ fn the_raft_node_never_names_the_fleet() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "rs") {
             let code = fs::read_to_string(&path).unwrap();
-            let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+            let lines = code
+                .lines()
+                .filter(|line| !line.trim_start().starts_with("//"));
             let count = lines.filter(|line| line.contains("fleet")).count();
             if count > 0 {
                 named.insert(path, count);
