@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use forebay_consensus::server::{Config, start};
-use forebay_control_client::{ClientError, ControlClient, Facts, RenewState};
+use forebay_control_client::{ClientError, ControlClient, Facts, RenewState, WatchProblem};
 use forebay_link::{Authority, CredentialPaths, Credentials, Endpoint};
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::refusal::Refusal;
@@ -225,4 +225,32 @@ async fn a_cell_is_founded_agrees_and_survives_its_leader() {
 
 fn known(facts: Option<&Facts>) -> bool {
     facts.is_some_and(|facts| facts.workers.contains_key("w1"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_with_facts_of_one_cluster_does_not_speak_to_another() {
+    let mut ours = Cell::start(1).await;
+    let founder = ours.client(Role::Operator(Level::Admin), "alice");
+    founder.init(ClusterId([5; 16]), DEADLINE).await.unwrap();
+    let client = ours.client(Role::Balancer, "b1");
+    let data = tempfile::tempdir().unwrap();
+    let held = fleet::Facts {
+        cluster_id: ClusterId([6; 16]).to_wire(),
+        revision: 9,
+        config: forebay_proto::config::Config::default().to_wire(),
+        ..Default::default()
+    };
+    let held = Facts::from_wire(held).unwrap();
+    forebay_control_client::FactsFile::new(data.path())
+        .save(&held)
+        .unwrap();
+    let mut watching = client.spawn_watch(Some(data.path()));
+    let refused = watching
+        .status
+        .wait_for(|status| matches!(status.problem, Some(WatchProblem::WrongCluster { .. })));
+    within(refused).await.unwrap();
+    let brief = Duration::from_millis(500);
+    let error = client.read(brief).await.unwrap_err().to_string();
+    assert!(error.contains("another data directory"), "{error}");
+    assert_eq!(watching.first().await.cluster_id, held.cluster_id);
 }

@@ -15,7 +15,7 @@ use wire::change::Change;
 
 use super::lease::AGENT_TTL;
 use super::proposal::fresh;
-use super::workers::incarnation;
+use super::workers::{Worker, incarnation};
 use super::{Effect, Fleet, MAX_WORKERS};
 
 impl Fleet {
@@ -45,12 +45,9 @@ impl Fleet {
 
         let mut effect = Effect::unchanged();
         effect.changes.extend(self.raise(raised));
-        let by_id: BTreeMap<WorkerId, &mut _> = self
-            .workers
-            .values_mut()
-            .map(|worker| (worker.id, worker))
-            .collect();
-        let mut by_id = by_id;
+        let workers = self.workers.values_mut();
+        let mut by_id: BTreeMap<WorkerId, &mut Worker> =
+            workers.map(|worker| (worker.id, worker)).collect();
         for incarnation in silent {
             let Some(worker) = by_id.get_mut(&incarnation.worker) else {
                 continue;

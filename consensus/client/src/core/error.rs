@@ -56,6 +56,16 @@ pub enum NodeError {
         /// Which.
         cluster_id: Option<ClusterId>,
     },
+    /// It belongs to another cluster than the one whose facts this process holds.
+    #[error(
+        "belongs to cluster {found}, but this process holds facts of cluster {held}: check --control; to join {found} give this process another data directory, or delete what the old cluster left in this one"
+    )]
+    WrongCluster {
+        /// Its cluster.
+        found: ClusterId,
+        /// Ours.
+        held: ClusterId,
+    },
     /// It stopped taking part.
     #[error("has stopped: {reason}")]
     Stopped {
@@ -76,6 +86,9 @@ pub struct Tried(pub Vec<(String, NodeError)>);
 
 impl fmt::Display for Tried {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("no node was asked: an earlier command of this process goes on");
+        }
         for (i, (address, error)) in self.0.iter().enumerate() {
             let comma = if i == 0 { "" } else { "; " };
             write!(f, "{comma}{address} {error}")?;

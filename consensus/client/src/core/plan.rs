@@ -71,7 +71,9 @@ impl Node {
     fn is_down(&self) -> bool {
         matches!(
             self.said,
-            NodeError::Unreachable { .. } | NodeError::Stopped { .. }
+            NodeError::Unreachable { .. }
+                | NodeError::Stopped { .. }
+                | NodeError::WrongCluster { .. }
         )
     }
 }

@@ -246,12 +246,7 @@ impl Watch {
         self.leave(now);
     }
 
-    /// Checks that a node speaks for the cluster whose facts are held.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`WatchProblem::WrongCluster`] when it does not.
-    pub fn check_cluster(&self, address: &str, found: ClusterId) -> Result<(), WatchProblem> {
+    fn check_cluster(&self, address: &str, found: ClusterId) -> Result<(), WatchProblem> {
         match &self.held {
             Some(facts) if facts.cluster_id != found => Err(WatchProblem::WrongCluster {
                 address: address.into(),

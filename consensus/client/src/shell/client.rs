@@ -299,7 +299,9 @@ impl ControlClient {
         self.inner.roster.lock().given().to_vec()
     }
 
+    /// Takes from the facts whom to ask, and to which cluster this process belongs.
     pub(crate) fn learn(&self, facts: &Facts) {
+        self.inner.links.belong_to(facts.cluster_id);
         self.inner.roster.lock().learn(&facts.members);
     }
 

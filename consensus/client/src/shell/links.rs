@@ -5,19 +5,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_link::{Alpn, Endpoint, Expect, FrameReceiver, FrameSender, Link};
-use forebay_proto::Role;
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::control as wire;
+use forebay_proto::{ClusterId, Role};
 use parking_lot::Mutex;
 
 use crate::core::error::NodeError;
+use crate::core::roster::MAX_NODES;
 
 /// A handshake on a machine that has other things to do.
 const DIAL_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Connections by address. Bounded by the roster, which is.
+/// Addresses remembered. At the bound all are forgotten; what is in use goes on until it ends.
+const MAX_SLOTS: usize = 2 * MAX_NODES;
+
+/// Connections by address.
 pub(crate) struct Links {
     endpoint: Endpoint,
+    /// The cluster whose facts this process holds: nodes of another one are not spoken to.
+    cluster: Mutex<Option<ClusterId>>,
     slots: Mutex<BTreeMap<String, Slot>>,
 }
 
@@ -28,8 +34,14 @@ impl Links {
     pub(crate) fn new(endpoint: Endpoint) -> Self {
         Self {
             endpoint,
+            cluster: Mutex::default(),
             slots: Mutex::default(),
         }
+    }
+
+    /// From now on only nodes of this cluster are spoken to.
+    pub(crate) fn belong_to(&self, cluster: ClusterId) {
+        *self.cluster.lock() = Some(cluster);
     }
 
     /// Asks one question and waits for its answer, at most `patience`.
@@ -85,9 +97,10 @@ impl Links {
 
     /// The connection to a node. What the facts call it, its certificate has to.
     pub(crate) async fn link(&self, address: &str, name: Option<&str>) -> Result<Link, NodeError> {
-        let slot = self.slots.lock().entry(address.into()).or_default().clone();
+        let slot = self.slot(address);
         let mut held = slot.lock().await;
         if let Some(link) = held.as_ref().filter(|link| link.close_reason().is_none()) {
+            self.check_cluster(link)?;
             return Ok(link.clone());
         }
         let expect = name.map_or(Expect::role(Role::Control), |name| {
@@ -98,8 +111,28 @@ impl Links {
             .connect(address, Alpn::Control, &expect, DIAL_PATIENCE)
             .await
             .map_err(|error| unreachable(&error))?;
+        self.check_cluster(&link)?;
         *held = Some(link.clone());
         Ok(link)
+    }
+
+    fn slot(&self, address: &str) -> Slot {
+        let mut slots = self.slots.lock();
+        if slots.len() >= MAX_SLOTS && !slots.contains_key(address) {
+            slots.clear();
+        }
+        slots.entry(address.into()).or_default().clone()
+    }
+
+    fn check_cluster(&self, link: &Link) -> Result<(), NodeError> {
+        // A node that belongs to none says so itself.
+        let Ok(found) = ClusterId::from_wire(&link.hello().cluster_id) else {
+            return Ok(());
+        };
+        match *self.cluster.lock() {
+            Some(held) if held != found => Err(NodeError::WrongCluster { found, held }),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Drops the connection to a node, once nobody uses it.

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forebay_link::{FrameReceiver, FrameSender};
+use forebay_proto::Revision;
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::control as wire;
-use forebay_proto::{ClusterId, Revision};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::client::ControlClient;
 use super::facts_file::FactsFile;
 use super::links;
-use crate::core::error::{Answer, classify};
+use crate::core::error::{Answer, NodeError, classify};
 use crate::core::facts::Facts;
 use crate::core::watch::{SILENCE, Step, Watch, WatchProblem};
 
@@ -211,20 +211,20 @@ impl Follower {
             problem,
         };
         let (links, name) = (self.client.links(), self.client.name_of(address));
-        let link = links
-            .link(address, name.as_deref())
-            .await
-            .map_err(|error| unavailable(error.to_string()))?;
-        if let Ok(cluster) = ClusterId::from_wire(&link.hello().cluster_id) {
-            self.core.check_cluster(address, cluster)?;
-        }
         let question = wire::Request {
             request: Some(wire::request::Request::Watch(from)),
         };
         links
             .open(address, name.as_deref(), &question)
             .await
-            .map_err(|error| unavailable(error.to_string()))
+            .map_err(|error| match error {
+                NodeError::WrongCluster { found, held } => WatchProblem::WrongCluster {
+                    address: address.into(),
+                    found,
+                    held,
+                },
+                other => unavailable(other.to_string()),
+            })
     }
 
     async fn take(&mut self, frame: Result<Frame, String>) {
