@@ -235,6 +235,11 @@ async fn propose(
     action: &Action,
 ) -> Result<wire::Outcome, Failure> {
     let running = member(shared)?;
+    // Only the leader's facts are new enough to judge whom a command is about.
+    if !running.leader.is_leader() {
+        let leader = running.replica.status().borrow().leader;
+        return Err(not_leader(&running, leader));
+    }
     check_name(&running, link.peer(), action)?;
     if request.sequence == 0 {
         return Err(bad("sequence numbers begin at 1"));
