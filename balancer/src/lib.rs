@@ -1,1 +1,28 @@
-//! OpenAI-compatible ingress, placement and failover.
+//! The balancer: OpenAI's API in, a decision, one QUIC stream to a worker's agent out.
+//!
+//! [`core`] decides, without clocks or sockets: what a body asks for, whose key it is, who waits for
+//! what, when to try again, and what each error looks like. The shell around it reads bodies, keeps
+//! links, relays answers, and gives everything back when a client leaves: what a request took is
+//! held by guards whose `Drop` returns it.
+//!
+//! [`run`] is the process. [`serve`] is the same without a control plane: facts are handed in.
+
+mod admin;
+mod attempt;
+mod body;
+mod control;
+pub mod core;
+mod exchange;
+mod fleet;
+mod http;
+mod links;
+mod metrics;
+mod reply;
+mod run;
+mod serve;
+mod shared;
+mod socket;
+
+pub use crate::core::auth::KeysError;
+pub use fleet::Fleet;
+pub use run::{BalancerError, Bound, Config, Settings, run, serve};

@@ -1,0 +1,117 @@
+//! What the admin port shows of a balancer.
+#![allow(clippy::disallowed_methods)] // the rim: readiness depends on the time since the facts came
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use forebay_admin::{Admin, Page};
+use serde_json::{Value, json};
+
+use crate::shared::Shared;
+
+/// Workers that could not be reached hold readiness up this long.
+const FIRST_DIALS: Duration = Duration::from_secs(2);
+
+pub(crate) fn admin(shared: &Arc<Shared>, name: &str) -> Admin {
+    let page = |path, about, render: fn(&Shared) -> Value| {
+        let shared = shared.clone();
+        Page {
+            path,
+            about,
+            render: Box::new(move || render(&shared)),
+        }
+    };
+    let mut admin = Admin::new(format!("balancer {name}"), shared.metrics.registry());
+    admin.pages = vec![
+        page(
+            "/debug/bookings",
+            "bookings held on each worker, exactly 0 when idle",
+            bookings,
+        ),
+        page(
+            "/debug/requests",
+            "requests being served, without their text",
+            |shared| json!({"count": shared.inflight(), "requests": shared.requests()}),
+        ),
+        page(
+            "/debug/workers",
+            "workers as this balancer sees them",
+            workers,
+        ),
+    ];
+    let shared = shared.clone();
+    admin.ready = Box::new(move || ready(&shared));
+    admin
+}
+
+/// Whether clients should be sent here, else every reason why not.
+pub(crate) fn ready(shared: &Shared) -> Result<(), Vec<String>> {
+    let mut reasons = Vec::new();
+    if shared.draining.load(Ordering::Relaxed) {
+        reasons.push("it is about to stop".to_owned());
+    }
+    match shared.facts() {
+        None => reasons.push("no facts yet: is the control plane up?".to_owned()),
+        Some(facts) => {
+            let dispatch = shared.dispatch();
+            let connected = dispatch.view().iter().any(|(_, link, _)| link.is_some());
+            drop(dispatch);
+            if !connected {
+                reasons.push("no worker is connected".to_owned());
+            }
+            let tried = shared.tried.lock();
+            let mut workers = facts.fleet.workers.iter();
+            let pending = workers.any(|worker| !tried.contains(&worker.name));
+            if pending && facts.since.elapsed() < FIRST_DIALS {
+                reasons.push("not every worker has been tried yet".to_owned());
+            }
+        }
+    }
+    if reasons.is_empty() {
+        Ok(())
+    } else {
+        Err(reasons)
+    }
+}
+
+fn bookings(shared: &Shared) -> Value {
+    let dispatch = shared.dispatch();
+    let view = dispatch.view();
+    let workers: Vec<_> = view
+        .iter()
+        .map(|(known, ..)| {
+            let held = view.open_bookings(Some(known.incarnation.worker));
+            json!({"worker": known.name, "bookings": held})
+        })
+        .collect();
+    json!({
+        "bookings": view.open_bookings(None),
+        "queued": dispatch.waiting(),
+        "inflight": shared.inflight(),
+        "workers": workers,
+    })
+}
+
+fn workers(shared: &Shared) -> Value {
+    let dispatch = shared.dispatch();
+    let view = dispatch.view();
+    let workers: Vec<_> = view
+        .iter()
+        .map(|(known, connected, load)| {
+            json!({
+                "name": known.name,
+                "incarnation": known.incarnation.to_string(),
+                "connected": connected.map(|incarnation| incarnation.to_string()),
+                "acceptance": load.map(|load| format!("{:?}", load.acceptance)),
+                "running": load.map(|load| load.running),
+                "queued": load.map(|load| load.queued),
+                "slots": load.map(|load| load.slots),
+                "seq": load.map(|load| load.seq),
+                "bookings": view.open_bookings(Some(known.incarnation.worker)),
+            })
+        })
+        .collect();
+    let revision = shared.facts().map(|facts| facts.fleet.revision.0);
+    json!({"revision": revision, "workers": workers})
+}

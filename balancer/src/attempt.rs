@@ -1,0 +1,392 @@
+//! One placement: the stream to an agent, from `Place` to `Trailer`.
+#![allow(clippy::disallowed_methods)] // the rim: this is where time passes
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use forebay_link::{FrameReceiver, FrameSender, OpenError, SendError};
+use forebay_proto::Millis;
+use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
+use forebay_proto::wire::work;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::core::error::{ApiError, Code};
+use crate::core::retry::Failure;
+use crate::exchange::{Event, Exchange, ReplyHead, died};
+use crate::shared::{Phase, Placement};
+
+/// Bodies up to this size are sent at once, without waiting to be accepted.
+const EAGER_BYTES: usize = 64 << 10;
+/// Bytes of an answer that is not a stream that are held back, so that it can be retried whole.
+const HELD_BACK_BYTES: usize = 1 << 20;
+/// How long an agent may take to accept or refuse.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a client may take no byte.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How a placement ended.
+pub(crate) enum Ended {
+    /// All was passed on.
+    Complete,
+    /// Not started; `for_good`: this worker is not to be asked again.
+    Refused { for_good: bool },
+    /// Failed before the first byte.
+    Failed(Failure),
+    /// Failed before the first byte, and another try would be no better.
+    Hopeless(ApiError),
+    /// Failed after the first byte, or nobody listens any more.
+    Broken(ApiError),
+}
+
+/// Where events go. Knows whether anything went.
+pub(crate) struct Sink {
+    events: mpsc::Sender<Event>,
+    begun: bool,
+    stalled: bool,
+}
+
+impl Sink {
+    pub(crate) const fn new(events: mpsc::Sender<Event>) -> Self {
+        Self {
+            events,
+            begun: false,
+            stalled: false,
+        }
+    }
+
+    /// Whether the client has got the head of an engine's answer.
+    pub(crate) const fn begun(&self) -> bool {
+        self.begun
+    }
+
+    pub(crate) const fn stalled(&self) -> bool {
+        self.stalled
+    }
+
+    pub(crate) fn left(&self) -> bool {
+        !self.stalled && self.events.is_closed()
+    }
+
+    pub(crate) async fn end(&mut self) {
+        // Who left does not miss it.
+        let _ = self.send(Event::End).await;
+    }
+
+    pub(crate) async fn fail(&mut self, error: ApiError) {
+        // As above.
+        let _ = self.send(Event::Failed(error)).await;
+    }
+
+    async fn send(&mut self, event: Event) -> Result<(), Ended> {
+        self.begun |= matches!(event, Event::Head(_));
+        match timeout(STALL_TIMEOUT, self.events.send(event)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Ended::Broken(died())),
+            Err(_) => {
+                self.stalled = true;
+                Err(Ended::Broken(died()))
+            }
+        }
+    }
+}
+
+impl Exchange {
+    /// Carries the request to the worker that it is booked on, and the answer back.
+    pub(crate) async fn attempt(
+        &mut self,
+        mut placement: Placement,
+        attempt: u32,
+        must_queue: bool,
+        sink: &mut Sink,
+    ) -> Ended {
+        let (mut sender, mut receiver) = match placement.link.open() {
+            Ok(streams) => streams,
+            Err(OpenError::Full | OpenError::Lost) => return Ended::Refused { for_good: false },
+        };
+        let accepted = Notify::new();
+        let place = self.place_frame(&placement, attempt, must_queue);
+        let body = self.body.text.expose().clone();
+        let mut answer = Answer {
+            exchange: self,
+            placement: &mut placement,
+            sink,
+            accepted: &accepted,
+            attempt,
+            head: None,
+            held: BytesMut::new(),
+            passing: false,
+            taken: false,
+        };
+        let ended = {
+            let sending = send_request(&mut sender, &place, &body, &accepted);
+            let relaying = answer.relay(&mut receiver);
+            tokio::pin!(sending, relaying);
+            tokio::select! {
+                biased;
+                ended = &mut relaying => ended,
+                // What cannot be sent any more is told by the other direction.
+                _ = &mut sending => relaying.await,
+            }
+        };
+        if matches!(ended, Ended::Complete) {
+            sender.finish();
+        }
+        ended
+    }
+
+    fn place_frame(&self, placement: &Placement, attempt: u32, must_queue: bool) -> Frame {
+        let place = work::Place {
+            request_id: self.request_id.clone(),
+            incarnation: Some(placement.choice.incarnation.to_wire()),
+            model: self.model.to_string(),
+            tenant: self.tenant.to_string(),
+            path: self.path.into(),
+            body_bytes: self.body.text.len() as u64,
+            deadline_ms: self.pool.first_byte_timeout_ms,
+            expected_wait_ms: Millis::from_duration(placement.choice.rank.wait).wire(),
+            attempt,
+            must_queue,
+            facts_revision: self.revision,
+        };
+        Frame::message(Kind::Place, &place)
+    }
+}
+
+async fn send_request(
+    sender: &mut FrameSender,
+    place: &Frame,
+    body: &Bytes,
+    accepted: &Notify,
+) -> Result<(), SendError> {
+    sender.send(place).await?;
+    if body.len() > EAGER_BYTES {
+        accepted.notified().await;
+    }
+    let mut rest = body.clone();
+    while !rest.is_empty() {
+        let piece = rest.split_to(rest.len().min(MAX_TEXT_BYTES));
+        sender.send(&Frame::new(Kind::Body, piece)).await?;
+    }
+    sender.send(&Frame::new(Kind::BodyEnd, Bytes::new())).await
+}
+
+/// The answer to one placement, as far as it has come.
+struct Answer<'a> {
+    exchange: &'a mut Exchange,
+    placement: &'a mut Placement,
+    sink: &'a mut Sink,
+    accepted: &'a Notify,
+    attempt: u32,
+    head: Option<work::Head>,
+    held: BytesMut,
+    /// Data go to the client as they come.
+    passing: bool,
+    taken: bool,
+}
+
+/// Goes on, or ends.
+type Step = Result<(), Ended>;
+
+impl Answer<'_> {
+    async fn relay(&mut self, receiver: &mut FrameReceiver) -> Ended {
+        let dispatched = Instant::now();
+        let pool = &self.exchange.pool;
+        let first_byte = dispatched + Duration::from_millis(pool.first_byte_timeout_ms.into());
+        let idle = Duration::from_millis(pool.idle_timeout_ms.into());
+        let mut any_data = false;
+        loop {
+            let until = if !self.taken {
+                (dispatched + ANSWER_TIMEOUT).min(first_byte)
+            } else if any_data {
+                Instant::now() + idle
+            } else {
+                first_byte
+            };
+            let frame = match timeout_at(until, receiver.recv()).await {
+                Ok(Ok(Some(frame))) => frame,
+                // The end without a trailer: the worker died.
+                Ok(Ok(None) | Err(_)) => return self.failed(Failure::WorkerLost),
+                Err(_) if !self.taken => return Ended::Failed(Failure::Failed),
+                Err(_) => return self.late(),
+            };
+            any_data |= frame.kind == Kind::Data;
+            if let Err(ended) = self.step(frame).await {
+                return ended;
+            }
+        }
+    }
+
+    async fn step(&mut self, frame: Frame) -> Step {
+        let broken = || Ended::Failed(Failure::Failed);
+        match frame.kind {
+            Kind::Accepted if !self.taken => {
+                let accepted: work::Accepted = frame.decode().map_err(|_| broken())?;
+                self.taken = true;
+                self.placement.accepted(accepted.report_seq);
+                self.hear(accepted.load.as_ref());
+                self.accepted.notify_one();
+                Ok(())
+            }
+            Kind::Refused if !self.taken => {
+                let refused: work::Refused = frame.decode().map_err(|_| broken())?;
+                self.hear(refused.load.as_ref());
+                Err(refusal(refused.reason()))
+            }
+            Kind::Head if self.taken && self.head.is_none() => {
+                let head: work::Head = frame.decode().map_err(|_| broken())?;
+                match head.status {
+                    503 => return Err(Ended::Refused { for_good: true }),
+                    500..=599 => return Err(broken()),
+                    100..=199 | 0 => return Err(broken()),
+                    _ => self.head = Some(head),
+                }
+                Ok(())
+            }
+            Kind::Data if self.head.is_some() => self.data(frame.payload).await,
+            Kind::Trailer if self.taken => {
+                let trailer: work::Trailer = frame.decode().map_err(|_| broken())?;
+                Err(self.trailer(&trailer).await)
+            }
+            // Out of order: the agent broke the protocol.
+            _ => Err(self.failed(Failure::Failed)),
+        }
+    }
+
+    async fn data(&mut self, piece: Bytes) -> Step {
+        if self.passing {
+            return self.sink.send(Event::Data(piece)).await;
+        }
+        if self.held.is_empty() && self.is_stream() {
+            self.begin().await?;
+            return self.sink.send(Event::Data(piece)).await;
+        }
+        self.held.extend_from_slice(&piece);
+        if self.held.len() > HELD_BACK_BYTES {
+            self.begin().await?;
+            return self.flush().await;
+        }
+        Ok(())
+    }
+
+    /// Lets the client see that there is an answer. From here on nothing is retried.
+    async fn begin(&mut self) -> Step {
+        self.passing = true;
+        self.exchange.tracked.phase(Phase::Decode);
+        let age = self.exchange.tracked.age();
+        self.exchange.shared.metrics.first_byte(age);
+        let streaming = self.is_stream();
+        let head = self.head.as_ref().expect("data come after a head");
+        let header = |name: &str| {
+            let mut headers = head.headers.iter();
+            headers
+                .find(|header| header.key.eq_ignore_ascii_case(name))
+                .map(|header| header.value.clone())
+        };
+        let event = Event::Head(ReplyHead {
+            status: u16::try_from(head.status).unwrap_or(502),
+            content_type: header("content-type").unwrap_or_else(|| "application/json".into()),
+            retry_after: header("retry-after"),
+            streaming,
+            worker: self.placement.worker.clone(),
+            attempts: self.attempt,
+        });
+        self.sink.send(event).await
+    }
+
+    async fn flush(&mut self) -> Step {
+        if self.held.is_empty() {
+            return Ok(());
+        }
+        let held = self.held.split().freeze();
+        self.sink.send(Event::Data(held)).await
+    }
+
+    fn is_stream(&self) -> bool {
+        let events = |header: &forebay_proto::wire::Label| {
+            header.key.eq_ignore_ascii_case("content-type")
+                && header.value.starts_with("text/event-stream")
+        };
+        self.exchange.head.stream
+            && self
+                .head
+                .as_ref()
+                .is_some_and(|head| head.status == 200 && head.headers.iter().any(events))
+    }
+
+    async fn trailer(&mut self, trailer: &work::Trailer) -> Ended {
+        self.placement.over_by(trailer.report_seq);
+        self.hear(trailer.load.as_ref());
+        match trailer.end() {
+            work::End::Complete if self.head.is_some() => self.complete().await,
+            work::End::NotStarted if !self.sink.begun() => Ended::Refused { for_good: true },
+            work::End::Timeout => self.late(),
+            work::End::Complete
+            | work::End::NotStarted
+            | work::End::EngineFailed
+            | work::End::Cancelled
+            | work::End::Unspecified => self.failed(Failure::Failed),
+        }
+    }
+
+    async fn complete(&mut self) -> Ended {
+        let passed_on = async {
+            if !self.passing {
+                self.begin().await?;
+            }
+            self.flush().await
+        };
+        match passed_on.await {
+            Ok(()) => Ended::Complete,
+            Err(ended) => ended,
+        }
+    }
+
+    fn failed(&self, failure: Failure) -> Ended {
+        if self.sink.begun() {
+            Ended::Broken(ApiError::new(
+                Code::UpstreamError,
+                "the worker failed in the middle of its answer",
+            ))
+        } else {
+            Ended::Failed(failure)
+        }
+    }
+
+    fn late(&self) -> Ended {
+        if self.sink.begun() {
+            Ended::Broken(ApiError::new(
+                Code::UpstreamTimeout,
+                "the rest of the answer did not come within the pool's idle_timeout_ms",
+            ))
+        } else {
+            Ended::Hopeless(ApiError::new(
+                Code::UpstreamTimeout,
+                "the answer did not come within the pool's first_byte_timeout_ms",
+            ))
+        }
+    }
+
+    fn hear(&self, load: Option<&work::LoadReport>) {
+        if let Some(load) = load {
+            let worker = self.placement.choice.incarnation.worker;
+            self.exchange.shared.hear(load, worker);
+        }
+    }
+}
+
+fn refusal(reason: work::RefusalReason) -> Ended {
+    use work::RefusalReason as Reason;
+    match reason {
+        Reason::RefusalWrongModel | Reason::RefusalEngineDown => Ended::Refused { for_good: true },
+        Reason::RefusalInvalid => Ended::Hopeless(died()),
+        Reason::RefusalUnspecified
+        | Reason::RefusalFenced
+        | Reason::RefusalCordoned
+        | Reason::RefusalDraining
+        | Reason::RefusalFull
+        | Reason::RefusalStaleView
+        | Reason::RefusalDeadline
+        | Reason::RefusalBodyBudget => Ended::Refused { for_good: false },
+    }
+}

@@ -1,0 +1,251 @@
+//! Who goes where, and who waits: the fleet's view, the links that stand, one bounded queue a pool.
+//!
+//! Requests are served in the order of their arrival, per model, also those that come back after a
+//! refusal. Whoever changes the view asks for [`Dispatch::matches`] and delivers them after the lock
+//! is gone. Pure: links (`L`) and the way to wake a waiter (`W`) are its user's.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use forebay_proto::{Incarnation, Now, WorkerId};
+use forebay_scheduler::{BookingId, Choice, Load, NoChoice, View};
+use rand::rngs::StdRng;
+
+use crate::fleet::Fleet;
+
+/// Place of a request in the order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Ticket(u64);
+
+/// A request that is booked on a worker.
+pub(crate) struct Placed<L> {
+    pub(crate) choice: Choice,
+    pub(crate) booking: BookingId,
+    pub(crate) link: L,
+    pub(crate) worker: Arc<str>,
+}
+
+/// What a request asks for.
+#[derive(Clone)]
+pub(crate) struct Ask {
+    pub(crate) ticket: Ticket,
+    pub(crate) pool: Arc<str>,
+    pub(crate) model: Arc<str>,
+    /// Starts of workers that are not to be asked again.
+    pub(crate) tried: Vec<Incarnation>,
+}
+
+struct Waiter<W> {
+    ask: Ask,
+    wake: W,
+}
+
+struct Connected<L> {
+    incarnation: Incarnation,
+    name: Arc<str>,
+    link: L,
+}
+
+pub(crate) struct Dispatch<L, W> {
+    view: View,
+    links: BTreeMap<WorkerId, Connected<L>>,
+    queues: BTreeMap<Arc<str>, VecDeque<Waiter<W>>>,
+    arrivals: u64,
+    rng: StdRng,
+}
+
+impl<L: Clone, W> Dispatch<L, W> {
+    pub(crate) fn new(rng: StdRng) -> Self {
+        Self {
+            view: View::default(),
+            links: BTreeMap::new(),
+            queues: BTreeMap::new(),
+            arrivals: 0,
+            rng,
+        }
+    }
+
+    pub(crate) const fn view(&self) -> &View {
+        &self.view
+    }
+
+    pub(crate) const fn rng(&mut self) -> &mut StdRng {
+        &mut self.rng
+    }
+
+    /// Takes new facts over; returns links of starts that they declare dead.
+    pub(crate) fn facts(&mut self, fleet: &Fleet) -> Vec<L> {
+        self.view.set_known(fleet.workers.iter().cloned());
+        let dead = |known: &forebay_scheduler::Known| {
+            let connected = self.links.get(&known.incarnation.worker)?;
+            (connected.incarnation < known.incarnation).then(|| connected.link.clone())
+        };
+        fleet.workers.iter().filter_map(dead).collect()
+    }
+
+    /// A link stands. Returns whether it may serve.
+    pub(crate) fn connected(
+        &mut self,
+        now: Now,
+        incarnation: Incarnation,
+        name: &Arc<str>,
+        link: L,
+    ) -> bool {
+        let serves = self.view.connected(now, incarnation);
+        if serves {
+            let name = name.clone();
+            let connected = Connected {
+                incarnation,
+                name,
+                link,
+            };
+            self.links.insert(incarnation.worker, connected);
+        }
+        serves
+    }
+
+    pub(crate) fn disconnected(&mut self, incarnation: Incarnation) {
+        self.view.disconnected(incarnation);
+        if let Some(connected) = self.links.get(&incarnation.worker)
+            && connected.incarnation == incarnation
+        {
+            self.links.remove(&incarnation.worker);
+        }
+    }
+
+    pub(crate) fn report(&mut self, now: Now, load: Load) -> bool {
+        self.view.report(now, load)
+    }
+
+    pub(crate) fn accepted(&mut self, booking: BookingId, report_seq: u64) {
+        self.view.accepted(booking, report_seq);
+    }
+
+    pub(crate) fn released(&mut self, booking: BookingId, report_seq: Option<u64>) {
+        self.view.released(booking, report_seq);
+    }
+
+    /// Links of workers from which nothing was heard for too long.
+    pub(crate) fn suspects(&self, now: Now) -> Vec<(Incarnation, L)> {
+        self.view
+            .suspects(now)
+            .filter_map(|incarnation| {
+                let connected = self.links.get(&incarnation.worker)?;
+                (connected.incarnation == incarnation)
+                    .then(|| (incarnation, connected.link.clone()))
+            })
+            .collect()
+    }
+
+    pub(crate) const fn arrive(&mut self) -> Ticket {
+        self.arrivals += 1;
+        Ticket(self.arrivals)
+    }
+
+    /// Books the request where it is best, unless someone who came earlier waits for the same model.
+    pub(crate) fn place(&mut self, now: Now, ask: &Ask) -> Result<Placed<L>, NoChoice> {
+        let ahead = self.queues.get(&ask.pool).is_some_and(|queue| {
+            queue
+                .iter()
+                .take_while(|waiter| waiter.ask.ticket < ask.ticket)
+                .any(|waiter| waiter.ask.model == ask.model)
+        });
+        if ahead {
+            return Err(NoChoice::Busy);
+        }
+        self.book(now, ask)
+    }
+
+    /// Lets the request wait, or says that `limit` others do.
+    pub(crate) fn enqueue(&mut self, ask: Ask, wake: W, limit: u32) -> bool {
+        let queue = self.queues.entry(ask.pool.clone()).or_default();
+        if queue.len() >= limit as usize {
+            if queue.is_empty() {
+                self.queues.remove(&ask.pool);
+            }
+            return false;
+        }
+        let at = queue.partition_point(|waiter| waiter.ask.ticket < ask.ticket);
+        queue.insert(at, Waiter { ask, wake });
+        true
+    }
+
+    /// The request does not wait any more.
+    pub(crate) fn leave(&mut self, pool: &Arc<str>, ticket: Ticket) {
+        if let Some(queue) = self.queues.get_mut(pool) {
+            if let Ok(at) = queue.binary_search_by_key(&ticket, |waiter| waiter.ask.ticket) {
+                queue.remove(at);
+            }
+            if queue.is_empty() {
+                self.queues.remove(pool);
+            }
+        }
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.queues.values().map(VecDeque::len).sum()
+    }
+
+    /// Books waiting requests, first come first served, as far as there is room now.
+    #[must_use]
+    pub(crate) fn matches(&mut self, now: Now) -> Vec<(W, Placed<L>)> {
+        let mut matched = Vec::new();
+        if self.queues.is_empty() {
+            return matched;
+        }
+        for pool in self.queues.keys().cloned().collect::<Vec<_>>() {
+            let mut without_room: Vec<Arc<str>> = Vec::new();
+            let mut at = 0;
+            while let Some(waiter) = self.queues.get(&pool).and_then(|queue| queue.get(at)) {
+                if without_room.contains(&waiter.ask.model) {
+                    at += 1;
+                    continue;
+                }
+                let ask = waiter.ask.clone();
+                match self.book(now, &ask) {
+                    Ok(placed) => {
+                        let queue = self.queues.get_mut(&pool).expect("it was just read");
+                        let waiter = queue.remove(at).expect("it was just read");
+                        matched.push((waiter.wake, placed));
+                    }
+                    Err(_) => {
+                        // One that avoids some workers says nothing about the rest.
+                        if ask.tried.is_empty() {
+                            without_room.push(ask.model);
+                        }
+                        at += 1;
+                    }
+                }
+            }
+        }
+        self.queues.retain(|_, queue| !queue.is_empty());
+        matched
+    }
+
+    fn book(&mut self, now: Now, ask: &Ask) -> Result<Placed<L>, NoChoice> {
+        // A later start of a worker that failed has not been tried.
+        let tried: Vec<WorkerId> = ask
+            .tried
+            .iter()
+            .filter(|tried| {
+                self.links
+                    .get(&tried.worker)
+                    .is_none_or(|connected| connected.incarnation <= **tried)
+            })
+            .map(|tried| tried.worker)
+            .collect();
+        let choice = self.view.pick(now, &ask.model, &tried, &mut self.rng)?;
+        let worker = choice.incarnation.worker;
+        let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;
+        Ok(Placed {
+            choice,
+            booking: self.view.book(worker),
+            link: connected.link.clone(),
+            worker: connected.name.clone(),
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "dispatch_tests.rs"]
+mod tests;

@@ -1,0 +1,181 @@
+use std::time::Duration;
+
+use forebay_proto::Revision;
+use forebay_proto::config::Config;
+use forebay_proto::fleet::WorkerSpec;
+use forebay_proto::wire::fleet::Desired;
+use forebay_scheduler::{Acceptance, Known};
+use rand::SeedableRng;
+
+use super::*;
+
+const NOW: Now = Now::at(Duration::from_secs(1));
+
+/// Workers `w1..` of one slot each, with these models, connected and idle.
+struct World {
+    dispatch: Dispatch<u32, &'static str>,
+    seq: u64,
+}
+
+fn incarnation(worker: u32, start: u32) -> Incarnation {
+    Incarnation {
+        worker: WorkerId(worker),
+        grant: 1,
+        start,
+    }
+}
+
+impl World {
+    fn new(models: &[&str]) -> Self {
+        let workers = models.iter().zip(1..).map(|(model, id)| Known {
+            name: format!("w{id}"),
+            incarnation: incarnation(id, 1),
+            spec: WorkerSpec {
+                pool: "default".into(),
+                advertise: "127.0.0.1:1".into(),
+                engine: String::new(),
+                models: vec![(*model).into()],
+                revision: String::new(),
+                gpu_type: String::new(),
+                gpu_count: 0,
+                kv_tokens: 0,
+                max_context_tokens: 0,
+                adapters: Vec::new(),
+                zone: String::new(),
+                labels: BTreeMap::new(),
+                slots: 1,
+            },
+            desired: Desired::Ready,
+            departed: false,
+        });
+        let fleet = Fleet {
+            revision: Revision(1),
+            workers: workers.collect(),
+            config: Config::default(),
+        };
+        let mut world = Self {
+            dispatch: Dispatch::new(StdRng::seed_from_u64(1)),
+            seq: 0,
+        };
+        world.dispatch.facts(&fleet);
+        for id in (1..).take(models.len()) {
+            world.connect(id, 1);
+        }
+        world
+    }
+
+    fn connect(&mut self, id: u32, start: u32) {
+        let name = format!("w{id}").into();
+        assert!(
+            self.dispatch
+                .connected(NOW, incarnation(id, start), &name, id)
+        );
+        self.seq += 1;
+        let load = Load {
+            incarnation: incarnation(id, start),
+            seq: self.seq,
+            acceptance: Acceptance::Open,
+            running: 0,
+            queued: 0,
+            slots: 1,
+            queue_limit: 0,
+            service: Duration::ZERO,
+            facts_revision: Revision(1),
+            interval: Duration::from_secs(1),
+        };
+        assert!(self.dispatch.report(NOW, load));
+    }
+
+    fn ask(&mut self, model: &str, tried: &[Incarnation]) -> Ask {
+        Ask {
+            ticket: self.dispatch.arrive(),
+            pool: "default".into(),
+            model: model.into(),
+            tried: tried.to_vec(),
+        }
+    }
+
+    fn place(&mut self, model: &str) -> Option<Placed<u32>> {
+        let ask = self.ask(model, &[]);
+        self.dispatch.place(NOW, &ask).ok()
+    }
+
+    fn wait(&mut self, name: &'static str, model: &str) -> Ask {
+        let ask = self.ask(model, &[]);
+        assert!(self.dispatch.enqueue(ask.clone(), name, 10));
+        ask
+    }
+
+    fn matched(&mut self) -> Vec<&'static str> {
+        let matched = self.dispatch.matches(NOW);
+        matched.into_iter().map(|(name, _)| name).collect()
+    }
+}
+
+#[test]
+fn waiters_go_in_the_order_of_arrival_and_nobody_overtakes() {
+    let mut world = World::new(&["m"]);
+    let running = world.place("m").unwrap();
+    let back = world.ask("m", &[]);
+    world.wait("second", "m");
+    world.wait("third", "m");
+    assert_eq!(world.matched(), [""; 0]);
+    assert!(
+        world
+            .dispatch
+            .enqueue(back, "first, back after a refusal", 10)
+    );
+    world.dispatch.released(running.booking, None);
+    assert!(world.place("m").is_none(), "those who wait come first");
+    assert_eq!(world.matched(), ["first, back after a refusal"]);
+    assert_eq!(world.dispatch.waiting(), 2);
+}
+
+#[test]
+fn one_model_without_room_does_not_hold_up_another() {
+    let mut world = World::new(&["a", "b"]);
+    let _a = world.place("a").unwrap();
+    world.wait("a", "a");
+    world.wait("b", "b");
+    assert_eq!(world.matched(), ["b"]);
+}
+
+#[test]
+fn the_queue_is_bounded_and_can_be_left() {
+    let mut world = World::new(&["m"]);
+    let _running = world.place("m").unwrap();
+    let one = world.ask("m", &[]);
+    let other = world.ask("m", &[]);
+    assert!(world.dispatch.enqueue(one.clone(), "one", 1));
+    assert!(!world.dispatch.enqueue(other.clone(), "other", 1));
+    world.dispatch.leave(&one.pool, one.ticket);
+    assert_eq!(world.dispatch.waiting(), 0);
+    assert!(!world.dispatch.enqueue(other, "other", 0));
+    assert!(world.dispatch.queues.is_empty());
+}
+
+#[test]
+fn a_worker_that_failed_is_not_asked_again_but_its_next_start_is() {
+    let mut world = World::new(&["m"]);
+    let ask = world.ask("m", &[incarnation(1, 1)]);
+    assert!(world.dispatch.place(NOW, &ask).is_err());
+    world.connect(1, 2);
+    let placed = world.dispatch.place(NOW, &ask).ok().unwrap();
+    assert_eq!(placed.choice.incarnation, incarnation(1, 2));
+}
+
+#[test]
+fn a_start_that_the_facts_declare_dead_is_named() {
+    let mut world = World::new(&["m"]);
+    let (known, ..) = world.dispatch.view().iter().next().unwrap();
+    let newer = Known {
+        incarnation: incarnation(1, 2),
+        ..known.clone()
+    };
+    let fleet = Fleet {
+        revision: Revision(2),
+        workers: vec![newer],
+        config: Config::default(),
+    };
+    assert_eq!(world.dispatch.facts(&fleet), [1]);
+}

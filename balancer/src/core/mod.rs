@@ -1,0 +1,8 @@
+//! What decides, pure: no clock, socket or task.
+
+pub(crate) mod auth;
+pub(crate) mod dispatch;
+pub mod error;
+pub(crate) mod head;
+pub(crate) mod request_id;
+pub(crate) mod retry;

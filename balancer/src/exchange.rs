@@ -1,0 +1,309 @@
+//! One request from its placement to the last byte of its answer, failures before the first included.
+//!
+//! [`Exchange::run`] is a task whose events a [`crate::reply::Reply`] passes on; when the client
+//! leaves, the task is dropped, and with it the stream to the agent and every guard.
+#![allow(clippy::disallowed_methods)] // the rim: this is where time passes
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use forebay_proto::Incarnation;
+use forebay_proto::config::Pool;
+use forebay_scheduler::NoChoice;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
+
+use crate::attempt::{Ended, Sink};
+use crate::body::Read;
+use crate::core::dispatch::{Ask, Ticket};
+use crate::core::error::{ApiError, Code};
+use crate::core::head::Head;
+use crate::core::retry::{Attempts, Failure, Next};
+use crate::metrics::Outcome;
+use crate::shared::{Phase, Placement, Shared, Tracked};
+
+/// What a reply is made of, in order: a head, data, an end; or an error instead, or in between.
+pub(crate) enum Event {
+    Head(ReplyHead),
+    Data(Bytes),
+    End,
+    /// What to tell the client: as the answer, or as an event in a stream that has begun.
+    Failed(ApiError),
+}
+
+pub(crate) struct ReplyHead {
+    pub(crate) status: u16,
+    pub(crate) content_type: String,
+    pub(crate) retry_after: Option<String>,
+    pub(crate) streaming: bool,
+    pub(crate) worker: Arc<str>,
+    pub(crate) attempts: u32,
+}
+
+/// Events on their way to the client; more wait in QUIC's window.
+pub(crate) const EVENTS_AHEAD: usize = 8;
+/// How long a model without any reachable worker is waited for.
+const GRACE: Duration = Duration::from_secs(2);
+/// A waiting request looks for itself this often, for changes that are no events.
+const LOOK: Duration = Duration::from_millis(250);
+
+pub(crate) struct Exchange {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) tracked: Tracked,
+    pub(crate) request_id: String,
+    pub(crate) tenant: Arc<str>,
+    pub(crate) path: &'static str,
+    pub(crate) head: Head,
+    pub(crate) model: Arc<str>,
+    pub(crate) pool_name: Arc<str>,
+    pub(crate) pool: Pool,
+    pub(crate) body: Read,
+    pub(crate) revision: u64,
+}
+
+impl Exchange {
+    /// Serves the request. Its events end with `End` or `Failed` unless nobody listens.
+    pub(crate) async fn run(mut self, events: mpsc::Sender<Event>) {
+        let mut sink = Sink::new(events);
+        let outcome = match self.serve(&mut sink).await {
+            Ok(()) => {
+                sink.end().await;
+                Outcome::Complete
+            }
+            Err(_) if sink.stalled() => Outcome::Stalled,
+            Err(error) => {
+                let outcome = if sink.begun() {
+                    Outcome::Broken
+                } else {
+                    Outcome::Error(error.code.row().code)
+                };
+                sink.fail(error).await;
+                outcome
+            }
+        };
+        if !sink.left() {
+            self.tracked.ended(outcome);
+        }
+    }
+
+    async fn serve(&mut self, sink: &mut Sink) -> Result<(), ApiError> {
+        let mut attempts = Attempts::default();
+        let mut line = Line {
+            ticket: self.shared.dispatch().arrive(),
+            until: Instant::now() + Duration::from_millis(self.pool.queue_timeout_ms.into()),
+            failed: Vec::new(),
+            refused: Vec::new(),
+        };
+        self.budget(|budget| budget.admit());
+        let mut must_queue = false;
+        loop {
+            self.tracked.phase(Phase::Queued);
+            let placement = self.place(&mut line).await?;
+            let (worker, incarnation) = (placement.worker.clone(), placement.choice.incarnation);
+            self.tracked.placed_on(&worker, attempts.number());
+            self.tracked.phase(Phase::Prefill);
+            let ended = self
+                .attempt(placement, attempts.number(), must_queue, sink)
+                .await;
+            let (failure, error) = match ended {
+                Ended::Complete => {
+                    self.shared.metrics.placed(&worker, Outcome::Complete);
+                    return Ok(());
+                }
+                Ended::Broken(error) => {
+                    self.shared.metrics.placed(&worker, Outcome::Broken);
+                    return Err(error);
+                }
+                Ended::Hopeless(error) => {
+                    self.shared.metrics.placed(&worker, Outcome::Failed);
+                    return Err(error);
+                }
+                Ended::Refused { for_good } => {
+                    self.shared.metrics.placed(&worker, Outcome::Refused);
+                    let list = if for_good {
+                        &mut line.failed
+                    } else {
+                        &mut line.refused
+                    };
+                    list.push(incarnation);
+                    (Failure::NotStarted, full())
+                }
+                Ended::Failed(failure) => {
+                    self.shared.metrics.placed(&worker, Outcome::Failed);
+                    line.failed.push(incarnation);
+                    (failure, died())
+                }
+            };
+            let max_refusals = self.pool.max_refusals;
+            match self.budget(|budget| attempts.after(failure, max_refusals, budget)) {
+                Next::Again { must_queue: now } => must_queue = now,
+                Next::GiveUp => return Err(error),
+            }
+            self.shared.metrics.retries.inc();
+        }
+    }
+
+    fn budget<T>(&self, change: impl FnOnce(&mut crate::core::retry::Budget) -> T) -> T {
+        let mut budgets = self.shared.budgets.lock();
+        change(budgets.entry(self.pool_name.clone()).or_default())
+    }
+
+    /// Books a worker, waiting in the pool's queue if need be.
+    async fn place(&self, line: &mut Line) -> Result<Placement, ApiError> {
+        let began = Instant::now();
+        if let Some(placement) = self.try_place(&line.ask(self, true))? {
+            self.shared.metrics.decided(began.elapsed());
+            return Ok(placement);
+        }
+        // All that may be asked have been: from here on, refusals are forgotten.
+        line.refused.clear();
+        let ask = line.ask(self, false);
+        let _queued = Queued::new(&self.shared);
+        let mut without_capacity: Option<Instant> = None;
+        let mut place = Waiting::join(&self.shared, &ask, self.pool.queue_limit)?;
+        loop {
+            let left = line.until.saturating_duration_since(Instant::now());
+            match timeout(left.min(LOOK), &mut place.woken).await {
+                Ok(Ok(placement)) => return Ok(placement),
+                // Nobody else holds the other end while the request waits.
+                Ok(Err(_)) => return Err(nobody()),
+                Err(_) => {}
+            }
+            let found = self.shared.change(|dispatch, now| {
+                let found = dispatch.place(now, &ask);
+                if found.is_ok() {
+                    dispatch.leave(&ask.pool, ask.ticket);
+                }
+                found
+            });
+            let now = Instant::now();
+            match found {
+                Ok(placed) => return Ok(Placement::new(&self.shared, placed)),
+                Err(NoChoice::Busy) => {
+                    without_capacity = None;
+                    if now >= line.until {
+                        return Err(waited());
+                    }
+                }
+                Err(NoChoice::NoCapacity | NoChoice::UnknownModel) => {
+                    let since = *without_capacity.get_or_insert(now);
+                    if now >= line.until || now - since >= GRACE {
+                        return Err(if line.failed.is_empty() {
+                            nobody()
+                        } else {
+                            died()
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    fn try_place(&self, ask: &Ask) -> Result<Option<Placement>, ApiError> {
+        let placed = self.shared.dispatch().place(self.shared.now(), ask);
+        match placed {
+            Ok(placed) => Ok(Some(Placement::new(&self.shared, placed))),
+            Err(NoChoice::Busy | NoChoice::NoCapacity) => Ok(None),
+            Err(NoChoice::UnknownModel) => Err(unknown_model()),
+        }
+    }
+}
+
+/// A request's place in the order of arrival.
+struct Line {
+    ticket: Ticket,
+    until: Instant,
+    failed: Vec<Incarnation>,
+    refused: Vec<Incarnation>,
+}
+
+impl Line {
+    fn ask(&self, exchange: &Exchange, also_refused: bool) -> Ask {
+        let mut tried = self.failed.clone();
+        if also_refused {
+            tried.extend(&self.refused);
+        }
+        Ask {
+            ticket: self.ticket,
+            pool: exchange.pool_name.clone(),
+            model: exchange.model.clone(),
+            tried,
+        }
+    }
+}
+
+/// A place in the queue, left when dropped.
+struct Waiting<'a> {
+    shared: &'a Arc<Shared>,
+    ask: &'a Ask,
+    woken: oneshot::Receiver<Placement>,
+}
+
+impl<'a> Waiting<'a> {
+    fn join(shared: &'a Arc<Shared>, ask: &'a Ask, limit: u32) -> Result<Self, ApiError> {
+        let (wake, woken) = oneshot::channel();
+        let joined = shared.dispatch().enqueue(ask.clone(), wake, limit);
+        joined
+            .then_some(Self { shared, ask, woken })
+            .ok_or_else(full)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut dispatch = self.shared.dispatch();
+        dispatch.leave(&self.ask.pool, self.ask.ticket);
+    }
+}
+
+struct Queued<'a>(&'a Shared);
+
+impl<'a> Queued<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.metrics.queued.inc();
+        Self(shared)
+    }
+}
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        self.0.metrics.queued.dec();
+    }
+}
+
+pub(crate) fn unknown_model() -> ApiError {
+    ApiError::new(
+        Code::ModelNotFound,
+        "no worker of this fleet serves that model: GET /v1/models lists those that are served",
+    )
+    .about("model")
+}
+
+fn full() -> ApiError {
+    ApiError::new(
+        Code::Overloaded,
+        "every worker and the queue for this model are full: try again later",
+    )
+}
+
+fn waited() -> ApiError {
+    ApiError::new(
+        Code::QueueTimeout,
+        "no worker had room for this request in time: try again later",
+    )
+}
+
+pub(crate) fn nobody() -> ApiError {
+    ApiError::new(
+        Code::NoCapacity,
+        "no worker for this model can be reached at present: try again soon",
+    )
+}
+
+pub(crate) fn died() -> ApiError {
+    ApiError::new(
+        Code::UpstreamError,
+        "the worker failed, and the request was not, or not again, sent to another",
+    )
+}

@@ -1,0 +1,285 @@
+//! From an HTTP request to its answer: paths, principal, body, exchange.
+#![allow(clippy::disallowed_methods)] // the rim: this is where luck is drawn and time passes
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::header::{
+    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue,
+    RETRY_AFTER,
+};
+use hyper::{Method, Request, Response, StatusCode, Version};
+use rand::Rng;
+use serde_json::json;
+use tokio::sync::mpsc;
+
+use crate::body;
+use crate::core::auth::Principal;
+use crate::core::error::{ApiError, Code};
+use crate::core::{head, request_id};
+use crate::exchange::{EVENTS_AHEAD, Event, Exchange, ReplyHead, died, nobody, unknown_model};
+use crate::links::Task;
+use crate::metrics::Outcome;
+use crate::reply::{Relayed, Reply};
+use crate::shared::Shared;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
+const DROPPED_REASON: HeaderName = HeaderName::from_static("x-forebay-dropped-reason");
+const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");
+const ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attempts");
+const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+
+/// Paths that are placed on workers.
+const PLACED: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
+
+/// Answers one request.
+pub(crate) async fn answer(
+    shared: Arc<Shared>,
+    request: Request<Incoming>,
+) -> Result<Response<Reply>, Infallible> {
+    let given = request.headers().get(REQUEST_ID).map(HeaderValue::as_bytes);
+    let id = request_id::choose(given, rand::rng().random());
+    let version = request.version();
+    let mut response = route(&shared, request, &id)
+        .await
+        .unwrap_or_else(|error| refuse(&error, version));
+    let id = HeaderValue::from_str(&id).expect("its characters were checked");
+    response.headers_mut().insert(REQUEST_ID, id);
+    Ok(response)
+}
+
+async fn route(
+    shared: &Arc<Shared>,
+    request: Request<Incoming>,
+    id: &str,
+) -> Result<Response<Reply>, ApiError> {
+    let path = request.uri().path().to_owned();
+    let get = matches!(*request.method(), Method::GET | Method::HEAD);
+    if let Some(path) = PLACED.into_iter().find(|placed| *placed == path) {
+        if request.method() != Method::POST {
+            return Ok(wrong_method("POST", request.version()));
+        }
+        return place(shared, request, id, path).await;
+    }
+    let model = path.strip_prefix("/v1/models/");
+    if !(path == "/health" || path == "/v1/models" || model.is_some()) {
+        return Err(ApiError::new(
+            Code::NotFound,
+            "no such path: see POST /v1/chat/completions and GET /v1/models",
+        ));
+    }
+    if !get {
+        return Ok(wrong_method("GET, HEAD", request.version()));
+    }
+    if path == "/health" {
+        return Ok(whole(StatusCode::OK, &json!({"status": "ok"})));
+    }
+    principal(shared, &request)?;
+    let facts = shared.facts();
+    let object =
+        |model: &str| json!({"id": model, "object": "model", "created": 0, "owned_by": "forebay"});
+    match model {
+        None => {
+            let models: Vec<_> = facts
+                .iter()
+                .flat_map(|facts| facts.models())
+                .map(object)
+                .collect();
+            Ok(whole(
+                StatusCode::OK,
+                &json!({"object": "list", "data": models}),
+            ))
+        }
+        Some(model) => {
+            let model = percent_decoded(model);
+            let known = facts.is_some_and(|facts| facts.pool_of(&model).is_some());
+            if !known {
+                return Err(unknown_model());
+            }
+            Ok(whole(StatusCode::OK, &object(&model)))
+        }
+    }
+}
+
+fn principal(shared: &Shared, request: &Request<Incoming>) -> Result<Principal, ApiError> {
+    let header = request.headers().get(AUTHORIZATION);
+    shared.keys.principal(header.map(HeaderValue::as_bytes))
+}
+
+async fn place(
+    shared: &Arc<Shared>,
+    request: Request<Incoming>,
+    id: &str,
+    path: &'static str,
+) -> Result<Response<Reply>, ApiError> {
+    if shared.draining.load(Ordering::Relaxed) {
+        return Err(ApiError::new(
+            Code::Draining,
+            "this balancer is about to stop: connect again to reach another",
+        ));
+    }
+    let principal = principal(shared, &request)?;
+    let mut tracked = shared.track(id, &principal.tenant).ok_or_else(|| {
+        ApiError::new(
+            Code::Overloaded,
+            "this balancer serves as many requests as it can: try again soon",
+        )
+    })?;
+    let prepared = async {
+        let body = body::read(shared, request.into_body()).await?;
+        let head = head::parse(body.text.expose())?;
+        let facts = shared.facts().ok_or_else(nobody)?;
+        let (model, pool) = facts.pool_of(&head.model).ok_or_else(unknown_model)?;
+        Ok((body, head, facts, model, pool))
+    };
+    let (body, head, facts, model, pool_name) = match prepared.await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            let error: ApiError = error;
+            tracked.ended(Outcome::Error(error.code.row().code));
+            return Err(error);
+        }
+    };
+    tracked.asks_for(&model);
+    let exchange = Exchange {
+        shared: shared.clone(),
+        tracked,
+        request_id: id.to_owned(),
+        tenant: principal.tenant.clone(),
+        path,
+        model,
+        pool: facts.fleet.pool(&pool_name),
+        pool_name,
+        body,
+        revision: facts.fleet.revision.0,
+        head,
+    };
+    let streaming = exchange.head.stream;
+    let (sender, mut events) = mpsc::channel(EVENTS_AHEAD);
+    let task = Task::spawn(exchange.run(sender));
+    let hold = Duration::from_millis(shared.settings.hold_headers_ms);
+    let first = if streaming {
+        match tokio::time::timeout(hold, events.recv()).await {
+            Ok(first) => first,
+            Err(_) => return Ok(early(events, task)),
+        }
+    } else {
+        events.recv().await
+    };
+    match first {
+        Some(Event::Head(head)) => Ok(relay(head, principal.debug, events, task)),
+        Some(Event::Failed(error)) => Err(error),
+        Some(Event::Data(_) | Event::End) | None => Err(died()),
+    }
+}
+
+/// The answer once the engine's first byte is there.
+fn relay(
+    head: ReplyHead,
+    debug: bool,
+    events: mpsc::Receiver<Event>,
+    task: Task,
+) -> Response<Reply> {
+    let relayed = Relayed::new(events, task, head.streaming, false);
+    let mut response = Response::new(Reply::Relayed(Box::new(relayed)));
+    *response.status_mut() = StatusCode::from_u16(head.status).unwrap_or(StatusCode::BAD_GATEWAY);
+    let headers = response.headers_mut();
+    if head.streaming {
+        stream_headers(headers);
+    }
+    if let Ok(kind) = HeaderValue::from_str(&head.content_type) {
+        headers.insert(CONTENT_TYPE, kind);
+    }
+    if let Some(Ok(after)) = head.retry_after.map(|after| HeaderValue::from_str(&after)) {
+        headers.insert(RETRY_AFTER, after);
+    }
+    if debug {
+        let worker = HeaderValue::from_str(&head.worker);
+        headers.insert(WORKER, worker.expect("a name has no control characters"));
+        headers.insert(ATTEMPTS, head.attempts.into());
+    }
+    response
+}
+
+/// The answer when the first byte takes too long to hold the status line back.
+fn early(events: mpsc::Receiver<Event>, task: Task) -> Response<Reply> {
+    let relayed = Relayed::new(events, task, true, true);
+    let mut response = Response::new(Reply::Relayed(Box::new(relayed)));
+    stream_headers(response.headers_mut());
+    response
+}
+
+fn stream_headers(headers: &mut hyper::HeaderMap) {
+    let kind = HeaderValue::from_static("text/event-stream; charset=utf-8");
+    headers.insert(CONTENT_TYPE, kind);
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(ACCEL_BUFFERING, HeaderValue::from_static("no"));
+}
+
+/// An error as an answer.
+fn refuse(error: &ApiError, version: Version) -> Response<Reply> {
+    let row = error.code.row();
+    let status = StatusCode::from_u16(row.status).expect("the table has valid statuses");
+    let mut response = whole(status, &error.object());
+    let headers = response.headers_mut();
+    if let Some(after) = row.retry_after {
+        headers.insert(RETRY_AFTER, after.as_secs().into());
+        headers.insert(RETRY_AFTER_MS, (after.as_secs() * 1_000).into());
+    }
+    if let Some(reason) = row.dropped {
+        headers.insert(DROPPED_REASON, HeaderValue::from_static(reason));
+    }
+    // h2 has no such header; a stream ends by itself.
+    if row.close && version <= Version::HTTP_11 {
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+fn wrong_method(allowed: &'static str, version: Version) -> Response<Reply> {
+    let error = ApiError::new(
+        Code::MethodNotAllowed,
+        format!("this path takes {allowed} only"),
+    );
+    let mut response = refuse(&error, version);
+    let allowed = HeaderValue::from_static(allowed);
+    response.headers_mut().insert(ALLOW, allowed);
+    response
+}
+
+fn whole(status: StatusCode, value: &serde_json::Value) -> Response<Reply> {
+    let mut response = Response::new(Reply::Whole(Some(Bytes::from(value.to_string()))));
+    *response.status_mut() = status;
+    let kind = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(CONTENT_TYPE, kind);
+    response
+}
+
+/// Names of models contain `/`, which clients may escape.
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, more)) = rest.split_first() {
+        let escaped = (first == b'%')
+            .then(|| more.get(..2))
+            .flatten()
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match escaped {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &more[2..];
+            }
+            None => {
+                bytes.push(first);
+                rest = more;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}

@@ -1,0 +1,151 @@
+//! What a scrape sees. No label comes from a request but for names that the facts have.
+
+use std::sync::atomic::AtomicI64;
+use std::time::Duration;
+
+use forebay_admin::Histogram;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// How a request, or one placement of it, ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Outcome {
+    /// Relayed to its end.
+    Complete,
+    /// Answered by the table of errors.
+    Error(&'static str),
+    /// Broke after its first byte.
+    Broken,
+    /// The client left while it waited for a worker, for the first byte, or for the rest.
+    CancelledQueued,
+    CancelledPrefill,
+    CancelledDecode,
+    /// A placement only: the agent did not take it.
+    Refused,
+    /// A placement only: it failed before the first byte.
+    Failed,
+    /// The client took no byte for too long.
+    Stalled,
+}
+
+impl Outcome {
+    pub(crate) const fn label(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Error(code) => code,
+            Self::Broken => "broken",
+            Self::CancelledQueued => "cancelled_queued",
+            Self::CancelledPrefill => "cancelled_prefill",
+            Self::CancelledDecode => "cancelled_decode",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::Stalled => "stalled",
+        }
+    }
+
+    /// Those that a placement can have.
+    const OF_PLACEMENTS: [Self; 4] = [Self::Complete, Self::Broken, Self::Refused, Self::Failed];
+}
+
+type Labels<const N: usize> = [(&'static str, String); N];
+type Number = Gauge<i64, AtomicI64>;
+
+#[derive(Default)]
+pub(crate) struct Metrics {
+    requests: Family<Labels<1>, Counter>,
+    placements: Family<Labels<2>, Counter>,
+    pub(crate) retries: Counter,
+    pub(crate) inflight: Number,
+    pub(crate) bookings: Number,
+    pub(crate) queued: Number,
+    pub(crate) connections: Number,
+    pub(crate) links: Number,
+    pub(crate) body_bytes: Number,
+    pub(crate) facts_revision: Number,
+    ttft: Histogram,
+    e2e: Histogram,
+    placement: Histogram,
+}
+
+impl Metrics {
+    /// The registry that exports these numbers.
+    pub(crate) fn registry(&self) -> Registry {
+        let mut registry = Registry::with_prefix("forebay_balancer");
+        registry.register(
+            "requests",
+            "Requests by how they ended",
+            self.requests.clone(),
+        );
+        registry.register(
+            "placements",
+            "Placements by worker and how they ended",
+            self.placements.clone(),
+        );
+        registry.register(
+            "retries",
+            "Placements after the first of a request",
+            self.retries.clone(),
+        );
+        for (name, help, gauge) in [
+            ("inflight", "Requests being served", &self.inflight),
+            ("bookings", "Bookings held on workers", &self.bookings),
+            ("queued", "Requests that wait for a worker", &self.queued),
+            ("connections", "Client connections", &self.connections),
+            ("links", "Workers that are connected", &self.links),
+            ("body_bytes", "Bytes of bodies held", &self.body_bytes),
+            (
+                "facts_revision",
+                "Revision of the facts in use",
+                &self.facts_revision,
+            ),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
+        for (name, help, histogram) in [
+            ("ttft", "From the request to the first byte", &self.ttft),
+            ("e2e", "From the request to its end", &self.e2e),
+            (
+                "placement",
+                "Deciding and booking, without waiting",
+                &self.placement,
+            ),
+        ] {
+            histogram.register(&mut registry, name, help);
+        }
+        registry
+    }
+
+    pub(crate) fn request(&self, outcome: Outcome, took: Duration) {
+        let labels = [("outcome", outcome.label().to_owned())];
+        self.requests.get_or_create(&labels).inc();
+        self.e2e.record(took);
+    }
+
+    pub(crate) fn placed(&self, worker: &str, outcome: Outcome) {
+        self.placements.get_or_create(&of(worker, outcome)).inc();
+    }
+
+    pub(crate) fn first_byte(&self, after: Duration) {
+        self.ttft.record(after);
+    }
+
+    pub(crate) fn decided(&self, took: Duration) {
+        self.placement.record(took);
+    }
+
+    /// A worker is gone from the facts: so are its rows.
+    pub(crate) fn forget(&self, worker: &str) {
+        for outcome in Outcome::OF_PLACEMENTS {
+            self.placements.remove(&of(worker, outcome));
+        }
+    }
+}
+
+fn of(worker: &str, outcome: Outcome) -> Labels<2> {
+    [
+        ("worker", worker.to_owned()),
+        ("outcome", outcome.label().to_owned()),
+    ]
+}

@@ -1,0 +1,156 @@
+//! The body of an answer: what the exchange's events become on their way to the client.
+#![allow(clippy::disallowed_methods)] // the rim: this is where time passes
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, SizeHint};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, Sleep};
+
+use crate::core::error::ApiError;
+use crate::exchange::{Event, died};
+use crate::links::Task;
+
+/// A stream that says nothing for this long says `: ping`.
+pub(crate) const PING_INTERVAL: Duration = Duration::from_secs(15);
+
+/// A body that is there, or one that comes.
+pub(crate) enum Reply {
+    Whole(Option<Bytes>),
+    Relayed(Box<Relayed>),
+}
+
+/// An answer that broke: the connection, or the h2 stream, is aborted.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer broke off")]
+pub(crate) struct BrokeOff;
+
+/// Passes an exchange's events on. The exchange ends with it.
+pub(crate) struct Relayed {
+    events: mpsc::Receiver<Event>,
+    _exchange: Task,
+    /// The client reads events: it can be told of failures, and be pinged.
+    streaming: bool,
+    /// The last byte that went out ended an event.
+    between_events: bool,
+    /// The client has got the head of a 200 before the engine's own came.
+    early: bool,
+    ping: Pin<Box<Sleep>>,
+    over: bool,
+}
+
+impl Relayed {
+    pub(crate) fn new(
+        events: mpsc::Receiver<Event>,
+        exchange: Task,
+        streaming: bool,
+        early: bool,
+    ) -> Self {
+        let first = if early { Duration::ZERO } else { PING_INTERVAL };
+        Self {
+            events,
+            _exchange: exchange,
+            streaming,
+            between_events: true,
+            early,
+            ping: Box::pin(tokio::time::sleep(first)),
+            over: false,
+        }
+    }
+
+    fn take(&mut self, event: Option<Event>) -> Option<Result<Bytes, BrokeOff>> {
+        match event {
+            Some(Event::Head(head)) if self.early && !(head.status == 200 && head.streaming) => {
+                // An error of the engine's comes too late for the status line.
+                self.early = false;
+                self.over = true;
+                Some(Ok(error_event(&died(), true)))
+            }
+            Some(Event::Head(_)) => None,
+            Some(Event::Data(piece)) => {
+                self.between_events = piece.ends_with(b"\n\n") || piece.ends_with(b"\r\n\r\n");
+                self.ping.as_mut().reset(Instant::now() + PING_INTERVAL);
+                Some(Ok(piece))
+            }
+            Some(Event::End) => {
+                self.over = true;
+                None
+            }
+            Some(Event::Failed(error)) if self.streaming => {
+                self.over = true;
+                Some(Ok(error_event(&error, self.between_events)))
+            }
+            Some(Event::Failed(_)) | None => {
+                self.over = true;
+                Some(Err(BrokeOff))
+            }
+        }
+    }
+}
+
+/// An event of its own, also where the last one was cut short.
+fn error_event(error: &ApiError, between_events: bool) -> Bytes {
+    let event = error.event();
+    if between_events {
+        event.into()
+    } else {
+        format!("\n\n{event}").into()
+    }
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = BrokeOff;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BrokeOff>>> {
+        let relayed = match self.get_mut() {
+            Self::Whole(body) => return Poll::Ready(body.take().map(|body| Ok(Frame::data(body)))),
+            Self::Relayed(relayed) => relayed,
+        };
+        while !relayed.over {
+            match relayed.events.poll_recv(context) {
+                Poll::Ready(event) => {
+                    if let Some(piece) = relayed.take(event) {
+                        return Poll::Ready(Some(piece.map(Frame::data)));
+                    }
+                }
+                Poll::Pending => {
+                    if relayed.streaming
+                        && relayed.between_events
+                        && relayed.ping.as_mut().poll(context).is_ready()
+                    {
+                        let next = Instant::now() + PING_INTERVAL;
+                        relayed.ping.as_mut().reset(next);
+                        return Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(
+                            b": ping\n\n",
+                        )))));
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(None)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(body) => body.is_none(),
+            Self::Relayed(relayed) => relayed.over,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(body) => {
+                SizeHint::with_exact(body.as_ref().map_or(0, |body| body.len() as u64))
+            }
+            Self::Relayed(_) => SizeHint::default(),
+        }
+    }
+}

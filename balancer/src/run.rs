@@ -1,0 +1,256 @@
+//! The process: what it is configured with, how it starts, and why it may not.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use forebay_link::{BindError, CredentialPaths, Credentials, CredentialsError, Endpoint};
+use forebay_proto::{Identity, Role};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::admin;
+use crate::control;
+use crate::core::auth::{Keys, KeysError};
+use crate::fleet::Fleet;
+use crate::links::Links;
+use crate::shared::Shared;
+
+/// How clients are treated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Where the admin pages are; none: nowhere.
+    pub admin: Option<SocketAddr>,
+    /// The file with hashed keys.
+    pub keys: Option<PathBuf>,
+    /// For development: the tenant of any key, and of none.
+    pub any_key_tenant: Option<String>,
+    /// Largest body in bytes.
+    pub max_body_bytes: u64,
+    /// How long a stream's status line waits for the engine's first byte.
+    pub hold_headers_ms: u64,
+    /// How long requests may take to finish once the process is told to stop.
+    pub drain_timeout_ms: u64,
+}
+
+impl Settings {
+    /// The defaults, with nobody allowed to ask yet: set `keys` or `any_key_tenant`.
+    #[must_use]
+    pub const fn on(listen: SocketAddr) -> Self {
+        Self {
+            listen,
+            admin: None,
+            keys: None,
+            any_key_tenant: None,
+            max_body_bytes: 32 << 20,
+            hold_headers_ms: 15_000,
+            drain_timeout_ms: 30_000,
+        }
+    }
+}
+
+/// One balancer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Where the admin pages are; none: nowhere.
+    pub admin: Option<SocketAddr>,
+    /// Control nodes (`host:port`); any one that is up suffices.
+    pub control: Vec<String>,
+    /// Where the last facts are kept.
+    pub data_dir: PathBuf,
+    /// Our certificate, key and CA.
+    pub credentials: CredentialPaths,
+    /// The file with hashed keys.
+    pub keys: Option<PathBuf>,
+    /// For development: the tenant of any key, and of none.
+    pub any_key_tenant: Option<String>,
+    /// Largest body in bytes.
+    pub max_body_bytes: u64,
+    /// How long a stream's status line waits for the engine's first byte.
+    pub hold_headers_ms: u64,
+    /// How long requests may take to finish once the process is told to stop.
+    pub drain_timeout_ms: u64,
+}
+
+impl Config {
+    fn settings(&self) -> Settings {
+        Settings {
+            listen: self.listen,
+            admin: self.admin,
+            keys: self.keys.clone(),
+            any_key_tenant: self.any_key_tenant.clone(),
+            max_body_bytes: self.max_body_bytes,
+            hold_headers_ms: self.hold_headers_ms,
+            drain_timeout_ms: self.drain_timeout_ms,
+        }
+    }
+}
+
+/// Addresses that are bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Where the admin pages are.
+    pub admin: Option<SocketAddr>,
+}
+
+/// Why a balancer did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BalancerError {
+    /// Somebody else has the port.
+    #[error("{0} is taken by another process: stop it, or give another address by --listen")]
+    Taken(SocketAddr),
+    /// The system refused the address.
+    #[error("cannot listen on {address}: {error}; give another address by --listen")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// The admin pages cannot be served.
+    #[error(transparent)]
+    Admin(#[from] forebay_admin::ServeError),
+    /// The keys file cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// Nobody could ask.
+    #[error("nobody may ask: give --keys FILE, or --any-key-tenant NAME for development")]
+    NoKeys,
+    /// The certificate, key or CA cannot be used.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
+    /// No socket towards the workers.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The data directory cannot be made.
+    #[error("cannot use the data directory {path}: {error}; give another one by --data-dir")]
+    DataDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// The certificate is somebody else's.
+    #[error(
+        "the certificate names {}, not a balancer: issue one with `forebay ca issue balancer NAME`",
+        .0.short()
+    )]
+    WrongRole(Identity),
+}
+
+/// Runs a balancer until `shutdown`, then drains it.
+///
+/// Follows the facts by the control plane, and begins with those in the data directory, so that it
+/// serves again while the control plane is gone.
+///
+/// # Errors
+///
+/// Returns why it did not start, with what to do.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), BalancerError> {
+    let credentials = Credentials::load(&config.credentials)?;
+    let identity = credentials.identity();
+    if identity.role != Role::Balancer {
+        return Err(BalancerError::WrongRole(identity.clone()));
+    }
+    make_private(&config.data_dir).map_err(|error| BalancerError::DataDir {
+        path: config.data_dir.clone(),
+        error,
+    })?;
+    let endpoint = Endpoint::client(&credentials)?;
+    let following = control::follow(&endpoint, &config.control, &config.data_dir);
+    let bound = |bound: Bound| {
+        let admin = bound.admin.map(|admin| admin.to_string());
+        tracing::info!(listen = %bound.listen, admin, "serving");
+    };
+    serve(
+        config.settings(),
+        endpoint,
+        following.facts(),
+        bound,
+        shutdown,
+    )
+    .await
+}
+
+fn make_private(directory: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+}
+
+/// Who may ask, by the settings.
+fn keys(settings: &Settings) -> Result<Keys, BalancerError> {
+    let anyone = settings.any_key_tenant.as_deref();
+    let Some(path) = &settings.keys else {
+        return anyone.map(Keys::anyone).ok_or(BalancerError::NoKeys);
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| KeysError::Read {
+        path: path.clone(),
+        error,
+    })?;
+    let keys = Keys::parse(path, &text)?;
+    Ok(match anyone {
+        Some(tenant) => keys.or_anyone(tenant),
+        None => keys,
+    })
+}
+
+/// Serves clients by the facts that `facts` brings until `shutdown`, then drains.
+///
+/// `bound` is told the addresses once both ports are open.
+///
+/// # Errors
+///
+/// Returns why it did not start, with what to do.
+pub async fn serve(
+    settings: Settings,
+    endpoint: Endpoint,
+    facts: watch::Receiver<Option<Arc<Fleet>>>,
+    bound: impl FnOnce(Bound),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), BalancerError> {
+    let identity = endpoint.identity().clone();
+    if identity.role != Role::Balancer {
+        return Err(BalancerError::WrongRole(identity));
+    }
+    let keys = keys(&settings)?;
+    let listener = listen(settings.listen).await?;
+    let listen = listener
+        .local_addr()
+        .map_err(|error| BalancerError::Listen {
+            address: settings.listen,
+            error,
+        })?;
+    let admin_at = settings.admin;
+    let shared = Shared::new(settings, keys);
+    let admin = match admin_at {
+        Some(address) => {
+            let pages = admin::admin(&shared, &identity.name);
+            Some(forebay_admin::serve(address, pages).await?)
+        }
+        None => None,
+    };
+    bound(Bound { listen, admin });
+    let links = Links::new(shared.clone(), endpoint.clone());
+    crate::serve::serve(shared, links, facts, listener, shutdown).await;
+    endpoint.close("the balancer stops");
+    endpoint.wait_idle().await;
+    Ok(())
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, BalancerError> {
+    crate::serve::listen(address)
+        .await
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::AddrInUse => BalancerError::Taken(address),
+            _ => BalancerError::Listen { address, error },
+        })
+}

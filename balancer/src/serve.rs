@@ -1,0 +1,174 @@
+//! The client port: accepting, bounding and draining connections.
+#![allow(clippy::disallowed_methods)] // the rim: this is where connections are served
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
+
+use crate::core::error::{ApiError, Code};
+use crate::fleet::Fleet;
+use crate::http;
+use crate::links::{self, Links, Task};
+use crate::shared::Shared;
+use crate::socket::Socket;
+
+/// Connections of clients.
+const MAX_CONNECTIONS: usize = 16_384;
+/// Connections beyond those that are told so, at once.
+const MAX_TURNED_AWAY: usize = 256;
+/// From one request's end to the next one's head, and for that head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_HEAD_BYTES: usize = 64 << 10;
+const MAX_STREAMS: u32 = 256;
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+const CONNECTION_WINDOW_BYTES: u32 = 1 << 20;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Keeps links to the workers of the newest facts for as long as facts may come.
+pub(crate) async fn follow(mut links: Links, mut facts: watch::Receiver<Option<Arc<Fleet>>>) {
+    loop {
+        let newest = facts.borrow_and_update().clone();
+        if let Some(fleet) = newest {
+            links.follow(&fleet);
+        }
+        if facts.changed().await.is_err() {
+            // Nobody will bring newer facts: those at hand stay in use.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Serves clients until `shutdown`, then finishes what is under way.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    links: Links,
+    facts: watch::Receiver<Option<Arc<Fleet>>>,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) {
+    let _followers = [
+        Task::spawn(follow(links, facts)),
+        Task::spawn(links::watch(shared.clone())),
+    ];
+    let graceful = GracefulShutdown::new();
+    tokio::select! {
+        () = accept(&shared, &listener, &graceful) => {}
+        () = shutdown => {}
+    }
+    shared.draining.store(true, Ordering::Relaxed);
+    drop(listener);
+    let left = shared.inflight();
+    tracing::info!(requests = left, "stopping: finishing what is under way");
+    let patience = Duration::from_millis(shared.settings.drain_timeout_ms);
+    if timeout(patience, graceful.shutdown()).await.is_err() {
+        let cut = shared.inflight();
+        tracing::warn!(requests = cut, "stopping: the rest is cut off");
+    }
+}
+
+async fn accept(shared: &Arc<Shared>, listener: &TcpListener, graceful: &GracefulShutdown) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
+    loop {
+        let (stream, _) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Each event is one small write: none may wait for the next.
+        let _ = stream.set_nodelay(true);
+        match room.clone().try_acquire_owned() {
+            Ok(place) => {
+                let connection = talk(shared, stream, graceful);
+                let shared = shared.clone();
+                tokio::spawn(async move {
+                    let _place = place;
+                    shared.metrics.connections.inc();
+                    connection.await;
+                    shared.metrics.connections.dec();
+                });
+            }
+            Err(_) => {
+                if let Ok(place) = turned_away.clone().try_acquire_owned() {
+                    tokio::spawn(async move {
+                        let _place = place;
+                        turn_away(stream).await;
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn talk(
+    shared: &Arc<Shared>,
+    stream: TcpStream,
+    graceful: &GracefulShutdown,
+) -> impl Future<Output = ()> + Send + use<> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_HEAD_BYTES);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(10))
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_header_list_size(u32::try_from(MAX_HEAD_BYTES).expect("64 KiB fit"));
+    let service = {
+        let shared = shared.clone();
+        service_fn(move |request| http::answer(shared.clone(), request))
+    };
+    let connection = builder
+        .serve_connection(TokioIo::new(Socket::new(stream)), service)
+        .into_owned();
+    let connection = graceful.watch(connection);
+    async move {
+        if let Err(error) = connection.await {
+            tracing::trace!(%error, "a client's connection ended early");
+        }
+    }
+}
+
+/// Says that there are too many connections, without reading what the client wants.
+async fn turn_away(mut stream: TcpStream) {
+    let error = ApiError::new(
+        Code::NoCapacity,
+        "this balancer has as many connections as it can serve: try again soon",
+    );
+    let body = error.object().to_string();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n\
+         connection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let telling = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await
+    };
+    // A client that does not listen is closed on.
+    let _ = timeout(Duration::from_secs(1), telling).await;
+}
+
+/// Listens for clients.
+pub(crate) async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}

@@ -1,0 +1,352 @@
+//! What all tasks of a balancer share, and the guards that give back what a request took.
+#![allow(clippy::disallowed_methods)] // the rim: this is where the clock is read
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+use forebay_link::Link;
+use forebay_proto::{Now, Revision};
+use forebay_scheduler::{BookingId, Choice};
+use parking_lot::{Mutex, MutexGuard, RwLock};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tokio::sync::oneshot;
+
+use crate::Settings;
+use crate::core::auth::Keys;
+use crate::core::dispatch::{Dispatch, Placed};
+use crate::core::retry::Budget;
+use crate::fleet::Fleet;
+use crate::metrics::{Metrics, Outcome};
+
+/// Requests at once.
+const MAX_REQUESTS: usize = 65_536;
+/// Bodies held at once, in bytes.
+const BODY_BUDGET_BYTES: u64 = 512 << 20;
+const SHARDS: usize = 256;
+
+type Wake = oneshot::Sender<Placement>;
+pub(crate) type Dispatcher = Dispatch<Link, Wake>;
+
+pub(crate) struct Shared {
+    pub(crate) settings: Settings,
+    pub(crate) keys: Keys,
+    pub(crate) metrics: Metrics,
+    pub(crate) budgets: Mutex<BTreeMap<Arc<str>, Budget>>,
+    pub(crate) draining: AtomicBool,
+    pub(crate) tried: Mutex<BTreeSet<String>>,
+    dispatch: Mutex<Dispatcher>,
+    facts: RwLock<Option<Arc<Facts>>>,
+    requests: DashMap<u64, Arc<About>>,
+    next_request: AtomicU64,
+    body_bytes: AtomicU64,
+    started: Instant,
+}
+
+/// The facts in use, and since when there are any.
+pub(crate) struct Facts {
+    pub(crate) fleet: Fleet,
+    pub(crate) since: Instant,
+    pools: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+impl Facts {
+    /// The pool that serves a model: the first by name.
+    pub(crate) fn pool_of(&self, model: &str) -> Option<(Arc<str>, Arc<str>)> {
+        let (model, pool) = self.pools.get_key_value(model)?;
+        Some((model.clone(), pool.clone()))
+    }
+
+    pub(crate) fn models(&self) -> impl Iterator<Item = &str> {
+        self.pools.keys().map(|model| &**model)
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(settings: Settings, keys: Keys) -> Arc<Self> {
+        Arc::new(Self {
+            settings,
+            keys,
+            metrics: Metrics::default(),
+            budgets: Mutex::default(),
+            draining: AtomicBool::new(false),
+            tried: Mutex::default(),
+            dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng())),
+            facts: RwLock::new(None),
+            requests: DashMap::with_shard_amount(SHARDS),
+            next_request: AtomicU64::new(0),
+            body_bytes: AtomicU64::new(0),
+            started: Instant::now(),
+        })
+    }
+
+    pub(crate) fn now(&self) -> Now {
+        Now::at(self.started.elapsed())
+    }
+
+    pub(crate) fn facts(&self) -> Option<Arc<Facts>> {
+        self.facts.read().clone()
+    }
+
+    /// Takes facts over; returns links of starts that they declare dead.
+    pub(crate) fn set_facts(self: &Arc<Self>, fleet: &Fleet) -> Vec<Link> {
+        let mut pools = BTreeMap::<Arc<str>, Arc<str>>::new();
+        for worker in &fleet.workers {
+            let pool: Arc<str> = worker.spec.pool.as_str().into();
+            for model in &worker.spec.models {
+                let first = pools.entry(model.as_str().into()).or_insert(pool.clone());
+                *first = pool.clone().min(first.clone());
+            }
+        }
+        let since = self.facts().map_or_else(Instant::now, |facts| facts.since);
+        let facts = Facts {
+            fleet: fleet.clone(),
+            since,
+            pools,
+        };
+        *self.facts.write() = Some(Arc::new(facts));
+        let Revision(revision) = fleet.revision;
+        let gauge = i64::try_from(revision).unwrap_or(i64::MAX);
+        self.metrics.facts_revision.set(gauge);
+        let named = |pool: &str| fleet.config.pool(pool).is_some();
+        self.budgets.lock().retain(|pool, _| named(pool));
+        self.change(|dispatch, _| dispatch.facts(fleet))
+    }
+
+    /// Looks at the view without changing what a waiter might wait for.
+    pub(crate) fn dispatch(&self) -> MutexGuard<'_, Dispatcher> {
+        self.dispatch.lock()
+    }
+
+    /// Changes the view, then sends those on their way who waited for it.
+    pub(crate) fn change<T>(self: &Arc<Self>, change: impl FnOnce(&mut Dispatcher, Now) -> T) -> T {
+        let now = self.now();
+        let (done, matched) = {
+            let mut dispatch = self.dispatch.lock();
+            let done = change(&mut dispatch, now);
+            (done, dispatch.matches(now))
+        };
+        for (wake, placed) in matched {
+            // Who left meanwhile gives the booking back by dropping it.
+            drop(wake.send(Placement::new(self, placed)));
+        }
+        done
+    }
+
+    /// Takes part of the memory for bodies.
+    pub(crate) fn hold_body(self: &Arc<Self>) -> BodyBudget {
+        BodyBudget {
+            shared: self.clone(),
+            bytes: 0,
+        }
+    }
+
+    /// Registers a request, or says that there are too many.
+    pub(crate) fn track(self: &Arc<Self>, id: &str, tenant: &Arc<str>) -> Option<Tracked> {
+        if self.requests.len() >= MAX_REQUESTS {
+            return None;
+        }
+        let number = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let about = Arc::new(About {
+            id: id.to_owned(),
+            tenant: tenant.clone(),
+            since: Instant::now(),
+            phase: AtomicU8::new(Phase::Queued as u8),
+            attempts: AtomicU32::new(0),
+            place: Mutex::default(),
+        });
+        self.requests.insert(number, about.clone());
+        self.metrics.inflight.inc();
+        Some(Tracked {
+            shared: self.clone(),
+            number,
+            about,
+            outcome: None,
+        })
+    }
+
+    pub(crate) fn requests(&self) -> Vec<serde_json::Value> {
+        let shown = self.requests.iter().take(1_000);
+        shown.map(|request| request.show()).collect()
+    }
+
+    pub(crate) fn inflight(&self) -> usize {
+        self.requests.len()
+    }
+}
+
+/// How far a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Phase {
+    Queued = 0,
+    Prefill = 1,
+    Decode = 2,
+}
+
+/// What an operator may see of a request: never its text.
+pub(crate) struct About {
+    id: String,
+    tenant: Arc<str>,
+    since: Instant,
+    phase: AtomicU8,
+    attempts: AtomicU32,
+    place: Mutex<Place>,
+}
+
+/// Which model was asked for, and which worker has it.
+#[derive(Clone, Default)]
+struct Place {
+    model: Option<Arc<str>>,
+    worker: Option<Arc<str>>,
+}
+
+impl About {
+    fn show(&self) -> serde_json::Value {
+        let phase = match self.phase.load(Ordering::Relaxed) {
+            0 => "queued",
+            1 => "prefill",
+            _ => "decode",
+        };
+        let Place { model, worker } = self.place.lock().clone();
+        serde_json::json!({
+            "id": self.id,
+            "tenant": &*self.tenant,
+            "phase": phase,
+            "model": model.as_deref(),
+            "worker": worker.as_deref(),
+            "attempts": self.attempts.load(Ordering::Relaxed),
+            "age_ms": u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        })
+    }
+}
+
+/// One request being served; dropped without an outcome, its client left.
+pub(crate) struct Tracked {
+    shared: Arc<Shared>,
+    number: u64,
+    about: Arc<About>,
+    outcome: Option<Outcome>,
+}
+
+impl Tracked {
+    pub(crate) fn phase(&self, phase: Phase) {
+        self.about.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn asks_for(&self, model: &Arc<str>) {
+        self.about.place.lock().model = Some(model.clone());
+    }
+
+    pub(crate) fn placed_on(&self, worker: &Arc<str>, attempt: u32) {
+        self.about.place.lock().worker = Some(worker.clone());
+        self.about.attempts.store(attempt, Ordering::Relaxed);
+    }
+
+    pub(crate) fn age(&self) -> Duration {
+        self.about.since.elapsed()
+    }
+
+    pub(crate) const fn ended(&mut self, outcome: Outcome) {
+        self.outcome = Some(outcome);
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        let outcome =
+            self.outcome
+                .unwrap_or_else(|| match self.about.phase.load(Ordering::Relaxed) {
+                    0 => Outcome::CancelledQueued,
+                    1 => Outcome::CancelledPrefill,
+                    _ => Outcome::CancelledDecode,
+                });
+        self.shared.requests.remove(&self.number);
+        self.shared.metrics.inflight.dec();
+        self.shared.metrics.request(outcome, self.age());
+    }
+}
+
+/// A request's booking on a worker, given back when dropped.
+pub(crate) struct Placement {
+    shared: Arc<Shared>,
+    pub(crate) choice: Choice,
+    pub(crate) link: Link,
+    pub(crate) worker: Arc<str>,
+    booking: BookingId,
+    over_by: Option<u64>,
+}
+
+impl Placement {
+    pub(crate) fn new(shared: &Arc<Shared>, placed: Placed<Link>) -> Self {
+        shared.metrics.bookings.inc();
+        Self {
+            shared: shared.clone(),
+            choice: placed.choice,
+            link: placed.link,
+            worker: placed.worker,
+            booking: placed.booking,
+            over_by: None,
+        }
+    }
+
+    /// The agent took it.
+    pub(crate) fn accepted(&self, report_seq: u64) {
+        self.shared
+            .dispatch
+            .lock()
+            .accepted(self.booking, report_seq);
+    }
+
+    /// Reports from this one on do not contain it.
+    pub(crate) const fn over_by(&mut self, report_seq: u64) {
+        self.over_by = Some(report_seq);
+    }
+}
+
+impl Drop for Placement {
+    fn drop(&mut self) {
+        let (booking, seq) = (self.booking, self.over_by);
+        self.shared.metrics.bookings.dec();
+        self.shared
+            .change(|dispatch, _| dispatch.released(booking, seq));
+    }
+}
+
+/// A part of the memory for bodies, given back when dropped.
+pub(crate) struct BodyBudget {
+    shared: Arc<Shared>,
+    bytes: u64,
+}
+
+impl BodyBudget {
+    /// Takes more. False: there is none left.
+    pub(crate) fn take(&mut self, bytes: u64) -> bool {
+        let before = self.shared.body_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if before + bytes > BODY_BUDGET_BYTES {
+            self.shared.body_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            return false;
+        }
+        self.bytes += bytes;
+        self.shared
+            .metrics
+            .body_bytes
+            .inc_by(i64::try_from(bytes).unwrap_or(i64::MAX));
+        true
+    }
+}
+
+impl Drop for BodyBudget {
+    fn drop(&mut self) {
+        self.shared
+            .body_bytes
+            .fetch_sub(self.bytes, Ordering::Relaxed);
+        self.shared
+            .metrics
+            .body_bytes
+            .dec_by(i64::try_from(self.bytes).unwrap_or(i64::MAX));
+    }
+}

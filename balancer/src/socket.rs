@@ -1,0 +1,150 @@
+//! A client's connection, with the deadlines that HTTP itself does not keep.
+//!
+//! Nothing is said for too long before a request line, or nothing is taken for too long: the
+//! connection ends. And after an answer that came before the request was read to its end, the rest
+//! is read and thrown away for a moment: closing at once would reset the connection, and the client
+//! might never see the answer.
+#![allow(clippy::disallowed_methods)] // the rim: this is where time passes
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
+
+/// From the connection to enough bytes to know the protocol.
+pub(crate) const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may take no byte.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long, and how much, is read after the last answer.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 4 << 20;
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+pub(crate) struct Socket {
+    inner: TcpStream,
+    /// Until the protocol is known.
+    opening: Option<Pin<Box<Sleep>>>,
+    preface_seen: usize,
+    /// While the client takes nothing.
+    stalled: Option<Pin<Box<Sleep>>>,
+    lingering: Option<(Pin<Box<Sleep>>, usize)>,
+}
+
+impl Socket {
+    pub(crate) fn new(inner: TcpStream) -> Self {
+        Self {
+            inner,
+            opening: Some(Box::pin(sleep(FIRST_BYTES_TIMEOUT))),
+            preface_seen: 0,
+            stalled: None,
+            lingering: None,
+        }
+    }
+
+    /// HTTP/1 from the first byte that is not h2's preface; h2 once that is whole.
+    fn opened_by(&mut self, bytes: &[u8]) {
+        let expected = &PREFACE[self.preface_seen..];
+        let common = bytes
+            .iter()
+            .zip(expected)
+            .take_while(|(a, b)| a == b)
+            .count();
+        self.preface_seen += common;
+        if common < bytes.len() || self.preface_seen == PREFACE.len() {
+            self.opening = None;
+        }
+    }
+
+    fn watch_writes<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let stalled = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(sleep(STALL_TIMEOUT)));
+        ready!(stalled.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.inner).poll_read(context, buffer);
+        if let Some(opening) = &mut self.opening {
+            if read.is_pending() {
+                ready!(opening.as_mut().poll(context));
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            self.opened_by(&buffer.filled()[before..]);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.inner).poll_write(context, bytes);
+        self.watch_writes(context, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.inner).poll_write_vectored(context, pieces);
+        self.watch_writes(context, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.lingering.is_none() {
+            ready!(Pin::new(&mut this.inner).poll_shutdown(context))?;
+            this.lingering = Some((Box::pin(sleep(LINGER)), 0));
+        }
+        let (until, read) = this.lingering.as_mut().expect("it was just set");
+        let mut scratch = [0; 8 << 10];
+        loop {
+            let mut buffer = ReadBuf::new(&mut scratch);
+            match Pin::new(&mut this.inner).poll_read(context, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {
+                    *read += buffer.filled().len();
+                    if *read > LINGER_BYTES || until.deadline() <= Instant::now() {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => {
+                    ready!(until.as_mut().poll(context));
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+}
