@@ -1,1 +1,20 @@
 //! Beside each engine: register, admit, carry, report.
+//!
+//! [`core`] decides, without clocks or sockets: who is admitted, who waits, what is reported. The
+//! rim carries that out: placements come in over QUIC ([`Work`]), go to the engine over HTTP, and
+//! [`run`] keeps the worker registered with the control plane and follows what operators want of
+//! it. The agent has the last word: balancers place by a view that may be old, here it is checked
+//! against the real queue.
+//!
+//! Prompt and answer pass through and are kept nowhere.
+
+pub mod core;
+mod error;
+mod rim;
+mod wire;
+
+pub use error::AgentError;
+pub use rim::config::Config;
+pub use rim::engine::{EngineAddress, EngineAddressError};
+pub use rim::run::run;
+pub use rim::work::{Setup, Status, Work};

@@ -1,0 +1,21 @@
+//! What the agent decides: admission, the queue, the order of reports. Pure: `now` comes in, effects
+//! come out.
+//!
+//! The rim calls a method for each thing that happens, then takes the effects until there are none,
+//! and comes back at [`Core::next_deadline`] at the latest.
+
+mod admission;
+mod cadence;
+mod mean;
+#[cfg(test)]
+mod model_tests;
+mod placement;
+mod standing;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use admission::{Admitted, Offer, RefusalReason, Refused};
+pub use placement::{Effect, End, Ending, PlacementId, Unstarted};
+pub use standing::{Standing, standing};
+pub use state::{Core, EngineState, Settings};

@@ -1,0 +1,137 @@
+//! One placement's life, and how it ends.
+
+use std::time::Duration;
+
+use forebay_proto::Now;
+use forebay_scheduler::Load;
+
+/// One placement of this agent's life; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PlacementId(pub(super) u64);
+
+/// How a placement that was admitted ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    /// The engine's answer was relayed to its end.
+    Complete,
+    /// The engine was never asked.
+    NotStarted,
+    /// The engine failed after it was asked.
+    EngineFailed,
+    /// The deadline passed.
+    Timeout,
+    /// The balancer gave it up.
+    Cancelled,
+}
+
+impl End {
+    /// Every end, for metrics and tests.
+    pub const ALL: [Self; 5] = [
+        Self::Complete,
+        Self::NotStarted,
+        Self::EngineFailed,
+        Self::Timeout,
+        Self::Cancelled,
+    ];
+
+    /// Its name in metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::NotStarted => "not_started",
+            Self::EngineFailed => "engine_failed",
+            Self::Timeout => "timeout",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Why a placement left the queue without having run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unstarted {
+    /// Its deadline passed there.
+    Deadline,
+    /// The engine went down.
+    EngineDown,
+    /// The worker drains: the balancer places it elsewhere.
+    Draining,
+}
+
+impl Unstarted {
+    /// How the placement ended.
+    #[must_use]
+    pub const fn end(self) -> End {
+        match self {
+            Self::Deadline => End::Timeout,
+            Self::EngineDown | Self::Draining => End::NotStarted,
+        }
+    }
+
+    /// For an operator.
+    #[must_use]
+    pub const fn detail(self) -> &'static str {
+        match self {
+            Self::Deadline => "the deadline passed in the agent's queue",
+            Self::EngineDown => "the engine went down while this waited in the agent's queue",
+            Self::Draining => "the worker drains: what waited in its queue goes elsewhere",
+        }
+    }
+}
+
+/// What a placement leaves behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ending {
+    /// Reports from this one on contain the release.
+    pub report_seq: u64,
+    /// The state after it.
+    pub load: Load,
+    /// Time in the agent's queue.
+    pub queue: Duration,
+    /// From there to the engine's first byte; zero when none came.
+    pub first_byte: Duration,
+    /// Time it held its slot.
+    pub service: Duration,
+}
+
+/// What the rim has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// A slot is free for this one, which waited.
+    Start(PlacementId),
+    /// This one waited in vain and is over.
+    Over(PlacementId, Unstarted, Ending),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stage {
+    Queued,
+    Dispatched { since: Now },
+    Streaming { since: Now, first_byte: Now },
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Placement {
+    pub(super) stage: Stage,
+    pub(super) arrived: Now,
+    pub(super) deadline: Now,
+    /// What it holds of the body budget.
+    pub(super) body_bytes: u64,
+}
+
+impl Placement {
+    /// Time in the queue, to the first byte, in the slot.
+    pub(super) fn times(&self, now: Now) -> [Duration; 3] {
+        match self.stage {
+            Stage::Queued => [now.since(self.arrived), Duration::ZERO, Duration::ZERO],
+            Stage::Dispatched { since } => {
+                [since.since(self.arrived), Duration::ZERO, now.since(since)]
+            }
+            Stage::Streaming { since, first_byte } => [
+                since.since(self.arrived),
+                first_byte.since(since),
+                now.since(since),
+            ],
+        }
+    }
+}

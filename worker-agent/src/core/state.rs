@@ -1,0 +1,353 @@
+//! The state of one worker and what changes it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use forebay_proto::wire::fleet::{Desired, Observed};
+use forebay_proto::{Incarnation, Now, Revision};
+use forebay_scheduler::{Acceptance, Load};
+
+use super::cadence::{Cadence, interval};
+use super::mean::Mean;
+use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted};
+
+/// What does not change while the agent runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Requests that run on the engine at once.
+    pub slots: u32,
+    /// Requests that may wait beyond them; more are refused.
+    pub queue_limit: u32,
+    /// Bytes of bodies that are held at once; more are refused before they are read.
+    pub body_budget_bytes: u64,
+}
+
+/// What is known of the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EngineState {
+    /// It has not answered yet.
+    Unknown,
+    /// It answers.
+    Up,
+    /// It answered once and does not any more.
+    Down,
+}
+
+/// What an operator wants, as of a revision.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    desired: Desired,
+    revision: Revision,
+}
+
+/// The agent's state. Placements in flight never exceed slots and queue.
+#[derive(Debug)]
+pub struct Core {
+    pub(super) settings: Settings,
+    pub(super) incarnation: Incarnation,
+    pub(super) models: Arc<[String]>,
+    engine: EngineState,
+    wanted: Option<Wanted>,
+    stopping: bool,
+    pub(super) seq: u64,
+    pub(super) newest: u64,
+    pub(super) placements: BTreeMap<PlacementId, Placement>,
+    /// First come, first served.
+    pub(super) queue: VecDeque<PlacementId>,
+    pub(super) running: u32,
+    pub(super) body_bytes: u64,
+    pub(super) service: Mean,
+    /// At most one for each placement.
+    effects: VecDeque<Effect>,
+    cadence: Cadence,
+}
+
+/// What a change of makes a new report.
+pub(super) type Shown = (Acceptance, u32, usize);
+
+impl Core {
+    /// A worker that knows neither its engine nor its facts: it refuses everything.
+    #[must_use]
+    pub fn new(settings: Settings, incarnation: Incarnation) -> Self {
+        Self {
+            settings,
+            incarnation,
+            models: Arc::default(),
+            engine: EngineState::Unknown,
+            wanted: None,
+            stopping: false,
+            seq: 1,
+            newest: 0,
+            placements: BTreeMap::new(),
+            queue: VecDeque::new(),
+            running: 0,
+            body_bytes: 0,
+            service: Mean::default(),
+            effects: VecDeque::new(),
+            cadence: Cadence::default(),
+        }
+    }
+
+    /// Whether new placements are taken.
+    #[must_use]
+    pub fn acceptance(&self) -> Acceptance {
+        if self.stopping {
+            return Acceptance::Draining;
+        }
+        match self.wanted.map(|wanted| wanted.desired) {
+            None => Acceptance::Joining,
+            Some(Desired::Draining) => Acceptance::Draining,
+            Some(Desired::Cordoned | Desired::Unspecified) => Acceptance::Cordoned,
+            Some(Desired::Ready) => match self.engine {
+                EngineState::Unknown => Acceptance::Joining,
+                EngineState::Down => Acceptance::EngineDown,
+                EngineState::Up => Acceptance::Open,
+            },
+        }
+    }
+
+    /// What the agent says of itself to the control plane.
+    #[must_use]
+    pub fn observed(&self) -> Observed {
+        match self.acceptance() {
+            Acceptance::Open => Observed::Ready,
+            Acceptance::Cordoned => Observed::Cordoned,
+            Acceptance::Draining if self.placements.is_empty() => Observed::Drained,
+            Acceptance::Draining => Observed::Draining,
+            Acceptance::EngineDown => Observed::EngineDown,
+            Acceptance::Joining => Observed::Joining,
+        }
+    }
+
+    /// The incarnation that is served.
+    #[must_use]
+    pub const fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// What is known of the engine.
+    #[must_use]
+    pub const fn engine(&self) -> EngineState {
+        self.engine
+    }
+
+    /// Models that the engine serves; empty until it answered.
+    #[must_use]
+    pub const fn models(&self) -> &Arc<[String]> {
+        &self.models
+    }
+
+    /// Revision of the facts that are in force here; zero before the first.
+    #[must_use]
+    pub fn applied_revision(&self) -> Revision {
+        self.wanted
+            .map(|wanted| wanted.revision)
+            .unwrap_or_default()
+    }
+
+    /// Placements that run or wait.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.placements.len()
+    }
+
+    /// Placements that hold a slot.
+    #[must_use]
+    pub const fn running(&self) -> u32 {
+        self.running
+    }
+
+    /// Placements that wait.
+    #[must_use]
+    pub fn queued(&self) -> u32 {
+        u32::try_from(self.queue.len()).expect("the queue is bounded by a u32")
+    }
+
+    /// Bytes held of the body budget.
+    #[must_use]
+    pub const fn body_bytes(&self) -> u64 {
+        self.body_bytes
+    }
+
+    /// The state as it is reported.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        Load {
+            incarnation: self.incarnation,
+            seq: self.seq,
+            acceptance: self.acceptance(),
+            running: self.running,
+            queued: self.queued(),
+            slots: self.settings.slots,
+            queue_limit: self.settings.queue_limit,
+            service: self.service.value(),
+            facts_revision: self.applied_revision(),
+            interval: interval(self.in_flight()),
+        }
+    }
+
+    /// The report, if one is due.
+    pub fn take_report(&mut self, now: Now) -> Option<Load> {
+        if self.cadence.due(self.seq, self.in_flight()) > now {
+            return None;
+        }
+        self.cadence.reported(now, self.seq);
+        Some(self.load())
+    }
+
+    /// When to call [`Core::expire`] and [`Core::take_report`] again at the latest.
+    #[must_use]
+    pub fn next_deadline(&self) -> Now {
+        let deadline = |id| self.placements.get(id).map(|placement| placement.deadline);
+        let report = self.cadence.due(self.seq, self.in_flight());
+        self.queue
+            .iter()
+            .filter_map(deadline)
+            .fold(report, Now::min)
+    }
+
+    /// What the rim has to do next.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// Facts were delivered: what an operator wants of this worker. They are in force on return.
+    ///
+    /// A desired state that this version does not know changes nothing, and is not acknowledged.
+    pub fn facts(&mut self, now: Now, desired: Desired, revision: Revision) {
+        if desired == Desired::Unspecified {
+            return;
+        }
+        let before = self.shown();
+        self.wanted = Some(Wanted { desired, revision });
+        self.leave_if_draining(now);
+        self.note(before);
+    }
+
+    /// The engine answers, with these models.
+    pub fn engine_up(&mut self, models: &[String]) {
+        let before = self.shown();
+        self.engine = EngineState::Up;
+        if *self.models != *models {
+            self.models = models.into();
+        }
+        self.note(before);
+    }
+
+    /// The engine does not answer: what waits for it is sent back at once.
+    pub fn engine_down(&mut self, now: Now) {
+        if self.engine != EngineState::Up {
+            return;
+        }
+        let before = self.shown();
+        self.engine = EngineState::Down;
+        self.note(before);
+        self.send_back(now, Unstarted::EngineDown);
+    }
+
+    /// The process is to stop: nothing new is taken, what waits is sent back, what runs goes on.
+    pub fn stop(&mut self, now: Now) {
+        let before = self.shown();
+        self.stopping = true;
+        self.note(before);
+        self.leave_if_draining(now);
+    }
+
+    /// A later start of the same process was registered; placements on the one before are refused.
+    pub const fn succeed(&mut self, incarnation: Incarnation) {
+        self.incarnation = incarnation;
+        self.seq += 1;
+    }
+
+    /// The engine's answer began: its body is with the engine.
+    pub fn first_byte(&mut self, now: Now, id: PlacementId) {
+        if let Some(placement) = self.placements.get_mut(&id) {
+            if let Stage::Dispatched { since } = placement.stage {
+                let first_byte = now;
+                placement.stage = Stage::Streaming { since, first_byte };
+            }
+            self.body_bytes -= std::mem::take(&mut placement.body_bytes);
+        }
+    }
+
+    /// A placement is over; `None` when it was before.
+    pub fn end(&mut self, now: Now, id: PlacementId, end: End) -> Option<Ending> {
+        let before = self.shown();
+        let placement = self.placements.remove(&id)?;
+        self.body_bytes -= placement.body_bytes;
+        let [queue, first_byte, service] = placement.times(now);
+        match placement.stage {
+            Stage::Queued => self.queue.retain(|queued| *queued != id),
+            Stage::Dispatched { .. } | Stage::Streaming { .. } => {
+                self.running -= 1;
+                match end {
+                    End::Complete | End::Timeout | End::Cancelled => self.service.add(service),
+                    // Failing fast must not look like working fast.
+                    End::NotStarted | End::EngineFailed => {}
+                }
+            }
+        }
+        // A start that it was told and did not get to see.
+        self.effects.retain(|effect| *effect != Effect::Start(id));
+        self.fill(now);
+        self.note(before);
+        Some(Ending {
+            report_seq: self.seq,
+            load: self.load(),
+            queue,
+            first_byte,
+            service,
+        })
+    }
+
+    /// Sends back what waited until its deadline.
+    pub fn expire(&mut self, now: Now) {
+        let late = |id: &&PlacementId| self.placements[id].deadline <= now;
+        let late: Vec<_> = self.queue.iter().filter(late).copied().collect();
+        for id in late {
+            self.over(now, id, Unstarted::Deadline);
+        }
+    }
+
+    pub(super) fn shown(&self) -> Shown {
+        (self.acceptance(), self.running, self.queue.len())
+    }
+
+    pub(super) fn note(&mut self, before: Shown) {
+        if before != self.shown() {
+            self.seq += 1;
+        }
+    }
+
+    fn leave_if_draining(&mut self, now: Now) {
+        if self.acceptance() == Acceptance::Draining {
+            self.send_back(now, Unstarted::Draining);
+        }
+    }
+
+    fn send_back(&mut self, now: Now, why: Unstarted) {
+        while let Some(id) = self.queue.back().copied() {
+            self.over(now, id, why);
+        }
+    }
+
+    fn over(&mut self, now: Now, id: PlacementId, why: Unstarted) {
+        if let Some(ending) = self.end(now, id, why.end()) {
+            self.effects.push_back(Effect::Over(id, why, ending));
+        }
+    }
+
+    /// Gives free slots to those who wait.
+    fn fill(&mut self, now: Now) {
+        while self.running < self.settings.slots {
+            let Some(id) = self.queue.pop_front() else {
+                return;
+            };
+            let placement = self.placements.get_mut(&id);
+            let placement = placement.expect("who waits is in the table");
+            placement.stage = Stage::Dispatched { since: now };
+            self.running += 1;
+            self.effects.push_back(Effect::Start(id));
+        }
+    }
+}

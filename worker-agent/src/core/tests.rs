@@ -1,0 +1,290 @@
+//! Claims about the core, each through [`World`].
+
+use std::time::Duration;
+
+use forebay_proto::wire::fleet::{Desired, Observed};
+use forebay_proto::{Incarnation, Now, Revision, WorkerId};
+use forebay_scheduler::Acceptance;
+
+use super::*;
+
+pub(super) const OWN: Incarnation = Incarnation {
+    worker: WorkerId(7),
+    grant: 10,
+    start: 3,
+};
+
+pub(super) const SETTINGS: Settings = Settings {
+    slots: 2,
+    queue_limit: 2,
+    body_budget_bytes: 1_000,
+};
+
+pub(super) fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+pub(super) fn at(since: u64) -> Now {
+    Now::at(ms(since))
+}
+
+pub(super) fn offer() -> Offer {
+    Offer {
+        request_id: "r".into(),
+        incarnation: OWN,
+        model: "m".into(),
+        path: "/v1/chat/completions".into(),
+        body_bytes: 10,
+        deadline: ms(10_000),
+        expected_wait: ms(60_000),
+        must_queue: false,
+    }
+}
+
+/// A core that is open.
+pub(super) fn open() -> Core {
+    let mut core = Core::new(SETTINGS, OWN);
+    core.facts(at(0), Desired::Ready, Revision(20));
+    core.engine_up(&["m".into()]);
+    core
+}
+
+fn taken(core: &mut Core, now: u64) -> PlacementId {
+    core.place(at(now), &offer()).unwrap().id
+}
+
+/// What the core says to an offer after `prepare`.
+fn check(
+    prepare: impl FnOnce(&mut Core, &mut Offer),
+    expected: Option<RefusalReason>,
+) -> Option<Refused> {
+    let (mut core, mut offer) = (open(), offer());
+    prepare(&mut core, &mut offer);
+    let before = core.in_flight();
+    let refused = core.place(at(1), &offer).err();
+    assert_eq!(refused.map(|refused| refused.reason), expected);
+    assert_eq!(core.in_flight(), before + usize::from(refused.is_none()));
+    refused
+}
+
+#[test]
+fn each_reason_to_refuse_is_told_with_the_state() {
+    use RefusalReason as R;
+    check(|_, _| {}, None);
+    let other = Incarnation { start: 2, ..OWN };
+    let fenced = check(|_, o| o.incarnation = other, Some(R::Fenced)).unwrap();
+    assert_eq!(fenced.load.incarnation, OWN);
+    let cordoned = check(
+        |c, _| c.facts(at(0), Desired::Cordoned, Revision(21)),
+        Some(R::Cordoned),
+    );
+    let load = cordoned.unwrap().load;
+    assert_eq!(
+        (load.acceptance, load.facts_revision),
+        (Acceptance::Cordoned, Revision(21))
+    );
+    check(
+        |c, _| c.facts(at(0), Desired::Draining, Revision(21)),
+        Some(R::Draining),
+    );
+    check(|c, _| c.stop(at(0)), Some(R::Draining));
+    check(|c, _| c.engine_down(at(0)), Some(R::EngineDown));
+    check(|c, _| *c = Core::new(SETTINGS, OWN), Some(R::EngineDown));
+    check(|_, o| o.model = "n".into(), Some(R::WrongModel));
+    check(|_, o| o.deadline = Duration::ZERO, Some(R::Deadline));
+    check(|_, o| o.body_bytes = 1_001, Some(R::BodyBudget));
+    check(|_, o| o.body_bytes = 1_000, None);
+    let fill = |core: &mut Core, count| {
+        for _ in 0..count {
+            taken(core, 0);
+        }
+    };
+    check(|c, _| fill(c, 3), None);
+    check(|c, _| fill(c, 4), Some(R::Full));
+    check(
+        |c, o| {
+            fill(c, 4);
+            o.must_queue = true;
+        },
+        Some(R::Full),
+    );
+}
+
+#[test]
+fn a_wait_that_the_balancer_did_not_expect_is_refused_unless_it_insists() {
+    let crowded = |core: &mut Core, offer: &mut Offer| {
+        // Two slots, one waits: the next waits for two of 1 s each, that is 1 s.
+        for _ in 0..3 {
+            taken(core, 0);
+        }
+        offer.expected_wait = ms(700);
+    };
+    check(crowded, Some(RefusalReason::StaleView));
+    let insisting = |core: &mut Core, offer: &mut Offer| {
+        crowded(core, offer);
+        offer.must_queue = true;
+    };
+    check(insisting, None);
+    let expecting = |core: &mut Core, offer: &mut Offer| {
+        crowded(core, offer);
+        offer.expected_wait = ms(900);
+    };
+    check(expecting, None);
+}
+
+#[test]
+fn who_waits_starts_in_order_when_a_slot_is_free() {
+    let mut core = open();
+    let ids: Vec<_> = (0..4).map(|i| taken(&mut core, i)).collect();
+    assert_eq!((core.running(), core.queued()), (2, 2));
+    let ending = core.end(at(100), ids[1], End::Complete).unwrap();
+    assert_eq!(ending.service, ms(99));
+    assert_eq!((ending.load.running, ending.load.queued), (2, 1));
+    assert_eq!(core.poll_effect(), Some(Effect::Start(ids[2])));
+    core.first_byte(at(150), ids[2]);
+    let ending = core.end(at(180), ids[2], End::Complete).unwrap();
+    let times = (ending.queue, ending.first_byte, ending.service);
+    assert_eq!(times, (ms(98), ms(50), ms(80)));
+    assert_eq!(core.end(at(190), ids[2], End::Cancelled), None, "only once");
+}
+
+#[test]
+fn the_report_that_contains_a_change_is_told_with_it() {
+    let mut core = open();
+    let admitted = core.place(at(0), &offer()).unwrap();
+    assert_eq!(
+        (admitted.load.seq, admitted.load.running),
+        (admitted.report_seq, 1)
+    );
+    let ending = core.end(at(1), admitted.id, End::Cancelled).unwrap();
+    assert!(ending.report_seq > admitted.report_seq);
+    assert_eq!(
+        (ending.load.seq, ending.load.running),
+        (ending.report_seq, 0)
+    );
+}
+
+#[test]
+fn a_deadline_that_passes_in_the_queue_is_told() {
+    let mut core = open();
+    taken(&mut core, 0);
+    taken(&mut core, 0);
+    let mut late = offer();
+    late.deadline = ms(50);
+    let late = core.place(at(0), &late).unwrap().id;
+    core.take_report(at(0));
+    core.take_report(at(20));
+    assert_eq!(core.next_deadline(), at(50));
+    core.expire(at(49));
+    assert_eq!(core.poll_effect(), None);
+    core.expire(at(50));
+    let Some(Effect::Over(id, Unstarted::Deadline, ending)) = core.poll_effect() else {
+        panic!("it is over")
+    };
+    assert_eq!((id, ending.queue, ending.service), (late, ms(50), ms(0)));
+    assert_eq!(core.queued(), 0);
+}
+
+#[test]
+fn what_waits_is_sent_back_by_a_drain_a_stop_and_a_dead_engine_and_kept_by_a_cordon() {
+    let sent_back = |act: fn(&mut Core)| {
+        let mut core = open();
+        let ids: Vec<_> = (0..4).map(|_| taken(&mut core, 0)).collect();
+        act(&mut core);
+        let mut over = vec![];
+        while let Some(Effect::Over(id, why, _)) = core.poll_effect() {
+            assert!(ids[2..].contains(&id));
+            over.push(why);
+        }
+        assert_eq!(core.running(), 2, "what runs goes on");
+        over
+    };
+    let drain = |core: &mut Core| core.facts(at(1), Desired::Draining, Revision(21));
+    assert_eq!(sent_back(drain), [Unstarted::Draining; 2]);
+    assert_eq!(sent_back(|core| core.stop(at(1))), [Unstarted::Draining; 2]);
+    assert_eq!(
+        sent_back(|core| core.engine_down(at(1))),
+        [Unstarted::EngineDown; 2]
+    );
+    let cordon = |core: &mut Core| core.facts(at(1), Desired::Cordoned, Revision(21));
+    assert_eq!(sent_back(cordon), []);
+}
+
+#[test]
+fn a_drain_is_over_when_nothing_is_in_flight() {
+    let mut core = open();
+    let id = taken(&mut core, 0);
+    core.facts(at(1), Desired::Draining, Revision(21));
+    assert_eq!(core.observed(), Observed::Draining);
+    core.end(at(2), id, End::Complete);
+    assert_eq!(core.observed(), Observed::Drained);
+    core.facts(at(3), Desired::Ready, Revision(22));
+    assert_eq!(core.observed(), Observed::Ready);
+    assert_eq!(core.applied_revision(), Revision(22));
+}
+
+#[test]
+fn a_desired_state_of_a_later_version_is_not_acknowledged() {
+    let mut core = open();
+    core.facts(at(1), Desired::Unspecified, Revision(21));
+    assert_eq!(core.acceptance(), Acceptance::Open);
+    assert_eq!(core.applied_revision(), Revision(20));
+}
+
+#[test]
+fn reports_follow_changes_closely_and_never_stay_away() {
+    let mut core = open();
+    assert_eq!(core.take_report(at(0)).unwrap().interval, ms(250));
+    assert_eq!(core.take_report(at(249)), None);
+    assert!(core.take_report(at(250)).is_some());
+    taken(&mut core, 255);
+    taken(&mut core, 260);
+    assert_eq!(
+        core.next_deadline(),
+        at(270),
+        "together with what follows at once"
+    );
+    let load = core.take_report(at(270)).unwrap();
+    assert_eq!((load.running, load.interval), (2, ms(100)));
+    assert_eq!(core.next_deadline(), at(370));
+}
+
+#[test]
+fn a_body_counts_until_it_is_with_the_engine() {
+    let mut core = open();
+    let mut large = offer();
+    large.body_bytes = 900;
+    let first = core.place(at(0), &large).unwrap().id;
+    let refused = core.place(at(0), &large).unwrap_err();
+    assert_eq!(refused.reason, RefusalReason::BodyBudget);
+    core.first_byte(at(1), first);
+    assert_eq!(core.body_bytes(), 0);
+    core.place(at(1), &large).unwrap();
+}
+
+#[test]
+fn an_engine_that_fails_fast_does_not_look_fast() {
+    let mut core = open();
+    for (end, service) in [(End::EngineFailed, 0), (End::Complete, 400)] {
+        let id = taken(&mut core, 0);
+        core.end(at(400), id, end);
+        assert_eq!(core.load().service, ms(service));
+    }
+}
+
+#[test]
+fn a_later_start_fences_placements_on_the_one_before() {
+    let mut core = open();
+    let id = taken(&mut core, 0);
+    let next = Incarnation { start: 4, ..OWN };
+    let seq = core.load().seq;
+    core.succeed(next);
+    assert!(core.load().seq > seq);
+    let refused = core.place(at(1), &offer()).unwrap_err();
+    assert_eq!(refused.reason, RefusalReason::Fenced);
+    assert_eq!(refused.load.incarnation, next);
+    assert!(
+        core.end(at(2), id, End::Complete).is_some(),
+        "what runs goes on"
+    );
+}

@@ -1,0 +1,164 @@
+//! What an agent is started with.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use forebay_link::{CredentialPaths, Credentials};
+use forebay_proto::Role;
+use forebay_proto::fleet::{WorkerSpec, check_address};
+
+use super::engine::EngineAddress;
+use crate::core::Settings;
+use crate::error::AgentError;
+
+/// Bytes of request bodies that are held at once.
+const BODY_BUDGET_BYTES: u64 = 256 << 20;
+const MAX_SLOTS: u32 = 65_536;
+
+/// What an agent is started with; the command line declares the options.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The worker's name; the certificate's when absent, and it must be the certificate's.
+    pub name: Option<String>,
+    /// Where balancers connect (UDP).
+    pub listen: SocketAddr,
+    /// `host:port` under which balancers reach it; the listening address when absent.
+    pub advertise: Option<String>,
+    /// Where health and metrics are served; nowhere when absent.
+    pub admin: Option<SocketAddr>,
+    /// The engine: `http://host:port`.
+    pub engine_url: String,
+    /// Kind of engine, such as `vllm`.
+    pub engine_kind: String,
+    /// The pool it belongs to.
+    pub pool: String,
+    /// Requests that run on the engine at once.
+    pub slots: u32,
+    /// Requests that wait beyond them; as many as slots when absent.
+    pub queue_limit: Option<u32>,
+    /// Longest context it takes; 0 when not told.
+    pub max_context_tokens: u32,
+    /// Tokens its KV cache holds; 0 when not told.
+    pub kv_tokens: u64,
+    /// Where it stands; empty when not told.
+    pub zone: String,
+    /// Free labels.
+    pub labels: BTreeMap<String, String>,
+    /// Type of its GPUs; empty when not told.
+    pub gpu_type: String,
+    /// Number of its GPUs.
+    pub gpu_count: u32,
+    /// Revision of the model's weights; empty when not told.
+    pub revision: String,
+    /// Control nodes; any one that is up suffices.
+    pub control: Vec<String>,
+    /// Where the incarnation and the last facts are kept.
+    pub data_dir: PathBuf,
+    /// Certificate, key and CA.
+    pub credentials: CredentialPaths,
+    /// Take the name from a process that is known to be gone.
+    pub takeover: bool,
+    /// How long a stop waits for running requests.
+    pub drain_timeout_ms: u64,
+}
+
+/// A configuration that was checked, before anything is opened.
+pub(super) struct Checked {
+    pub(super) name: String,
+    pub(super) credentials: Credentials,
+    pub(super) engine: EngineAddress,
+    pub(super) settings: Settings,
+    pub(super) drain_timeout: Duration,
+}
+
+impl Config {
+    /// Checks all that can be checked without the network.
+    pub(super) fn check(&self) -> Result<Checked, AgentError> {
+        let engine = self.engine_url.parse()?;
+        if !(1..=MAX_SLOTS).contains(&self.slots) {
+            let problem = format!("is {}, must be 1 to {MAX_SLOTS}", self.slots);
+            return Err(option("--slots", problem));
+        }
+        let queue_limit = self.queue_limit.unwrap_or(self.slots);
+        if queue_limit > MAX_SLOTS {
+            let problem = format!("is {queue_limit}, must be at most {MAX_SLOTS}");
+            return Err(option("--queue-limit", problem));
+        }
+        if self.control.is_empty() {
+            let problem = "is empty: name at least one control node as host:port".to_owned();
+            return Err(option("--control", problem));
+        }
+        for address in &self.control {
+            check_address(address).map_err(|problem| option("--control", problem))?;
+        }
+        let credentials = Credentials::load(&self.credentials)?;
+        let identity = credentials.identity();
+        let name = self.name.clone().unwrap_or_else(|| identity.name.clone());
+        if identity.role != Role::Agent || identity.name != name {
+            return Err(AgentError::Identity {
+                cert: self.credentials.cert.clone(),
+                found: identity.short(),
+                expected: format!("agent/{name}"),
+            });
+        }
+        Ok(Checked {
+            name,
+            credentials,
+            engine,
+            settings: Settings {
+                slots: self.slots,
+                queue_limit,
+                body_budget_bytes: BODY_BUDGET_BYTES,
+            },
+            drain_timeout: Duration::from_millis(self.drain_timeout_ms),
+        })
+    }
+
+    /// `host:port` for balancers.
+    pub(super) fn advertised(&self, bound: SocketAddr) -> Result<String, AgentError> {
+        match &self.advertise {
+            Some(address) => {
+                check_address(address).map_err(|problem| option("--advertise", problem))?;
+                Ok(address.clone())
+            }
+            None if bound.ip().is_unspecified() => Err(option(
+                "--advertise",
+                format!(
+                    "is needed to listen on {bound}: give host:port by which balancers reach this worker"
+                ),
+            )),
+            None => Ok(bound.to_string()),
+        }
+    }
+
+    /// What is declared to the fleet.
+    pub(super) fn spec(
+        &self,
+        advertise: &str,
+        models: &[String],
+    ) -> Result<WorkerSpec, AgentError> {
+        let spec = WorkerSpec {
+            pool: self.pool.clone(),
+            advertise: advertise.to_owned(),
+            engine: self.engine_kind.clone(),
+            models: models.to_vec(),
+            revision: self.revision.clone(),
+            gpu_type: self.gpu_type.clone(),
+            gpu_count: self.gpu_count,
+            kv_tokens: self.kv_tokens,
+            max_context_tokens: self.max_context_tokens,
+            adapters: Vec::new(),
+            zone: self.zone.clone(),
+            labels: self.labels.clone(),
+            slots: self.slots,
+        };
+        WorkerSpec::from_wire(&spec.to_wire())
+            .map_err(|error| option("the worker's description", error.to_string()))
+    }
+}
+
+fn option(option: &'static str, problem: String) -> AgentError {
+    AgentError::Option { option, problem }
+}

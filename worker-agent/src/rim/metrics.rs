@@ -1,0 +1,127 @@
+//! What a scrape sees.
+
+use forebay_admin::Histogram;
+use forebay_admin::prometheus_client::metrics::counter::Counter;
+use forebay_admin::prometheus_client::metrics::family::Family;
+use forebay_admin::prometheus_client::metrics::gauge::Gauge;
+use forebay_admin::prometheus_client::registry::Registry;
+
+use crate::core::{Core, End, Ending, EngineState, RefusalReason};
+
+type Labels = [(&'static str, &'static str); 1];
+
+/// Counters and gauges; clones share the numbers.
+#[derive(Clone, Default)]
+pub(super) struct Metrics {
+    running: Gauge,
+    queued: Gauge,
+    slots: Gauge,
+    body_bytes: Gauge,
+    engine_up: Gauge,
+    accepted: Counter,
+    refused: Family<Labels, Counter>,
+    ended: Family<Labels, Counter>,
+    queue: Histogram,
+    first_byte: Histogram,
+    service: Histogram,
+}
+
+impl Metrics {
+    pub(super) fn new(slots: u32) -> Self {
+        let metrics = Self::default();
+        metrics.slots.set(slots.into());
+        // A counter that never counted is zero, not absent.
+        for reason in RefusalReason::ALL {
+            drop(metrics.refused.get_or_create(&[("reason", reason.name())]));
+        }
+        for end in End::ALL {
+            drop(metrics.ended.get_or_create(&[("end", end.name())]));
+        }
+        metrics
+    }
+
+    pub(super) fn register(&self, registry: &mut Registry) {
+        let mut gauge = |name, help, gauge: &Gauge| registry.register(name, help, gauge.clone());
+        gauge(
+            "forebay_agent_running",
+            "Requests on the engine",
+            &self.running,
+        );
+        gauge(
+            "forebay_agent_queued",
+            "Requests in the agent's queue",
+            &self.queued,
+        );
+        gauge(
+            "forebay_agent_slots",
+            "Requests that run at once",
+            &self.slots,
+        );
+        gauge(
+            "forebay_agent_body_bytes",
+            "Bytes of request bodies held or announced",
+            &self.body_bytes,
+        );
+        gauge(
+            "forebay_agent_engine_up",
+            "Whether the engine answers",
+            &self.engine_up,
+        );
+        registry.register(
+            "forebay_agent_accepted",
+            "Placements taken",
+            self.accepted.clone(),
+        );
+        registry.register(
+            "forebay_agent_refused",
+            "Placements not taken, by reason",
+            self.refused.clone(),
+        );
+        registry.register(
+            "forebay_agent_ended",
+            "Placements taken that are over, by end",
+            self.ended.clone(),
+        );
+        for (histogram, name, help) in [
+            (&self.queue, "queue", "Time in the agent's queue"),
+            (
+                &self.first_byte,
+                "first_byte",
+                "From the slot to the engine's first byte",
+            ),
+            (&self.service, "service", "Time a slot was held"),
+        ] {
+            histogram.register(registry, &format!("forebay_agent_{name}"), help);
+        }
+    }
+
+    pub(super) fn show(&self, core: &Core) {
+        self.running.set(core.running().into());
+        self.queued.set(core.queued().into());
+        let body_bytes = i64::try_from(core.body_bytes()).unwrap_or(i64::MAX);
+        self.body_bytes.set(body_bytes);
+        self.engine_up
+            .set((core.engine() == EngineState::Up).into());
+    }
+
+    pub(super) fn accepted(&self) {
+        self.accepted.inc();
+    }
+
+    pub(super) fn refused(&self, reason: RefusalReason) {
+        self.refused
+            .get_or_create(&[("reason", reason.name())])
+            .inc();
+    }
+
+    pub(super) fn ended(&self, end: End, ending: &Ending) {
+        self.ended.get_or_create(&[("end", end.name())]).inc();
+        self.queue.record(ending.queue);
+        if !ending.first_byte.is_zero() {
+            self.first_byte.record(ending.first_byte);
+        }
+        if !ending.service.is_zero() {
+            self.service.record(ending.service);
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! One placement: header, answer, body, engine, answer, end.
+//!
+//! Whatever way this ends, dropping what it holds ends the rest: the ticket frees the slot, the
+//! engine's answer closes its connection, the sender resets the stream.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_link::{Code, FrameReceiver, FrameSender};
+use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::pool::{CallError, Text};
+use super::work::{Call, Shared, Ticket};
+use crate::core::{End, Offer};
+use crate::wire;
+
+/// For the header, and between two pieces of a body.
+const PEER_PATIENCE: Duration = Duration::from_secs(10);
+const END_PATIENCE: Duration = Duration::from_secs(1);
+/// A balancer that takes nothing for so long is cancelled.
+const SLOW_READER: Duration = Duration::from_secs(30);
+
+/// Carries one placement.
+pub(super) async fn carry(
+    shared: Arc<Shared>,
+    mut sender: FrameSender,
+    mut receiver: FrameReceiver,
+) {
+    let _carrying = shared.carrying();
+    let header = match timeout(PEER_PATIENCE, receiver.recv()).await {
+        Ok(Ok(Some(frame))) if frame.kind == Kind::Place => frame,
+        Ok(Ok(_)) | Err(_) => return give_up(&mut sender, &mut receiver, Code::Protocol),
+        Ok(Err(_)) => return,
+    };
+    let offer = wire::offer(&header);
+    match (shared.place(offer.as_ref()), offer) {
+        (Ok((admitted, ticket)), Some(offer)) => {
+            let deadline = Instant::now() + offer.deadline;
+            let mut carried = Carried {
+                shared,
+                sender,
+                receiver,
+                offer,
+                at_end: false,
+                inside_a_frame: false,
+            };
+            let accepted = wire::accepted(&admitted);
+            if carried.sender.send(&accepted).await.is_ok() {
+                carried.run(ticket, deadline).await;
+            }
+        }
+        (Err(refused), _) => {
+            // A balancer that is gone needs no answer.
+            let sent = timeout(PEER_PATIENCE, sender.send(&wire::refused(&refused))).await;
+            if let Ok(Ok(())) = sent {
+                finish(&mut sender).await;
+            }
+        }
+        (Ok(_), None) => unreachable!("only an offer is admitted"),
+    }
+}
+
+fn give_up(sender: &mut FrameSender, receiver: &mut FrameReceiver, code: Code) {
+    sender.reset(code);
+    receiver.stop(code);
+}
+
+/// Ends the stream and waits, not for long, until its end has arrived.
+async fn finish(sender: &mut FrameSender) {
+    sender.finish();
+    // A balancer that does not take the end in time learns it by the connection's.
+    let _ = timeout(END_PATIENCE, sender.stopped()).await;
+}
+
+struct Carried {
+    shared: Arc<Shared>,
+    sender: FrameSender,
+    receiver: FrameReceiver,
+    offer: Offer,
+    /// The balancer has nothing more to say.
+    at_end: bool,
+    /// A frame was begun and is not sent whole: no other may follow.
+    inside_a_frame: bool,
+}
+
+/// How carrying a placement came to its end while its balancer is there.
+enum Outcome {
+    /// To be told in the trailer.
+    Ended(End, String),
+    /// The core ended it while it waited.
+    Sent(Frame),
+}
+
+/// The balancer gave it up or broke the protocol: there is nobody to tell.
+struct Gone(Code);
+
+impl Carried {
+    async fn run(mut self, mut ticket: Ticket, deadline: Instant) {
+        let outcome = timeout_at(deadline, self.carry(&mut ticket)).await;
+        let trailer = match outcome {
+            Ok(Ok(Outcome::Sent(trailer))) => trailer,
+            Ok(Ok(Outcome::Ended(end, detail))) => match ticket.end(end) {
+                Some(ending) => wire::trailer(end, &detail, &ending),
+                None => return,
+            },
+            Err(_) => match ticket.end(End::Timeout) {
+                Some(ending) => wire::trailer(End::Timeout, "the deadline passed", &ending),
+                None => return,
+            },
+            Ok(Err(Gone(code))) => {
+                drop(ticket);
+                return give_up(&mut self.sender, &mut self.receiver, code);
+            }
+        };
+        if self.inside_a_frame {
+            return give_up(&mut self.sender, &mut self.receiver, Code::Cancelled);
+        }
+        if let Ok(Ok(())) = timeout(SLOW_READER, self.sender.send(&trailer)).await {
+            finish(&mut self.sender).await;
+        }
+    }
+
+    async fn carry(&mut self, ticket: &mut Ticket) -> Result<Outcome, Gone> {
+        let body = match self.receive(ticket).await? {
+            Ok(body) => body,
+            Err(over) => return Ok(over),
+        };
+        let shared = self.shared.clone();
+        let (path, request_id) = (self.offer.path.clone(), self.offer.request_id.clone());
+        let asked = tokio::select! {
+            asked = shared.engine.post(&path, &request_id, body) => asked,
+            gone = self.abandoned() => return Err(gone),
+        };
+        let mut answer = match asked {
+            Ok(answer) => answer,
+            Err(error) => {
+                let end = match error {
+                    CallError::NotStarted(_) => {
+                        shared.engine_down(&error.to_string());
+                        End::NotStarted
+                    }
+                    CallError::Failed(_) => End::EngineFailed,
+                };
+                return Ok(Outcome::Ended(end, error.to_string()));
+            }
+        };
+        ticket.first_byte();
+        let head = wire::head(answer.status(), answer.content_type());
+        self.send(&head).await?;
+        loop {
+            let piece = tokio::select! {
+                piece = answer.next() => piece,
+                gone = self.abandoned() => return Err(gone),
+            };
+            match piece {
+                Ok(Some(mut piece)) => {
+                    while !piece.is_empty() {
+                        let part = piece.split_to(piece.len().min(MAX_TEXT_BYTES));
+                        self.send(&Frame::new(Kind::Data, part)).await?;
+                    }
+                }
+                Ok(None) => break,
+                Err(problem) => {
+                    let detail = format!("the engine broke off: {problem}");
+                    return Ok(Outcome::Ended(End::EngineFailed, detail));
+                }
+            }
+        }
+        // Not waited for: the trailer is due.
+        tokio::spawn(async move { shared.engine.keep(answer).await });
+        Ok(Outcome::Ended(End::Complete, String::new()))
+    }
+
+    /// The whole body, once the placement has its slot; or how it was over before.
+    async fn receive(&mut self, ticket: &mut Ticket) -> Result<Result<Text, Outcome>, Gone> {
+        let mut body = Text::default();
+        let (mut whole, mut started) = (false, false);
+        let mut last_piece = Instant::now();
+        while !(whole && started) {
+            tokio::select! {
+                frame = self.receiver.recv(), if !self.at_end => match frame {
+                    Ok(Some(frame)) if frame.kind == Kind::Body && !whole => {
+                        body.push(frame.payload);
+                        last_piece = Instant::now();
+                        if body.len() > self.offer.body_bytes {
+                            return Err(Gone(Code::Protocol));
+                        }
+                    }
+                    Ok(Some(frame)) if frame.kind == Kind::BodyEnd && !whole => {
+                        whole = true;
+                        if body.len() != self.offer.body_bytes {
+                            return Err(Gone(Code::Protocol));
+                        }
+                    }
+                    Ok(None) if whole => self.at_end = true,
+                    Ok(_) => return Err(Gone(Code::Protocol)),
+                    Err(_) => return Err(Gone(Code::Cancelled)),
+                },
+                call = &mut ticket.call, if !started => match call {
+                    Ok(Call::Start) => started = true,
+                    Ok(Call::Over(why, ending)) => {
+                        let trailer = wire::trailer(why.end(), why.detail(), &ending);
+                        return Ok(Err(Outcome::Sent(trailer)));
+                    }
+                    // It is told before its sender goes.
+                    Err(_) => return Err(Gone(Code::Cancelled)),
+                },
+                _ = self.sender.stopped() => return Err(Gone(Code::Cancelled)),
+                () = tokio::time::sleep_until(last_piece + PEER_PATIENCE), if !whole => {
+                    return Err(Gone(Code::Cancelled));
+                }
+            }
+        }
+        Ok(Ok(body))
+    }
+
+    /// Sends a frame unless the balancer goes, or takes nothing for too long.
+    async fn send(&mut self, frame: &Frame) -> Result<(), Gone> {
+        let Self {
+            sender,
+            receiver,
+            at_end,
+            inside_a_frame,
+            ..
+        } = self;
+        *inside_a_frame = true;
+        tokio::select! {
+            biased;
+            sent = timeout(SLOW_READER, sender.send(frame)) => match sent {
+                Ok(Ok(())) => {
+                    *inside_a_frame = false;
+                    Ok(())
+                }
+                Ok(Err(_)) | Err(_) => Err(Gone(Code::Cancelled)),
+            },
+            gone = reset(receiver, at_end) => Err(gone),
+        }
+    }
+
+    /// Returns when the balancer has given the placement up.
+    async fn abandoned(&mut self) -> Gone {
+        let Self {
+            sender,
+            receiver,
+            at_end,
+            ..
+        } = self;
+        tokio::select! {
+            _ = sender.stopped() => Gone(Code::Cancelled),
+            gone = reset(receiver, at_end) => gone,
+        }
+    }
+}
+
+/// Returns when the balancer reset its direction or said more than it may.
+async fn reset(receiver: &mut FrameReceiver, at_end: &mut bool) -> Gone {
+    if !*at_end {
+        match receiver.recv().await {
+            Ok(None) => *at_end = true,
+            Ok(Some(_)) => return Gone(Code::Protocol),
+            Err(_) => return Gone(Code::Cancelled),
+        }
+    }
+    std::future::pending().await
+}

@@ -1,0 +1,427 @@
+//! The whole agent: data directory, engine, registration, work side, stop.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_admin::Admin;
+use forebay_admin::prometheus_client::registry::Registry;
+use forebay_control_client::{ClientError, ControlClient, Facts, RenewState};
+use forebay_link::{Alpn, Endpoint};
+use forebay_proto::wire::fleet::command::Action;
+use forebay_proto::wire::fleet::{Goodbye, Observed};
+use forebay_proto::{ClientId, ClusterId, Incarnation, Revision};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::config::{Checked, Config};
+use super::disk::DataDir;
+use super::engine::Engine;
+use super::metrics::Metrics;
+use super::probe::first_models;
+use super::register::{Registered, Registrar};
+use super::work::{Setup, Status, Work};
+use crate::core::{Standing, standing};
+use crate::error::AgentError;
+
+const GOODBYE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Runs an agent until `shutdown` ends or it must stop.
+///
+/// A worker that was registered before serves at once, with or without the control plane; a new one
+/// is registered first. On `shutdown` it takes nothing new, finishes what runs within the drain
+/// timeout, says goodbye and returns.
+///
+/// # Errors
+///
+/// Returns why it cannot start, or why it had to stop; the message says what to do.
+pub async fn run(
+    config: Config,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), AgentError> {
+    let checked = config.check()?;
+    let mut shutdown = pin!(shutdown);
+    let agent = tokio::select! {
+        agent = Agent::start(config, &checked) => agent?,
+        () = &mut shutdown => return Ok(()),
+    };
+    agent.serve(shutdown, &checked).await
+}
+
+struct Agent {
+    config: Config,
+    dir: DataDir,
+    endpoint: Endpoint,
+    client: ControlClient,
+    watching: forebay_control_client::Watching,
+    work: Work,
+    advertise: String,
+    /// The newest start that is counted on disk.
+    own: watch::Sender<Incarnation>,
+    /// When that was registered.
+    registered: watch::Sender<Option<Revision>>,
+    cluster: Option<ClusterId>,
+    /// The models of the newest registration.
+    declared: Option<Arc<[String]>>,
+}
+
+impl Agent {
+    async fn start(config: Config, checked: &Checked) -> Result<Self, AgentError> {
+        let mut dir = DataDir::open(&config.data_dir, &checked.name)?;
+        let endpoint = Endpoint::bind(config.listen, &checked.credentials, &[Alpn::Work])?;
+        let bound = endpoint.local_addr().map_err(|error| AgentError::Disk {
+            path: "the listening socket".into(),
+            error,
+        })?;
+        let advertise = config.advertised(bound)?;
+        let metrics = Metrics::new(config.slots);
+        let shown = Shown::default();
+        let admin = match config.admin {
+            Some(address) => Some(shown.serve(address, &checked.name, &metrics).await?),
+            None => None,
+        };
+        let outward = Endpoint::client(&checked.credentials)?;
+        let client_id = ClientId(rand::random());
+        let client = ControlClient::new(outward, config.control.clone(), client_id, rand::random());
+        let watching = client.spawn_watch(Some(dir.path()));
+        let on_disk = watching
+            .facts
+            .borrow()
+            .as_ref()
+            .map(|facts| facts.cluster_id);
+        let mut cluster = dir.record().map(|record| record.cluster_id).or(on_disk);
+        let mut declared = None;
+        let (incarnation, registered) = match dir.count_start()? {
+            Some(record) => (record.incarnation(), None),
+            None => {
+                let engine = Engine::new(checked.engine.clone(), 1);
+                let models = first_models(&engine).await;
+                let spec = config.spec(&advertise, &models)?;
+                let registrar = Registrar {
+                    client: &client,
+                    name: &checked.name,
+                    takeover: config.takeover,
+                    cluster,
+                };
+                let Registered {
+                    cluster_id,
+                    incarnation,
+                    revision,
+                } = registrar.register(&dir, None, &spec).await?;
+                dir.granted(cluster_id, incarnation)?;
+                cluster = Some(cluster_id);
+                declared = Some(models.into());
+                (incarnation, Some(revision))
+            }
+        };
+        if let Some(cluster) = cluster {
+            endpoint.update_hello(|hello| hello.cluster_id = cluster.to_wire());
+        }
+        let setup = Setup {
+            incarnation,
+            settings: checked.settings,
+            engine: checked.engine.clone(),
+        };
+        let work = Work::start_with(&endpoint, setup, metrics);
+        shown.show(work.status());
+        tracing::info!(
+            name = checked.name,
+            %incarnation,
+            listen = %bound,
+            advertise,
+            admin = admin.map(|address| address.to_string()),
+            "ready"
+        );
+        Ok(Self {
+            config,
+            dir,
+            endpoint,
+            client,
+            watching,
+            work,
+            advertise,
+            own: watch::Sender::new(incarnation),
+            registered: watch::Sender::new(registered),
+            cluster,
+            declared,
+        })
+    }
+
+    async fn serve(
+        self,
+        shutdown: impl Future<Output = ()>,
+        checked: &Checked,
+    ) -> Result<(), AgentError> {
+        let Self {
+            config,
+            mut dir,
+            endpoint,
+            client,
+            mut watching,
+            work,
+            advertise,
+            own,
+            registered,
+            cluster,
+            declared,
+        } = self;
+        let name = checked.name.as_str();
+        let mut lease = Lease {
+            config: &config,
+            name,
+            dir: &mut dir,
+            endpoint: &endpoint,
+            client: &client,
+            work: &work,
+            advertise: &advertise,
+            own: &own,
+            registered: &registered,
+            cluster,
+        };
+        let facts = follow(&mut watching.facts, &work, name, &own, &registered);
+        let background = async {
+            tokio::select! {
+                error = facts => error,
+                error = lease.keep(declared) => error,
+            }
+        };
+        let mut background = pin!(background);
+        let stopped = tokio::select! {
+            error = &mut background => Err(error),
+            () = shutdown => {
+                tracing::info!("stopping: taking nothing new, finishing what runs");
+                work.stop();
+                tokio::select! {
+                    error = &mut background => Err(error),
+                    () = work.idle() => Ok(()),
+                    () = tokio::time::sleep(checked.drain_timeout) => {
+                        let left = work.status().borrow().in_flight;
+                        tracing::warn!(left, "the drain timeout passed, these are cut off");
+                        Ok(())
+                    }
+                }
+            }
+        };
+        if stopped.is_ok() && registered.borrow().is_some() {
+            say_goodbye(&client, *own.borrow()).await;
+        }
+        work.told().await;
+        endpoint.close("the agent stops");
+        endpoint.wait_idle().await;
+        stopped
+    }
+}
+
+async fn say_goodbye(client: &ControlClient, incarnation: Incarnation) {
+    let goodbye = Action::Goodbye(Goodbye {
+        incarnation: Some(incarnation.to_wire()),
+    });
+    if let Err(error) = client
+        .propose(goodbye, "agent stop", GOODBYE_PATIENCE)
+        .await
+    {
+        tracing::warn!(%error, "the control plane was not told of the stop, the lease runs out");
+    }
+}
+
+/// Applies the facts as they come; returns why the process must stop.
+async fn follow(
+    facts: &mut watch::Receiver<Option<Arc<Facts>>>,
+    work: &Work,
+    name: &str,
+    own: &watch::Sender<Incarnation>,
+    registered: &watch::Sender<Option<Revision>>,
+) -> AgentError {
+    let mut registration = registered.subscribe();
+    loop {
+        let newest = facts.borrow_and_update().clone();
+        let at = *registration.borrow_and_update();
+        if let Some(newest) = newest {
+            let own = *own.borrow();
+            match standing(&newest, name, own, at) {
+                Standing::NotYet => {}
+                Standing::Wanted(desired) => work.apply(desired, newest.revision),
+                Standing::Superseded(current) => {
+                    return AgentError::Superseded {
+                        name: name.into(),
+                        own,
+                        current: Some(current),
+                    };
+                }
+                Standing::Removed => return AgentError::Removed { name: name.into() },
+            }
+        }
+        // Both senders live as long as this.
+        tokio::select! {
+            _ = facts.changed() => {}
+            _ = registration.changed() => {}
+        }
+    }
+}
+
+/// Keeps the worker registered as what it is, and its lease.
+struct Lease<'a> {
+    config: &'a Config,
+    name: &'a str,
+    dir: &'a mut DataDir,
+    endpoint: &'a Endpoint,
+    client: &'a ControlClient,
+    work: &'a Work,
+    advertise: &'a str,
+    own: &'a watch::Sender<Incarnation>,
+    registered: &'a watch::Sender<Option<Revision>>,
+    cluster: Option<ClusterId>,
+}
+
+impl Lease<'_> {
+    /// Returns why the process must stop. `declared`: the models it is registered with already.
+    async fn keep(&mut self, declared: Option<Arc<[String]>>) -> AgentError {
+        match self.keep_on(declared).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn keep_on(
+        &mut self,
+        declared: Option<Arc<[String]>>,
+    ) -> Result<std::convert::Infallible, AgentError> {
+        let mut declared = match declared {
+            Some(declared) => declared,
+            None => {
+                let models = other_models(self.work, &Arc::default()).await;
+                self.register(&models).await?;
+                models
+            }
+        };
+        loop {
+            declared = self.renew_until_other(&declared).await?;
+            // A start is registered with one spec: another spec is another start.
+            if let Some(record) = self.dir.count_start()? {
+                self.own.send_replace(record.incarnation());
+            }
+            self.register(&declared).await?;
+            self.work.succeed(self.endpoint, *self.own.borrow());
+        }
+    }
+
+    async fn register(&self, models: &[String]) -> Result<(), AgentError> {
+        let spec = self.config.spec(self.advertise, models)?;
+        let registrar = Registrar {
+            client: self.client,
+            name: self.name,
+            takeover: self.config.takeover,
+            cluster: self.cluster,
+        };
+        let done = registrar
+            .register(self.dir, self.dir.record(), &spec)
+            .await?;
+        tracing::info!(incarnation = %done.incarnation, revision = %done.revision, "registered");
+        self.registered.send_replace(Some(done.revision));
+        Ok(())
+    }
+
+    /// Renews the lease; returns when the engine serves other models.
+    async fn renew_until_other(
+        &self,
+        declared: &Arc<[String]>,
+    ) -> Result<Arc<[String]>, AgentError> {
+        let mut status = self.work.status();
+        let said = watch::Sender::new(renew_state(&status.borrow_and_update()));
+        let mut renewing = self.client.spawn_renew(said.subscribe());
+        let superseded = |status: &forebay_control_client::RenewStatus| {
+            matches!(status.problem, Some(ClientError::Superseded { .. }))
+        };
+        let tell = async {
+            while status.changed().await.is_ok() {
+                let fresh = renew_state(&status.borrow_and_update());
+                said.send_if_modified(|shown| {
+                    // A revision alone is told with the next renewal.
+                    let urgent = shown.observed != fresh.observed;
+                    *shown = fresh;
+                    urgent
+                });
+            }
+        };
+        tokio::select! {
+            models = other_models(self.work, declared) => Ok(models),
+            found = renewing.status.wait_for(superseded) => {
+                let current = match found.map(|status| status.problem.clone()) {
+                    Ok(Some(ClientError::Superseded { current })) => current,
+                    Ok(_) | Err(_) => None,
+                };
+                Err(AgentError::Superseded {
+                    name: self.name.into(),
+                    own: *self.own.borrow(),
+                    current,
+                })
+            }
+            () = tell => std::future::pending().await,
+        }
+    }
+}
+
+fn renew_state(status: &Status) -> RenewState {
+    RenewState {
+        incarnation: Some(status.incarnation),
+        applied_revision: status.applied_revision,
+        observed: status.observed,
+    }
+}
+
+/// The engine's models, once there are some and they are not these.
+async fn other_models(work: &Work, than: &Arc<[String]>) -> Arc<[String]> {
+    let mut status = work.status();
+    let other = |status: &Status| !status.models.is_empty() && status.models != *than;
+    let found = status
+        .wait_for(other)
+        .await
+        .map(|status| status.models.clone());
+    match found {
+        Ok(models) => models,
+        // The sender lives as long as the work side.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// What the admin pages show; there is no work side before the first registration.
+#[derive(Clone, Default)]
+struct Shown(Arc<Mutex<Option<watch::Receiver<Status>>>>);
+
+impl Shown {
+    fn show(&self, status: watch::Receiver<Status>) {
+        *self.0.lock() = Some(status);
+    }
+
+    async fn serve(
+        &self,
+        address: std::net::SocketAddr,
+        name: &str,
+        metrics: &Metrics,
+    ) -> Result<std::net::SocketAddr, AgentError> {
+        let mut registry = Registry::default();
+        metrics.register(&mut registry);
+        let mut admin = Admin::new(format!("agent {name}"), registry);
+        let shown = self.clone();
+        admin.ready = Box::new(move || shown.ready());
+        Ok(forebay_admin::serve(address, admin).await?)
+    }
+
+    fn ready(&self) -> Result<(), Vec<String>> {
+        let shown = self.0.lock();
+        let observed = shown.as_ref().map(|status| status.borrow().observed);
+        let reason = match observed {
+            Some(Observed::Ready) => return Ok(()),
+            None => "waits for the engine and for its first registration",
+            Some(Observed::Joining | Observed::Unspecified) => {
+                "waits for the engine or for the facts"
+            }
+            Some(Observed::Cordoned) => "is cordoned",
+            Some(Observed::Draining) => "drains",
+            Some(Observed::Drained) => "is drained",
+            Some(Observed::EngineDown) => "its engine does not answer",
+        };
+        Err(vec![format!("the worker {reason}")])
+    }
+}

@@ -1,0 +1,392 @@
+//! The side that balancers see: links in, placements, reports out.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_link::{Code, Endpoint, Link};
+use forebay_proto::wire::fleet::{Desired, Observed};
+use forebay_proto::{Incarnation, Now, Revision};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::engine::{Engine, EngineAddress};
+use super::metrics::Metrics;
+use super::placement::carry;
+use super::reports::{Links, report};
+use super::tasks::OwnedTask;
+use super::{probe, reports};
+use crate::core::{
+    Admitted, Core, Effect, End, Ending, EngineState, Offer, PlacementId, RefusalReason, Refused,
+    Settings, Unstarted,
+};
+use crate::wire;
+
+/// Connections to the engine kept beyond those of its slots: for probes.
+const SPARE_CONNECTIONS: usize = 2;
+
+/// For the last frames of what just ended to arrive.
+const TELLING: Duration = Duration::from_secs(1);
+
+/// What the work side is started with.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The incarnation to serve; it is counted on disk before.
+    pub incarnation: Incarnation,
+    /// Slots, queue and body budget.
+    pub settings: Settings,
+    /// The engine beside this agent.
+    pub engine: EngineAddress,
+}
+
+/// What the agent says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The incarnation that is served.
+    pub incarnation: Incarnation,
+    /// Whether it takes placements, in the control plane's words.
+    pub observed: Observed,
+    /// Facts that are in force here.
+    pub applied_revision: Revision,
+    /// Placements that run or wait.
+    pub in_flight: usize,
+    /// Models that the engine serves; empty until it answered.
+    pub models: Arc<[String]>,
+}
+
+/// The work side, serving until this is dropped. It needs no control plane.
+#[derive(Debug)]
+pub struct Work {
+    shared: Arc<Shared>,
+    _tasks: [OwnedTask; 3],
+}
+
+impl Work {
+    /// Serves on this endpoint. Placements are refused until [`Work::apply`] was called and the
+    /// engine answered.
+    #[must_use]
+    pub fn start(endpoint: &Endpoint, setup: Setup) -> Self {
+        let metrics = Metrics::new(setup.settings.slots);
+        Self::start_with(endpoint, setup, metrics)
+    }
+
+    pub(super) fn start_with(endpoint: &Endpoint, setup: Setup, metrics: Metrics) -> Self {
+        let Setup {
+            incarnation,
+            settings,
+            engine,
+        } = setup;
+        endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
+        let slots = usize::try_from(settings.slots).unwrap_or(usize::MAX);
+        let core = Core::new(settings, incarnation);
+        let (status, _) = watch::channel(status(&core));
+        let shared = Arc::new(Shared {
+            origin: Instant::now(),
+            inner: Mutex::new(Inner {
+                core,
+                waiting: HashMap::new(),
+            }),
+            changed: Notify::new(),
+            status,
+            engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS)),
+            metrics,
+            links: Links::default(),
+            carried: watch::Sender::new(0),
+        });
+        let tasks = [
+            OwnedTask::spawn(accept(endpoint.clone(), shared.clone())),
+            OwnedTask::spawn(report(shared.clone())),
+            OwnedTask::spawn(probe::keep_probing(shared.clone())),
+        ];
+        Self {
+            shared,
+            _tasks: tasks,
+        }
+    }
+
+    /// Facts were delivered: what an operator wants of this worker. In force on return.
+    pub fn apply(&self, desired: Desired, revision: Revision) {
+        self.shared
+            .with(|core, now| core.facts(now, desired, revision));
+    }
+
+    /// Takes nothing new from now on and sends back what waits.
+    pub fn stop(&self) {
+        self.shared.with(Core::stop);
+    }
+
+    /// A later start of this process was registered.
+    pub fn succeed(&self, endpoint: &Endpoint, incarnation: Incarnation) {
+        endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
+        self.shared.with(|core, _| core.succeed(incarnation));
+    }
+
+    /// What the agent says of itself, kept up to date.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.shared.status.subscribe()
+    }
+
+    /// Waits until nothing is in flight.
+    pub async fn idle(&self) {
+        let mut status = self.status();
+        // The sender lives as long as this.
+        let _ = status.wait_for(|status| status.in_flight == 0).await;
+    }
+
+    /// Waits until balancers have received all that was said to them, a second at most.
+    pub(super) async fn told(&self) {
+        let mut carried = self.shared.carried.subscribe();
+        // Those that do not listen are not waited for.
+        let _ = tokio::time::timeout(TELLING, carried.wait_for(|carried| *carried == 0)).await;
+    }
+}
+
+/// What every task of the work side shares.
+pub(super) struct Shared {
+    origin: Instant,
+    inner: Mutex<Inner>,
+    /// A report may be due earlier than was thought.
+    pub(super) changed: Notify,
+    status: watch::Sender<Status>,
+    pub(super) engine: Engine,
+    metrics: Metrics,
+    pub(super) links: Links,
+    /// Streams that have not come to their end.
+    carried: watch::Sender<usize>,
+}
+
+struct Inner {
+    core: Core,
+    /// Who is told when a slot is free; as bounded as the queue.
+    waiting: HashMap<PlacementId, oneshot::Sender<Call>>,
+}
+
+/// What a placement that waits is told.
+#[derive(Debug)]
+pub(super) enum Call {
+    Start,
+    Over(Unstarted, Ending),
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shared")
+    }
+}
+
+impl Shared {
+    /// Counts a stream until the guard is dropped.
+    pub(super) fn carrying(self: &Arc<Self>) -> Carrying {
+        self.carried.send_modify(|carried| *carried += 1);
+        Carrying(self.clone())
+    }
+
+    pub(super) fn now(&self) -> Now {
+        Now::at(self.origin.elapsed())
+    }
+
+    pub(super) fn instant(&self, now: Now) -> Instant {
+        self.origin + now.since(Now::default())
+    }
+
+    /// Has the core do something and carries out what follows.
+    pub(super) fn with<T>(&self, act: impl FnOnce(&mut Core, Now) -> T) -> T {
+        self.enter(|inner, now| act(&mut inner.core, now))
+    }
+
+    fn enter<T>(&self, act: impl FnOnce(&mut Inner, Now) -> T) -> T {
+        let mut inner = self.inner.lock();
+        let before = inner.core.load().seq;
+        let result = act(&mut inner, self.now());
+        while let Some(effect) = inner.core.poll_effect() {
+            self.perform(&mut inner, effect);
+        }
+        let core = &inner.core;
+        self.metrics.show(core);
+        self.status.send_if_modified(|shown| {
+            let fresh = status(core);
+            let changed = *shown != fresh;
+            *shown = fresh;
+            changed
+        });
+        let changed = core.load().seq != before;
+        drop(inner);
+        if changed {
+            self.changed.notify_one();
+        }
+        result
+    }
+
+    fn perform(&self, inner: &mut Inner, effect: Effect) {
+        let (id, call) = match effect {
+            Effect::Start(id) => (id, Call::Start),
+            Effect::Over(id, why, ending) => {
+                self.metrics.ended(why.end(), &ending);
+                (id, Call::Over(why, ending))
+            }
+        };
+        // A placement that is gone has ended, or ends by its ticket.
+        if let Some(waiting) = inner.waiting.remove(&id) {
+            let _ = waiting.send(call);
+        }
+    }
+
+    /// Takes an offer or refuses it; `None` is a header that is no offer.
+    pub(super) fn place(
+        self: &Arc<Self>,
+        offer: Option<&Offer>,
+    ) -> Result<(Admitted, Ticket), Refused> {
+        let decided: Result<_, Refused> = self.enter(|inner, now| {
+            let offer = offer.ok_or_else(|| inner.core.refuse(RefusalReason::Invalid))?;
+            let admitted = inner.core.place(now, offer)?;
+            let (sender, call) = oneshot::channel();
+            if admitted.starts {
+                // Nobody else is told of it: it has its slot.
+                let _ = sender.send(Call::Start);
+            } else {
+                inner.waiting.insert(admitted.id, sender);
+            }
+            Ok((admitted, call))
+        });
+        match decided {
+            Ok((admitted, call)) => {
+                self.metrics.accepted();
+                let ticket = Ticket {
+                    shared: self.clone(),
+                    id: admitted.id,
+                    call,
+                    over: false,
+                };
+                Ok((admitted, ticket))
+            }
+            Err(refused) => {
+                self.metrics.refused(refused.reason);
+                Err(refused)
+            }
+        }
+    }
+
+    /// The engine answers, with these models.
+    pub(super) fn engine_up(&self, models: &[String]) {
+        if self.with(|core, _| {
+            let was = core.engine();
+            core.engine_up(models);
+            was != EngineState::Up
+        }) {
+            tracing::info!(?models, "the engine answers");
+        }
+    }
+
+    pub(super) fn engine_is_up(&self) -> bool {
+        self.inner.lock().core.engine() == EngineState::Up
+    }
+
+    /// The engine does not answer.
+    pub(super) fn engine_down(&self, problem: &str) {
+        if self.with(|core, now| {
+            let was = core.engine();
+            core.engine_down(now);
+            was == EngineState::Up
+        }) {
+            tracing::warn!(problem, "the engine does not answer");
+        }
+    }
+}
+
+/// A stream that has not come to its end.
+pub(super) struct Carrying(Arc<Shared>);
+
+impl Drop for Carrying {
+    fn drop(&mut self) {
+        self.0.carried.send_modify(|carried| *carried -= 1);
+    }
+}
+
+fn status(core: &Core) -> Status {
+    Status {
+        incarnation: core.incarnation(),
+        observed: core.observed(),
+        applied_revision: core.applied_revision(),
+        in_flight: core.in_flight(),
+        models: core.models().clone(),
+    }
+}
+
+/// A placement that is in flight: dropped, it is over, cancelled.
+pub(super) struct Ticket {
+    shared: Arc<Shared>,
+    id: PlacementId,
+    /// Told once, when it starts or is over.
+    pub(super) call: oneshot::Receiver<Call>,
+    over: bool,
+}
+
+impl Ticket {
+    /// The engine's answer began.
+    pub(super) fn first_byte(&self) {
+        self.shared.with(|core, now| core.first_byte(now, self.id));
+    }
+
+    /// It is over; `None` when the core said so before.
+    pub(super) fn end(mut self, end: End) -> Option<Ending> {
+        self.finish(end)
+    }
+
+    fn finish(&mut self, end: End) -> Option<Ending> {
+        if std::mem::replace(&mut self.over, true) {
+            return None;
+        }
+        let ending = self.shared.enter(|inner, now| {
+            inner.waiting.remove(&self.id);
+            inner.core.end(now, self.id, end)
+        })?;
+        self.shared.metrics.ended(end, &ending);
+        Some(ending)
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.finish(End::Cancelled);
+    }
+}
+
+async fn accept(endpoint: Endpoint, shared: Arc<Shared>) {
+    let mut served = JoinSet::new();
+    loop {
+        tokio::select! {
+            link = endpoint.accept() => match link {
+                Some(link) if served.len() < reports::MAX_LINKS => {
+                    served.spawn(serve(link, shared.clone()));
+                }
+                Some(link) => link.close(Code::Protocol, "too many balancers are connected"),
+                None => return,
+            },
+            Some(_) = served.join_next() => {}
+        }
+    }
+}
+
+/// Carries what comes on one link; its placements end with it.
+async fn serve(link: Link, shared: Arc<Shared>) {
+    tracing::info!(?link, "a balancer connected");
+    let _listed = shared.links.list(link.clone());
+    link.send_datagram(&wire::load(&shared.with(|core, _| core.load())));
+    // As bounded as the streams that QUIC lets a peer open.
+    let mut placements = JoinSet::new();
+    let closed = loop {
+        tokio::select! {
+            stream = link.accept() => match stream {
+                Ok((sender, receiver)) => {
+                    placements.spawn(carry(shared.clone(), sender, receiver));
+                }
+                Err(closed) => break closed,
+            },
+            Some(_) = placements.join_next() => {}
+        }
+    };
+    tracing::info!(?link, %closed, "a balancer is gone");
+}

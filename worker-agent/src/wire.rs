@@ -1,0 +1,159 @@
+//! Between the messages of `work.proto` and the core's types.
+
+use std::time::Duration;
+
+use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::wire::{Label, work};
+use forebay_proto::{Incarnation, Millis};
+use forebay_scheduler::Load;
+
+use crate::core::{Admitted, End, Ending, Offer, RefusalReason, Refused};
+
+/// What may be asked of an engine.
+const PATHS: [&str; 1] = ["/v1/chat/completions"];
+const MAX_MODEL_BYTES: usize = 256;
+const MAX_REQUEST_ID_BYTES: usize = 128;
+/// No placement runs longer, whatever its balancer says.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+/// Reads a placement's header; `None` when it does not say what it must.
+pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
+    let place: work::Place = frame.decode().ok()?;
+    let incarnation = Incarnation::from_wire(place.incarnation.as_ref()).ok()?;
+    let fits = is_request_id(&place.request_id)
+        && (1..=MAX_MODEL_BYTES).contains(&place.model.len())
+        && PATHS.contains(&place.path.as_str())
+        && place.body_bytes > 0;
+    fits.then(|| Offer {
+        request_id: place.request_id,
+        incarnation,
+        model: place.model,
+        path: place.path,
+        body_bytes: place.body_bytes,
+        deadline: Millis(place.deadline_ms.into()).duration().min(LONGEST),
+        expected_wait: Millis(place.expected_wait_ms.into()).duration(),
+        must_queue: place.must_queue,
+    })
+}
+
+/// It goes into a header of the engine's request.
+fn is_request_id(id: &str) -> bool {
+    (1..=MAX_REQUEST_ID_BYTES).contains(&id.len())
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+pub(crate) fn accepted(admitted: &Admitted) -> Frame {
+    let accepted = work::Accepted {
+        report_seq: admitted.report_seq,
+        load: Some(admitted.load.to_wire()),
+    };
+    Frame::message(Kind::Accepted, &accepted)
+}
+
+pub(crate) fn refused(refused: &Refused) -> Frame {
+    use work::RefusalReason as Wire;
+    let reason = match refused.reason {
+        RefusalReason::Fenced => Wire::RefusalFenced,
+        RefusalReason::Cordoned => Wire::RefusalCordoned,
+        RefusalReason::Draining => Wire::RefusalDraining,
+        RefusalReason::Full => Wire::RefusalFull,
+        RefusalReason::StaleView => Wire::RefusalStaleView,
+        RefusalReason::EngineDown => Wire::RefusalEngineDown,
+        RefusalReason::WrongModel => Wire::RefusalWrongModel,
+        RefusalReason::Deadline => Wire::RefusalDeadline,
+        RefusalReason::BodyBudget => Wire::RefusalBodyBudget,
+        RefusalReason::Invalid => Wire::RefusalInvalid,
+    };
+    let refused = work::Refused {
+        reason: reason.into(),
+        load: Some(refused.load.to_wire()),
+        current: Some(refused.load.incarnation.to_wire()),
+    };
+    Frame::message(Kind::Refused, &refused)
+}
+
+/// The status line and the headers that are relayed.
+pub(crate) fn head(status: u16, content_type: Option<&str>) -> Frame {
+    let label = |value: &str| Label {
+        key: "content-type".into(),
+        value: value.into(),
+    };
+    let head = work::Head {
+        status: status.into(),
+        headers: content_type.map(label).into_iter().collect(),
+    };
+    Frame::message(Kind::Head, &head)
+}
+
+pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
+    let wire = match end {
+        End::Complete => work::End::Complete,
+        End::NotStarted => work::End::NotStarted,
+        End::EngineFailed => work::End::EngineFailed,
+        End::Timeout => work::End::Timeout,
+        End::Cancelled => work::End::Cancelled,
+    };
+    let ms = |duration| Millis::from_duration(duration).wire();
+    let trailer = work::Trailer {
+        end: wire.into(),
+        report_seq: ending.report_seq,
+        load: Some(ending.load.to_wire()),
+        detail: detail.into(),
+        queue_ms: ms(ending.queue),
+        first_byte_ms: ms(ending.first_byte),
+        service_ms: ms(ending.service),
+    };
+    Frame::message(Kind::Trailer, &trailer)
+}
+
+pub(crate) fn load(load: &Load) -> Frame {
+    Frame::message(Kind::Load, &load.to_wire())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn check(change: impl FnOnce(&mut work::Place)) -> bool {
+        let mut place = work::Place {
+            request_id: "r-1".into(),
+            incarnation: Some(forebay_proto::wire::Incarnation {
+                worker: 1,
+                grant: 2,
+                start: 3,
+            }),
+            model: "m".into(),
+            path: "/v1/chat/completions".into(),
+            body_bytes: 10,
+            deadline_ms: 1_000,
+            ..work::Place::default()
+        };
+        change(&mut place);
+        offer(&Frame::message(Kind::Place, &place)).is_some()
+    }
+
+    #[test]
+    fn a_header_says_who_what_where_and_how_much() {
+        assert!(check(|_| {}));
+        assert!(!check(|p| p.request_id.clear()));
+        assert!(!check(|p| p.request_id = "a\r\nx: y".into()));
+        assert!(!check(|p| p.request_id = "a".repeat(129)));
+        assert!(!check(|p| p.incarnation = None));
+        assert!(!check(|p| p.model.clear()));
+        assert!(!check(|p| p.model = "m".repeat(257)));
+        assert!(!check(|p| p.path = "/v1/load_lora_adapter".into()));
+        assert!(!check(|p| p.path = "/v1/chat/completions?x".into()));
+        assert!(!check(|p| p.body_bytes = 0), "an unknown size");
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = offer(&Frame::new(Kind::Place, bytes.into()));
+        }
+    }
+}
