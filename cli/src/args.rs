@@ -1,0 +1,65 @@
+//! The command line as a whole; each verb declares its own options beside what it does.
+
+use clap::{Parser, Subcommand};
+
+use crate::dev::DevArgs;
+use crate::roles;
+use crate::verbs;
+
+/// Schedules LLM requests over a fleet of inference engines.
+#[derive(Debug, Parser)]
+#[command(
+    name = "forebay",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = AFTER_HELP
+)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  forebay dev                         a whole fleet on this machine
+  forebay replay --limit 200          a real trace through it
+  forebay status                      what it is doing and what is wrong
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 timed out, 4 refused by a guard, 5 not found,
+6 unauthorized, 7 no quorum or unreachable, 8 conflict, 9 partial.
+Logs: FOREBAY_LOG=info,forebay_link=debug";
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Run a whole fleet on this machine, with emulated engines.
+    Dev(DevArgs),
+    /// Run a control node.
+    Control(roles::control::ControlArgs),
+    /// Run a balancer.
+    Balancer(roles::balancer::BalancerArgs),
+    /// Run a worker agent beside an engine.
+    Agent(roles::agent::AgentArgs),
+    /// Run an emulated engine.
+    Engine(roles::engine::EngineArgs),
+    /// Make a certificate authority, or issue certificates from it.
+    Ca(verbs::ca::CaArgs),
+    /// Prepare API keys for balancers.
+    Keys(verbs::keys::KeysArgs),
+    /// Found a cluster on control nodes that are empty; once.
+    Init(verbs::init::InitArgs),
+    /// Show the control nodes, each as it sees itself.
+    Members(verbs::members::MembersArgs),
+    /// Show the workers that are registered.
+    Workers(verbs::workers::WorkersArgs),
+    /// Show the fleet on one page, and what is wrong with it.
+    Status(verbs::status::StatusArgs),
+    /// Show or replace the fleet's configuration document.
+    Config(verbs::config::ConfigArgs),
+    /// Send a real trace to an endpoint and measure what its users would see.
+    Replay(verbs::replay::ReplayArgs),
+}

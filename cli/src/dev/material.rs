@@ -1,0 +1,212 @@
+//! What the processes need on disk before they start: an authority, certificates, config files.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use forebay_link::Authority;
+use forebay_proto::{Level, Role};
+use toml::{Table, Value};
+
+use super::child::Plan;
+use super::layout::Fleet;
+use super::{EngineOptions, write_whole};
+use crate::context::ContextFile;
+use crate::exit::CliError;
+
+/// Writes what is missing, and returns how to run each process.
+pub(super) fn prepare(
+    dir: &Path,
+    fleet: &Fleet,
+    listen: &[SocketAddr],
+    engine: &EngineOptions,
+) -> Result<Vec<Plan>, CliError> {
+    let maker = Maker {
+        dir,
+        authority: authority(&dir.join("ca"))?,
+        control: fleet.control_addresses(),
+    };
+    for part in ["config", "logs"] {
+        make_dir(&dir.join(part))?;
+    }
+    let mut plans = vec![];
+    for (n, node) in (1..).zip(&fleet.control) {
+        plans.push(maker.control(&format!("c{n}"), node.quic, node.admin)?);
+    }
+    for (n, worker) in (1..).zip(fleet.running_workers()) {
+        plans.push(maker.engine(&format!("e{n}"), worker.engine, engine)?);
+        plans.push(maker.agent(&format!("w{n}"), worker, engine)?);
+    }
+    for ((n, balancer), http) in (1..).zip(&fleet.balancers).zip(listen) {
+        plans.push(maker.balancer(&format!("b{n}"), *http, balancer.admin)?);
+    }
+    maker.context()?;
+    Ok(plans)
+}
+
+struct Maker<'a> {
+    dir: &'a Path,
+    authority: Authority,
+    control: Vec<String>,
+}
+
+impl Maker<'_> {
+    fn control(&self, name: &str, quic: SocketAddr, admin: SocketAddr) -> Result<Plan, CliError> {
+        let mut config = self.member(Role::Control, name)?;
+        put(&mut config, "listen", quic);
+        put(&mut config, "admin", admin);
+        self.plan("control", name, &config, [("quic", quic), ("admin", admin)])
+    }
+
+    fn balancer(&self, name: &str, http: SocketAddr, admin: SocketAddr) -> Result<Plan, CliError> {
+        let mut config = self.member(Role::Balancer, name)?;
+        put(&mut config, "control", self.control.join(","));
+        put(&mut config, "listen", http);
+        put(&mut config, "admin", admin);
+        put(&mut config, "any-key-tenant", "dev");
+        config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
+        self.plan(
+            "balancer",
+            name,
+            &config,
+            [("http", http), ("admin", admin)],
+        )
+    }
+
+    fn agent(
+        &self,
+        name: &str,
+        worker: &super::layout::Worker,
+        engine: &EngineOptions,
+    ) -> Result<Plan, CliError> {
+        let mut config = self.member(Role::Agent, name)?;
+        put(&mut config, "name", name);
+        put(&mut config, "control", self.control.join(","));
+        put(&mut config, "listen", worker.quic);
+        put(&mut config, "advertise", worker.quic);
+        put(&mut config, "admin", worker.admin);
+        put(&mut config, "engine", format!("http://{}", worker.engine));
+        put(&mut config, "engine-kind", "emulated");
+        config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
+        config.insert("slots".into(), engine.engine_slots.into());
+        config.insert("max-context".into(), engine.engine_max_context.into());
+        let addresses = [("quic", worker.quic), ("admin", worker.admin)];
+        self.plan("agent", name, &config, addresses)
+    }
+
+    fn engine(
+        &self,
+        name: &str,
+        http: SocketAddr,
+        options: &EngineOptions,
+    ) -> Result<Plan, CliError> {
+        let mut config = Table::new();
+        put(&mut config, "listen", http);
+        put(&mut config, "model", &options.model);
+        for (key, value) in [
+            ("slots", Value::from(options.engine_slots)),
+            ("max-context", options.engine_max_context.into()),
+            ("ttft-ms", options.engine_ttft_ms.into()),
+            ("tpot-ms", options.engine_tpot_ms.into()),
+            (
+                "prefill-tokens-per-s",
+                options.engine_prefill_tokens_per_s.into(),
+            ),
+            ("speed", options.engine_speed.into()),
+        ] {
+            config.insert(key.into(), value);
+        }
+        self.plan("engine", name, &config, [("http", http)])
+    }
+
+    /// What every process of the cell has: a disk of its own and a certificate.
+    fn member(&self, role: Role, name: &str) -> Result<Table, CliError> {
+        let (cert, key) = self.certificate(role, name)?;
+        let mut config = Table::new();
+        put(&mut config, "data-dir", self.dir.join(name).display());
+        put(&mut config, "ca", self.dir.join("ca/ca.pem").display());
+        put(&mut config, "cert", cert.display());
+        put(&mut config, "key", key.display());
+        Ok(config)
+    }
+
+    fn plan<const N: usize>(
+        &self,
+        role: &'static str,
+        name: &str,
+        config: &Table,
+        addresses: [(&'static str, SocketAddr); N],
+    ) -> Result<Plan, CliError> {
+        let file = self.dir.join("config").join(format!("{name}.toml"));
+        let text = format!("# Written by `forebay dev` at every start.\n{config}");
+        write_whole(&file, &text)?;
+        Ok(Plan {
+            role,
+            name: name.into(),
+            config: file,
+            log: self.dir.join("logs").join(format!("{name}.log")),
+            addresses: addresses.map(|(kind, at)| (kind, at.to_string())).into(),
+        })
+    }
+
+    fn context(&self) -> Result<(), CliError> {
+        let (cert, key) = self.certificate(Role::Operator(Level::Admin), "admin")?;
+        let context = ContextFile {
+            control: self.control.clone(),
+            ca: self.dir.join("ca/ca.pem"),
+            cert,
+            key,
+        };
+        let text = toml::to_string(&context).expect("a context is plain data");
+        write_whole(&self.dir.join("context.toml"), &text)
+    }
+
+    /// Issues a certificate unless both of its files exist.
+    fn certificate(&self, role: Role, name: &str) -> Result<(PathBuf, PathBuf), CliError> {
+        let dir = self.dir.join("certs");
+        let files = [
+            dir.join(format!("{name}.pem")),
+            dir.join(format!("{name}-key.pem")),
+        ];
+        if !files.iter().all(|file| file.exists()) {
+            // A start that was cut off may have left one of the two.
+            for file in &files {
+                let _ = std::fs::remove_file(file);
+            }
+            self.authority.issue(role, name, DAYS)?.save(&dir)?;
+        }
+        let [cert, key] = files;
+        Ok((cert, key))
+    }
+}
+
+fn authority(dir: &Path) -> Result<Authority, CliError> {
+    if dir.join("ca.pem").exists() {
+        return Ok(Authority::load(dir)?);
+    }
+    // The certificate is written last: without it, nothing was issued from this key.
+    let _ = std::fs::remove_file(dir.join("ca-key.pem"));
+    let authority = Authority::create("dev", rand::random())?;
+    authority.save(dir)?;
+    Ok(authority)
+}
+
+fn make_dir(dir: &Path) -> Result<(), CliError> {
+    std::fs::create_dir_all(dir).map_err(|error| CliError::File {
+        path: dir.into(),
+        error,
+    })
+}
+
+fn put(table: &mut Table, key: &str, value: impl ToString) {
+    table.insert(key.into(), Value::String(value.to_string()));
+}
+
+/// Longer than anybody keeps a fleet of this kind.
+const DAYS: u32 = 825;
+
+/// Within the time that the supervisor gives a stop.
+const DRAIN_MS: u32 = 2_000;
+
+/// Addresses by what is spoken there.
+pub(super) type Addresses = BTreeMap<&'static str, String>;

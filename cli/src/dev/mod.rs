@@ -1,0 +1,350 @@
+//! `forebay dev`: a whole fleet on this machine, each role a process as in production.
+//!
+//! The supervisor keeps what the fleet is in its data directory ([`layout`], [`material`]), starts
+//! every role as a child process of this binary ([`child`]), founds the cluster once and waits
+//! until requests are served ([`start`]), and then only watches ([`supervise`]): it tells who died
+//! and how to start it again.
+
+mod again;
+mod child;
+mod hints;
+mod layout;
+mod material;
+mod ports;
+mod run_file;
+mod start;
+mod supervise;
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use crate::exit::{CliError, Exit};
+use crate::output::{result, say};
+use supervise::{Supervisor, Until};
+
+/// Options of `forebay dev`.
+#[derive(Debug, Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  forebay dev\n  forebay dev --control 3 --balancers 2 --workers 4\n\nIt prints how to send requests. Processes, with their ids and addresses, are in run.json in the\ndata directory, logs in logs/. A process that died stays dead, so that its absence can be watched:\n`forebay dev start NAME` (or SIGHUP to the supervisor, for all) starts it again, and --restart makes\nit do so by itself. The same data\ndirectory resumes the same cluster."
+)]
+pub(crate) struct DevArgs {
+    /// Control nodes: 1, or 3 to survive the loss of one. Default: 1, or what the data directory
+    /// has.
+    #[arg(long, value_name = "N", value_parser = ["1", "3"])]
+    control: Option<String>,
+    /// Balancers, on as many consecutive ports.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    balancers: u16,
+    /// Workers, each an agent and an emulated engine.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    workers: u16,
+    /// Where the first balancer takes requests.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// Where the fleet keeps its state; remove it to begin anew.
+    #[arg(long, value_name = "DIR", default_value = "forebay-data")]
+    data_dir: PathBuf,
+    /// Start a process that died again, after a pause that grows while it keeps dying.
+    #[arg(long)]
+    restart: bool,
+    #[command(flatten)]
+    engine: EngineOptions,
+    #[command(subcommand)]
+    verb: Option<DevVerb>,
+}
+
+/// What can be asked of a fleet that runs.
+#[derive(Debug, Subcommand)]
+enum DevVerb {
+    /// Start processes that died again.
+    Start(again::StartArgs),
+}
+
+/// How the emulated engines behave.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Emulated engines")]
+struct EngineOptions {
+    /// Name under which they serve their model.
+    #[arg(long, value_name = "NAME", default_value = "emulated")]
+    model: String,
+    /// Milliseconds to the first token of an empty prompt.
+    #[arg(long, value_name = "MS", default_value_t = 20.0)]
+    engine_ttft_ms: f64,
+    /// Milliseconds from token to token.
+    #[arg(long, value_name = "MS", default_value_t = 20.0)]
+    engine_tpot_ms: f64,
+    /// Prompt tokens prefilled a second, for each request on its own.
+    #[arg(long, value_name = "N", default_value_t = 10_000.0)]
+    engine_prefill_tokens_per_s: f64,
+    /// Requests that one runs at once.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    engine_slots: u32,
+    /// Divides all their times: 10 is ten times as fast.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    engine_speed: f64,
+    /// Tokens that prompt and answer may have together.
+    #[arg(long, value_name = "TOKENS", default_value_t = 1 << 20)]
+    engine_max_context: u32,
+}
+
+/// Why `dev` does not run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DevError {
+    /// Another supervisor has the data directory.
+    #[error("another `forebay dev`{0} runs on {1}: stop it, or give this one another --data-dir")]
+    Locked(String, PathBuf),
+    /// A client port is not free.
+    #[error(
+        "{address} is taken or cannot be listened on ({error}): stop what has it, or give another address by --listen; nothing was started"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// There are not as many ports as balancers.
+    #[error("--listen {0} leaves no room for {1} consecutive ports: choose a lower port")]
+    Ports(SocketAddr, u16),
+    /// A member's address cannot change, and somebody has it.
+    #[error(
+        "the port of control node {name}, {address}, is taken, and a member's address does not change: stop what has it, or begin anew with another --data-dir"
+    )]
+    ControlPort {
+        /// The node.
+        name: String,
+        /// Its address.
+        address: SocketAddr,
+    },
+    /// No port is free.
+    #[error("no free port was found on 127.0.0.1 between 20000 and 32000: close some programs")]
+    NoPort,
+    /// The cluster has another size.
+    #[error(
+        "{dir} holds a cluster with {found} control nodes, not {asked}: leave --control out to resume it, or begin anew with another --data-dir"
+    )]
+    OtherSize {
+        /// The data directory.
+        dir: PathBuf,
+        /// Its size.
+        found: usize,
+        /// What was asked for.
+        asked: usize,
+    },
+    /// The directory's own record cannot be used.
+    #[error("{path} is not a fleet of this version: {problem}; begin anew with another --data-dir")]
+    Layout {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A process ended before the fleet was up.
+    #[error(
+        "{name} (pid {pid}) {how} before the fleet was up; the last lines of {log}:\n{tail}",
+        log = log.display()
+    )]
+    Died {
+        /// Which.
+        name: String,
+        /// Its process.
+        pid: i32,
+        /// How it ended.
+        how: String,
+        /// Its log.
+        log: PathBuf,
+        /// The end of it.
+        tail: String,
+    },
+    /// A process cannot be started.
+    #[error("cannot start {name}: {error}")]
+    Spawn {
+        /// Which.
+        name: String,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// The fleet does not come up.
+    #[error("the fleet is not ready after {seconds} s: {reasons}; its logs are in {logs}", logs = logs.display())]
+    NotReady {
+        /// How long was waited.
+        seconds: u64,
+        /// What it waits for.
+        reasons: String,
+        /// Where to look.
+        logs: PathBuf,
+    },
+}
+
+impl DevError {
+    /// What scripts see.
+    pub(crate) const fn exit(&self) -> Exit {
+        match self {
+            Self::Locked(..) | Self::OtherSize { .. } => Exit::Conflict,
+            Self::Ports(..) => Exit::Usage,
+            Self::NotReady { .. } => Exit::TimedOut,
+            Self::Listen { .. }
+            | Self::ControlPort { .. }
+            | Self::NoPort
+            | Self::Layout { .. }
+            | Self::Died { .. }
+            | Self::Spawn { .. } => Exit::Failed,
+        }
+    }
+}
+
+/// Runs `forebay dev` until it is asked to stop.
+pub(crate) fn run(args: DevArgs) -> Result<(), CliError> {
+    if let Some(DevVerb::Start(args)) = &args.verb {
+        return again::run(args);
+    }
+    let dir = data_dir(&args.data_dir)?;
+    let _lock = lock(&dir)?;
+    let listen = ports::consecutive(args.listen, args.balancers)?;
+    let asked = layout::Asked {
+        control: args
+            .control
+            .as_deref()
+            .map(|n| if n == "3" { 3 } else { 1 }),
+        balancers: args.balancers,
+        workers: args.workers,
+    };
+    let mut fleet = layout::Fleet::open(&dir, &asked)?;
+    let plans = material::prepare(&dir, &fleet, &listen, &args.engine)?;
+    fleet.save(&dir)?;
+    // The children die with the thread that starts them: this one, which lives as long as we do.
+    crate::roles::thread()?.block_on(async {
+        let mut supervisor = Supervisor::new(&dir, plans, args.restart)?;
+        let up = come_up(&mut supervisor, &dir, &mut fleet, &listen).await;
+        match up {
+            Ok(Until::Done(())) => {
+                let hints = hints::Hints {
+                    dir: &dir,
+                    listen: &listen,
+                    model: &args.engine.model,
+                };
+                result(&hints.text());
+                say("the fleet is up; Ctrl-C stops it");
+                supervisor.watch().await;
+            }
+            Ok(Until::AskedToStop) => {}
+            Err(error) => {
+                supervisor.stop().await;
+                return Err(error);
+            }
+        }
+        supervisor.stop().await;
+        say("stopped");
+        Ok(())
+    })
+}
+
+async fn come_up(
+    supervisor: &mut Supervisor,
+    dir: &Path,
+    fleet: &mut layout::Fleet,
+    listen: &[SocketAddr],
+) -> Result<Until<()>, CliError> {
+    say(&format!(
+        "starting {} control nodes, {} balancers and {} workers in {}",
+        fleet.control.len(),
+        listen.len(),
+        fleet.workers_asked(),
+        dir.display()
+    ));
+    let first = |role: &str| matches!(role, "control" | "engine");
+    supervisor.start_all(|plan| first(plan.role))?;
+    if !fleet.initialised {
+        let founding = start::found(dir, FOUNDING_TIME);
+        match supervisor.meanwhile(founding).await? {
+            Until::Done(()) => {}
+            Until::AskedToStop => return Ok(Until::AskedToStop),
+        }
+        fleet.initialised = true;
+        fleet.save(dir)?;
+    }
+    supervisor.start_all(|plan| !first(plan.role))?;
+    let wanted = start::Wanted {
+        balancers: fleet.balancer_admins(listen.len()),
+        workers: fleet.worker_names(),
+    };
+    supervisor
+        .meanwhile(start::ready(dir, wanted, READY_TIME))
+        .await
+}
+
+fn data_dir(dir: &Path) -> Result<PathBuf, CliError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .and_then(|()| dir.canonicalize())
+        .map_err(|error| CliError::File {
+            path: dir.into(),
+            error,
+        })
+}
+
+/// Held as long as the supervisor lives; the kernel gives it up with the process.
+fn lock(dir: &Path) -> Result<File, CliError> {
+    let path = dir.join("dev.lock");
+    let wrong = |error| CliError::File {
+        path: path.clone(),
+        error,
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(wrong)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            let _ = (&file).take(16).read_to_string(&mut pid);
+            let pid = pid.trim().parse::<u32>();
+            let who = pid.map_or_else(|_| String::new(), |pid| format!(" (pid {pid})"));
+            return Err(DevError::Locked(who, dir.into()).into());
+        }
+        Err(TryLockError::Error(error)) => return Err(wrong(error)),
+    }
+    file.set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", std::process::id()))
+        .map_err(wrong)?;
+    Ok(file)
+}
+
+/// Replaces a file as a whole: a reader sees the old one or the new one.
+fn write_whole(path: &Path, text: &str) -> Result<(), CliError> {
+    let wrong = |error| CliError::File {
+        path: path.into(),
+        error,
+    };
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".tmp");
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&beside)
+        .map_err(wrong)?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .and_then(|()| std::fs::rename(&beside, path))
+        .map_err(wrong)
+}
+
+const FOUNDING_TIME: Duration = Duration::from_secs(30);
+const READY_TIME: Duration = Duration::from_secs(60);

@@ -1,0 +1,148 @@
+//! From processes to a fleet: the cluster is founded once, then requests have to be served.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use forebay_control_client::{ControlClient, InitError};
+use forebay_link::Endpoint;
+use forebay_proto::wire::fleet::Observed;
+use forebay_proto::{ClientId, ClusterId};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::DevError;
+use crate::context::{CellArgs, ContextArgs};
+use crate::exit::{CliError, Exit};
+use crate::output::say;
+
+/// Whom the fleet needs.
+pub(super) struct Wanted {
+    /// Balancers and where each says whether it is ready.
+    pub(super) balancers: Vec<(String, SocketAddr)>,
+    /// Names of workers.
+    pub(super) workers: Vec<String>,
+}
+
+/// Founds the cluster on the nodes of the context, as soon as all of them answer.
+pub(super) async fn found(dir: &Path, patience: Duration) -> Result<(), CliError> {
+    let client = client(dir)?;
+    let drawn = ClusterId(rand::random());
+    let until = Instant::now() + patience;
+    loop {
+        match client.init(drawn, ASK).await {
+            Ok(_) => return Ok(()),
+            Err(InitError::Unreachable { .. } | InitError::Unfinished { .. })
+                if Instant::now() < until =>
+            {
+                sleep(PAUSE).await;
+            }
+            // An earlier start founded it and was cut off before it noted that.
+            Err(InitError::Initialised { .. }) if is_founded(&client).await => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+async fn is_founded(client: &ControlClient) -> bool {
+    let nodes = client.probe_all(ASK).await;
+    let clusters: Vec<_> = nodes
+        .iter()
+        .map(|(_, status)| match status {
+            Ok(status) if status.initialised => Some(status.cluster_id.clone()),
+            Ok(_) | Err(_) => None,
+        })
+        .collect();
+    clusters.iter().all(|id| id.is_some() && *id == clusters[0])
+}
+
+/// Waits until every worker and every balancer is ready.
+pub(super) async fn ready(dir: &Path, wanted: Wanted, patience: Duration) -> Result<(), CliError> {
+    let client = client(dir)?;
+    let start = Instant::now();
+    let mut told = start;
+    loop {
+        let reasons = missing(&client, &wanted).await;
+        if reasons.is_empty() {
+            return Ok(());
+        }
+        if start.elapsed() >= patience {
+            return Err(DevError::NotReady {
+                seconds: patience.as_secs(),
+                reasons: reasons.join("; "),
+                logs: dir.join("logs"),
+            }
+            .into());
+        }
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            say(&format!("waiting: {}", reasons.join("; ")));
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Why the fleet is not ready yet; empty when it is.
+async fn missing(client: &ControlClient, wanted: &Wanted) -> Vec<String> {
+    let mut reasons = vec![];
+    match client.read(ASK).await {
+        Err(error) => reasons.push(error.to_string()),
+        Ok(facts) => {
+            let serves = |name: &&String| {
+                facts.workers.get(*name).is_some_and(|worker| {
+                    worker.observed == Observed::Ready && !worker.lost && !worker.departed
+                })
+            };
+            let absent = wanted.workers.iter().filter(|name| !serves(name));
+            reasons.extend(absent.map(|name| format!("worker {name} is not ready")));
+        }
+    }
+    for (name, admin) in &wanted.balancers {
+        match timeout(ASK, get(*admin, "/readyz")).await {
+            Ok(Ok((200, _))) => {}
+            Ok(Ok((_, body))) => reasons.push(format!("balancer {name}: {}", body.trim())),
+            Ok(Err(error)) => reasons.push(format!("balancer {name}: {error}")),
+            Err(_) => reasons.push(format!("balancer {name} does not answer on {admin}")),
+        }
+    }
+    reasons
+}
+
+/// One HTTP request to an admin page on this machine: its status and its body.
+async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = vec![];
+    stream.take(MAX_ANSWER).read_to_end(&mut answer).await?;
+    let answer = String::from_utf8_lossy(&answer);
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    let wrong = || std::io::Error::new(std::io::ErrorKind::InvalidData, "answers no HTTP");
+    Ok((status.ok_or_else(wrong)?, body.to_owned()))
+}
+
+/// The control plane as the operator of this data directory sees it.
+fn client(dir: &Path) -> Result<ControlClient, CliError> {
+    let context = ContextArgs {
+        context: Some(PathBuf::from(dir).join("context.toml")),
+        cell: CellArgs::default(),
+        timeout: ASK.as_secs(),
+    }
+    .resolve()?;
+    let endpoint = Endpoint::client(&context.credentials)
+        .map_err(|error| CliError::because(Exit::Failed, error.to_string()))?;
+    let id = ClientId(rand::random());
+    Ok(ControlClient::new(
+        endpoint,
+        context.control,
+        id,
+        rand::random(),
+    ))
+}
+
+const ASK: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(100);
+const TELL_EVERY: Duration = Duration::from_secs(3);
+const MAX_ANSWER: u64 = 64 << 10;

@@ -1,0 +1,161 @@
+//! `forebay agent`: stands beside one engine, registers it, and runs what balancers place.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use forebay_worker_agent::Config;
+
+use super::ProcessArgs;
+use crate::context::{CellArgs, check_control};
+use crate::exit::CliError;
+use crate::settings::required;
+
+/// Options of `forebay agent`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  forebay agent --engine http://127.0.0.1:8000 --advertise gpu7:7420 --control c1:7400,c2:7400,c3:7400 --data-dir /var/lib/forebay --ca ca.pem --cert w1.pem --key w1-key.pem"
+)]
+pub(crate) struct AgentArgs {
+    /// The worker's name; default: the name in the certificate, which it must be.
+    #[arg(long, env = "FOREBAY_NAME")]
+    name: Option<String>,
+    /// Where balancers reach it (UDP).
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:7420",
+        env = "FOREBAY_LISTEN"
+    )]
+    listen: SocketAddr,
+    /// HOST:PORT that balancers dial; default: --listen, when that is one address.
+    #[arg(long, value_name = "ADDRESS", env = "FOREBAY_ADVERTISE")]
+    advertise: Option<String>,
+    /// Where its health and metrics are (TCP); they are not for everybody.
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:7421",
+        env = "FOREBAY_ADMIN"
+    )]
+    admin: SocketAddr,
+    /// Where it keeps its incarnation and the last facts. Losing it makes a restart a new worker.
+    #[arg(long, value_name = "DIR", env = "FOREBAY_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+    /// The engine's OpenAI API: http://HOST:PORT.
+    #[arg(
+        long,
+        visible_alias = "engine-url",
+        value_name = "URL",
+        env = "FOREBAY_ENGINE"
+    )]
+    engine: Option<String>,
+    /// What the engine is, such as vllm; for operators.
+    #[arg(
+        long,
+        value_name = "KIND",
+        default_value = "openai",
+        env = "FOREBAY_ENGINE_KIND"
+    )]
+    engine_kind: String,
+    /// The pool it belongs to: a set of interchangeable workers in the fleet's configuration.
+    #[arg(long, default_value = "default", env = "FOREBAY_POOL")]
+    pool: String,
+    /// Requests the engine runs at once.
+    #[arg(long, value_name = "N", default_value_t = 64, env = "FOREBAY_SLOTS")]
+    slots: u32,
+    /// Requests that wait beyond them; default: as many as slots.
+    #[arg(long, value_name = "N", env = "FOREBAY_QUEUE_LIMIT")]
+    queue_limit: Option<u32>,
+    /// Longest context that the engine takes, in tokens; 0: not told.
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 0,
+        env = "FOREBAY_MAX_CONTEXT"
+    )]
+    max_context: u32,
+    /// Tokens that the engine's KV cache holds; 0: not told.
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 0,
+        env = "FOREBAY_KV_TOKENS"
+    )]
+    kv_tokens: u64,
+    /// Type of its GPUs.
+    #[arg(
+        long,
+        value_name = "TYPE",
+        default_value = "",
+        env = "FOREBAY_GPU_TYPE"
+    )]
+    gpu_type: String,
+    /// Number of its GPUs.
+    #[arg(long, value_name = "N", default_value_t = 0, env = "FOREBAY_GPU_COUNT")]
+    gpu_count: u32,
+    /// Revision of the model's weights.
+    #[arg(long, default_value = "", env = "FOREBAY_REVISION")]
+    revision: String,
+    /// Where it stands.
+    #[arg(long, default_value = "", env = "FOREBAY_ZONE")]
+    zone: String,
+    /// A label for operators; give it again for more. In a file: a table `label`.
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', env = "FOREBAY_LABEL", value_parser = label)]
+    label: Vec<(String, String)>,
+    /// Take the name over from a process that is known to be gone.
+    #[arg(long, env = "FOREBAY_TAKEOVER")]
+    takeover: bool,
+    /// How long a stop waits for requests that run, in milliseconds.
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 30_000,
+        env = "FOREBAY_DRAIN_TIMEOUT_MS"
+    )]
+    drain_timeout_ms: u64,
+    #[command(flatten)]
+    cell: CellArgs,
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
+        Some(_) | None => Err("is not KEY=VALUE".into()),
+    }
+}
+
+/// Runs an agent until it is asked to stop.
+pub(crate) fn run(args: AgentArgs) -> Result<(), CliError> {
+    check_control(&args.cell.control)?;
+    let config = Config {
+        name: args.name,
+        listen: args.listen,
+        advertise: args.advertise,
+        admin: Some(args.admin),
+        engine_url: required("engine", args.engine)?,
+        engine_kind: args.engine_kind,
+        pool: args.pool,
+        slots: args.slots,
+        queue_limit: args.queue_limit,
+        max_context_tokens: args.max_context,
+        kv_tokens: args.kv_tokens,
+        zone: args.zone,
+        labels: args.label.into_iter().collect(),
+        gpu_type: args.gpu_type,
+        gpu_count: args.gpu_count,
+        revision: args.revision,
+        control: args.cell.control,
+        data_dir: required("data-dir", args.data_dir)?,
+        credentials: args.cell.certificate.paths()?,
+        takeover: args.takeover,
+        drain_timeout_ms: args.drain_timeout_ms,
+    };
+    args.process.enter()?;
+    super::threads()?.block_on(async {
+        let stop = super::asked_to_stop()?;
+        Ok(forebay_worker_agent::run(config, stop).await?)
+    })
+}

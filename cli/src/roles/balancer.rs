@@ -1,0 +1,97 @@
+//! `forebay balancer`: takes clients' requests and places them on workers.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use forebay_balancer::Config;
+
+use super::ProcessArgs;
+use crate::context::{CellArgs, check_control};
+use crate::exit::CliError;
+use crate::settings::required;
+
+/// Options of `forebay balancer`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  forebay balancer --control c1:7400,c2:7400,c3:7400 --keys keys.toml --data-dir /var/lib/forebay --ca ca.pem --cert b1.pem --key b1-key.pem"
+)]
+pub(crate) struct BalancerArgs {
+    /// Where clients' requests arrive (TCP).
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:8080",
+        env = "FOREBAY_LISTEN"
+    )]
+    listen: SocketAddr,
+    /// Where its health and metrics are (TCP); they are not for everybody.
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:7411",
+        env = "FOREBAY_ADMIN"
+    )]
+    admin: SocketAddr,
+    /// Where it keeps the last facts, to serve without a control plane.
+    #[arg(long, value_name = "DIR", env = "FOREBAY_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+    /// TOML file of API keys: [[keys]] with sha256 (from `forebay keys hash`), tenant and
+    /// optionally debug.
+    #[arg(long, value_name = "FILE", env = "FOREBAY_KEYS")]
+    keys: Option<PathBuf>,
+    /// Take any API key, and none, as this tenant's; for development.
+    #[arg(long, value_name = "NAME", env = "FOREBAY_ANY_KEY_TENANT")]
+    any_key_tenant: Option<String>,
+    /// Longest request body in bytes.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 33_554_432,
+        env = "FOREBAY_MAX_BODY_BYTES"
+    )]
+    max_body_bytes: u64,
+    /// How long the status line waits for the engine's first byte, so that a failure keeps a real
+    /// status, in milliseconds.
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 15_000,
+        env = "FOREBAY_HOLD_HEADERS_MS"
+    )]
+    hold_headers_ms: u64,
+    /// How long a stop waits for requests that run, in milliseconds.
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 30_000,
+        env = "FOREBAY_DRAIN_TIMEOUT_MS"
+    )]
+    drain_timeout_ms: u64,
+    #[command(flatten)]
+    cell: CellArgs,
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+/// Runs a balancer until it is asked to stop.
+pub(crate) fn run(args: BalancerArgs) -> Result<(), CliError> {
+    check_control(&args.cell.control)?;
+    let config = Config {
+        listen: args.listen,
+        admin: Some(args.admin),
+        control: args.cell.control,
+        data_dir: required("data-dir", args.data_dir)?,
+        credentials: args.cell.certificate.paths()?,
+        keys: args.keys,
+        any_key_tenant: args.any_key_tenant,
+        max_body_bytes: args.max_body_bytes,
+        hold_headers_ms: args.hold_headers_ms,
+        drain_timeout_ms: args.drain_timeout_ms,
+    };
+    args.process.enter()?;
+    super::threads()?.block_on(async {
+        let stop = super::asked_to_stop()?;
+        Ok(forebay_balancer::run(config, stop).await?)
+    })
+}

@@ -1,0 +1,11 @@
+//! The operators' verbs: one file each, which declares its options, asks, and prints.
+
+pub(crate) mod ask;
+pub(crate) mod ca;
+pub(crate) mod config;
+pub(crate) mod init;
+pub(crate) mod keys;
+pub(crate) mod members;
+pub(crate) mod replay;
+pub(crate) mod status;
+pub(crate) mod workers;
