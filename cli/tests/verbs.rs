@@ -1,0 +1,316 @@
+//! What a command line gets without a fleet: help, usage errors, files, and exit codes.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn forebay(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("FOREBAY_") {
+            command.env_remove(name);
+        }
+    }
+    command.env("XDG_CONFIG_HOME", "/nonexistent");
+    command.args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Runs, and checks the exit code, what stderr says, and that stdout is for results only.
+fn check(args: &[&str], code: i32, says: &[&str]) {
+    let output = forebay(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    for text in says {
+        assert!(stderr.contains(text), "{args:?}: {text:?} in {stderr}");
+    }
+    assert!(output.stdout.is_empty() || code == 0, "{args:?}");
+}
+
+fn json(args: &[&str]) -> serde_json::Value {
+    let output = forebay(&[args, &["--output", "json"]].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn what_is_no_command_is_a_usage_error_that_names_it() {
+    check(&[], 2, &["Usage:"]);
+    check(&["frobnicate"], 2, &["frobnicate", "Usage:"]);
+    check(&["status", "--frobnicate"], 2, &["--frobnicate"]);
+    check(&["dev", "--control", "2"], 2, &["--control", "1, 3"]);
+    check(&["dev", "--workers", "0"], 2, &["--workers"]);
+    check(&["dev", "--listen", "nowhere"], 2, &["--listen"]);
+    check(&["replay", "--limit", "0"], 2, &["--limit"]);
+    check(
+        &["ca", "issue", "--role", "root", "--name", "x"],
+        2,
+        &["operator/viewer"],
+    );
+    check(&["workers", "--output", "yaml"], 2, &["table, json"]);
+}
+
+#[test]
+fn every_verb_has_help_on_stdout() {
+    for verb in [
+        "dev", "control", "balancer", "agent", "engine", "ca", "keys", "init", "members",
+        "workers", "status", "config", "replay",
+    ] {
+        let output = forebay(&[verb, "--help"]);
+        assert_eq!(output.status.code(), Some(0), "{verb}");
+        assert!(
+            String::from_utf8_lossy(&output.stdout).contains("Usage: forebay"),
+            "{verb}"
+        );
+    }
+}
+
+#[test]
+fn without_a_context_a_verb_says_how_to_get_one() {
+    for verb in [
+        &["status"][..],
+        &["workers"],
+        &["members"],
+        &["init"],
+        &["config", "show"],
+    ] {
+        check(
+            verb,
+            2,
+            &["forebay dev", "export FOREBAY_CONTEXT", "--control"],
+        );
+    }
+    check(
+        &["status", "--context", "/nonexistent.toml"],
+        2,
+        &["/nonexistent.toml"],
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("context.toml");
+    std::fs::write(&file, "control = ['h:1']\ncert = 'x'\n").unwrap();
+    check(
+        &["status", "--context", text(&file)],
+        2,
+        &["not a context", "ca"],
+    );
+    std::fs::write(&file, "control = ['h']\nca = 'a'\ncert = 'b'\nkey = 'c'\n").unwrap();
+    check(&["status", "--context", text(&file)], 2, &["host:port"]);
+}
+
+#[test]
+fn a_ca_is_made_once_and_issues_what_a_context_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca");
+    let init = ["ca", "init", "--cell", "test", "--dir", text(&ca)];
+    let made = json(&init);
+    assert_eq!(made["schema_version"], 1);
+    assert!(made["trust_domain"].as_str().unwrap().starts_with("test."));
+    check(&init, 8, &["exists"]);
+    let issue = [
+        "ca",
+        "issue",
+        "--role",
+        "operator/admin",
+        "--name",
+        "alice",
+        "--dir",
+        text(&ca),
+    ];
+    let issued = json(&issue);
+    let identity = issued["identity"].as_str().unwrap();
+    assert!(identity.ends_with("/operator/admin/alice"), "{identity}");
+    for file in ["ca", "cert", "key"] {
+        assert!(Path::new(issued[file].as_str().unwrap()).exists(), "{file}");
+    }
+    check(&issue, 8, &["exists"]);
+    check(
+        &[&issue[..6], &["b/b", "--dir", text(&ca)]].concat(),
+        2,
+        &["name"],
+    );
+    let empty = dir.path().join("none");
+    check(
+        &[
+            "ca",
+            "issue",
+            "--role",
+            "agent",
+            "--name",
+            "w1",
+            "--dir",
+            text(&empty),
+        ],
+        1,
+        &["forebay ca init"],
+    );
+    // With it a verb gets as far as the network.
+    let flags = |verb: &'static str| {
+        let cert = issued["cert"].as_str().unwrap();
+        let key = issued["key"].as_str().unwrap();
+        let authority = issued["ca"].as_str().unwrap();
+        vec![
+            verb,
+            "--control",
+            "127.0.0.1:9",
+            "--ca",
+            authority,
+            "--cert",
+            cert,
+            "--key",
+            key,
+            "--timeout",
+            "1",
+        ]
+    };
+    let output = forebay(&flags("members"));
+    assert_eq!(output.status.code(), Some(7));
+    let output = forebay(&flags("init"));
+    assert_eq!(
+        output.status.code(),
+        Some(7),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let output = forebay(&flags("status"));
+    assert_eq!(output.status.code(), Some(7));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("quorum    no"));
+}
+
+#[test]
+fn a_roles_options_that_are_wrong_are_named_with_their_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("role.toml");
+    let with = |role: &str, content: &str, code: i32, says: &[&str]| {
+        std::fs::write(&file, content).unwrap();
+        check(&[role, "--config", text(&file)], code, says);
+    };
+    with(
+        "control",
+        "dir = 'x'\n",
+        2,
+        &["role.toml", "dir", "forebay control --help"],
+    );
+    with("control", "listen = 'x'\n", 2, &["role.toml", "listen"]);
+    with(
+        "control",
+        "",
+        2,
+        &["--data-dir is missing", "FOREBAY_DATA_DIR"],
+    );
+    with("control", "data-dir = 'x'\n", 2, &["--ca is missing"]);
+    with("balancer", "data-dir = 'x'\n", 2, &["--control"]);
+    with("agent", "control = ['h']\n", 2, &["host:port"]);
+    with("agent", "control = ['h:1']\n", 2, &["--engine is missing"]);
+    with("engine", "slots = 0\n", 2, &["slots"]);
+    with("engine", "[[broken", 2, &["role.toml", "TOML"]);
+    check(
+        &["engine", "--config", "/nonexistent.toml"],
+        2,
+        &["/nonexistent.toml"],
+    );
+}
+
+#[test]
+fn a_key_is_hashed_from_stdin() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_forebay"))
+        .args(["keys", "hash"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"abc\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    let line = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        line.starts_with("sha256 = \"ba7816bf8f01cfea414140de5dae2223b00361a3"),
+        "{line}"
+    );
+    check(&["keys", "hash"], 2, &["no key"]);
+}
+
+#[test]
+fn a_document_that_is_wrong_is_refused_before_anybody_is_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("fleet.toml");
+    check(&["config", "apply", text(&file)], 5, &["config show"]);
+    std::fs::write(&file, "[[pools]]\nname = 'a'\nqueue_timeout_ms = 0\n").unwrap();
+    check(
+        &["config", "apply", text(&file)],
+        2,
+        &["pools[0].queue_timeout_ms"],
+    );
+}
+
+#[test]
+fn dev_refuses_what_it_cannot_do_before_it_starts_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let data = dir.path().join("data");
+    check(
+        &["dev", "--listen", &address, "--data-dir", text(&data)],
+        1,
+        &["taken", "--listen"],
+    );
+    assert!(!data.join("run.json").exists());
+    check(
+        &["dev", "start", "c1", "--data-dir", text(&data)],
+        5,
+        &["no `forebay dev` runs"],
+    );
+    drop(taken);
+    std::fs::write(data.join("dev.json"), "{}").unwrap();
+    check(
+        &["dev", "--listen", &address, "--data-dir", text(&data)],
+        1,
+        &["dev.json", "another --data-dir"],
+    );
+}
+
+#[test]
+fn a_replay_without_a_server_says_what_it_asked() {
+    check(
+        &["replay", "--target", "http://127.0.0.1:9", "--limit", "1"],
+        7,
+        &["127.0.0.1:9"],
+    );
+    check(
+        &["replay", "/nonexistent.jsonl", "--limit", "1"],
+        1,
+        &["/nonexistent.jsonl"],
+    );
+    check(
+        &["replay", "--speed", "0", "--target", "http://127.0.0.1:9"],
+        2,
+        &["speed"],
+    );
+}
+
+#[test]
+fn an_engine_serves_until_it_is_told_to_stop_and_dies_with_its_parent() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_forebay"))
+        .args(["engine", "--listen", "127.0.0.1:0"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut stderr, &mut line).unwrap();
+    assert!(
+        line.starts_with("engine ready: emulated on http://127.0.0.1:"),
+        "{line}"
+    );
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(child.wait().unwrap().success());
+    // A role whose supervisor is another process than its parent does not start.
+    check(
+        &["engine", "--parent-pid", "1", "--listen", "127.0.0.1:0"],
+        1,
+        &["supervisor is gone"],
+    );
+}
