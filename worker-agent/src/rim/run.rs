@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use forebay_admin::Admin;
 use forebay_admin::prometheus_client::registry::Registry;
-use forebay_control_client::{ClientError, ControlClient, Facts, RenewState};
+use forebay_control_client::{ClientError, ControlClient, Facts, RenewState, RenewStatus};
 use forebay_link::{Alpn, Endpoint};
 use forebay_proto::wire::fleet::command::Action;
 use forebay_proto::wire::fleet::{Goodbye, Observed};
@@ -204,7 +204,8 @@ impl Agent {
             }
         };
         if stopped.is_ok() && registered.borrow().is_some() {
-            say_goodbye(&client, *own.borrow()).await;
+            let own = *own.borrow();
+            say_goodbye(&client, own).await;
         }
         work.told().await;
         endpoint.close("the agent stops");
@@ -330,8 +331,19 @@ impl Lease<'_> {
         let mut status = self.work.status();
         let said = watch::Sender::new(renew_state(&status.borrow_and_update()));
         let mut renewing = self.client.spawn_renew(said.subscribe());
-        let superseded = |status: &forebay_control_client::RenewStatus| {
-            matches!(status.problem, Some(ClientError::Superseded { .. }))
+        let superseded = async {
+            let over = |status: &RenewStatus| {
+                matches!(status.problem, Some(ClientError::Superseded { .. }))
+            };
+            match renewing
+                .status
+                .wait_for(over)
+                .await
+                .map(|status| status.problem.clone())
+            {
+                Ok(Some(ClientError::Superseded { current })) => current,
+                Ok(_) | Err(_) => None,
+            }
         };
         let tell = async {
             while status.changed().await.is_ok() {
@@ -346,17 +358,11 @@ impl Lease<'_> {
         };
         tokio::select! {
             models = other_models(self.work, declared) => Ok(models),
-            found = renewing.status.wait_for(superseded) => {
-                let current = match found.map(|status| status.problem.clone()) {
-                    Ok(Some(ClientError::Superseded { current })) => current,
-                    Ok(_) | Err(_) => None,
-                };
-                Err(AgentError::Superseded {
-                    name: self.name.into(),
-                    own: *self.own.borrow(),
-                    current,
-                })
-            }
+            current = superseded => Err(AgentError::Superseded {
+                name: self.name.into(),
+                own: *self.own.borrow(),
+                current,
+            }),
             () = tell => std::future::pending().await,
         }
     }
