@@ -119,7 +119,7 @@ impl Exchange {
             taken: false,
         };
         let ended = {
-            let sending = send_request(&mut sender, &place, &body, &accepted);
+            let sending = send_request(&mut sender, &place, body, &accepted);
             let relaying = answer.relay(&mut receiver);
             tokio::pin!(sending, relaying);
             tokio::select! {
@@ -156,16 +156,15 @@ impl Exchange {
 async fn send_request(
     sender: &mut FrameSender,
     place: &Frame,
-    body: &Bytes,
+    mut body: Bytes,
     accepted: &Notify,
 ) -> Result<(), SendError> {
     sender.send(place).await?;
     if body.len() > EAGER_BYTES {
         accepted.notified().await;
     }
-    let mut rest = body.clone();
-    while !rest.is_empty() {
-        let piece = rest.split_to(rest.len().min(MAX_TEXT_BYTES));
+    while !body.is_empty() {
+        let piece = body.split_to(body.len().min(MAX_TEXT_BYTES));
         sender.send(&Frame::new(Kind::Body, piece)).await?;
     }
     sender.send(&Frame::new(Kind::BodyEnd, Bytes::new())).await
@@ -258,20 +257,21 @@ impl Answer<'_> {
             return self.sink.send(Event::Data(piece)).await;
         }
         if self.held.is_empty() && self.is_stream() {
-            self.begin().await?;
+            self.begin(None).await?;
             return self.sink.send(Event::Data(piece)).await;
         }
         self.held.extend_from_slice(&piece);
         if self.held.len() > HELD_BACK_BYTES {
-            self.begin().await?;
+            self.begin(None).await?;
             return self.flush().await;
         }
         Ok(())
     }
 
     /// Lets the client see that there is an answer. From here on nothing is retried.
-    async fn begin(&mut self) -> Step {
+    async fn begin(&mut self, whole: Option<Bytes>) -> Step {
         self.passing = true;
+        self.exchange.body.forget();
         self.exchange.tracked.phase(Phase::Decode);
         let age = self.exchange.tracked.age();
         self.exchange.shared.metrics.first_byte(age);
@@ -290,6 +290,7 @@ impl Answer<'_> {
             streaming,
             worker: self.placement.worker.clone(),
             attempts: self.attempt,
+            whole,
         });
         self.sink.send(event).await
     }
@@ -330,13 +331,11 @@ impl Answer<'_> {
     }
 
     async fn complete(&mut self) -> Ended {
-        let passed_on = async {
-            if !self.passing {
-                self.begin().await?;
-            }
-            self.flush().await
-        };
-        match passed_on.await {
+        if self.passing {
+            return Ended::Complete;
+        }
+        let whole = self.held.split().freeze();
+        match self.begin(Some(whole)).await {
             Ok(()) => Ended::Complete,
             Err(ended) => ended,
         }
@@ -378,10 +377,11 @@ impl Answer<'_> {
 fn refusal(reason: work::RefusalReason) -> Ended {
     use work::RefusalReason as Reason;
     match reason {
-        Reason::RefusalWrongModel | Reason::RefusalEngineDown => Ended::Refused { for_good: true },
+        Reason::RefusalWrongModel => Ended::Refused { for_good: true },
         Reason::RefusalInvalid => Ended::Hopeless(died()),
         Reason::RefusalUnspecified
         | Reason::RefusalFenced
+        | Reason::RefusalEngineDown
         | Reason::RefusalCordoned
         | Reason::RefusalDraining
         | Reason::RefusalFull

@@ -20,7 +20,15 @@ const WHOLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A body and the memory it takes.
 pub(crate) struct Read {
     pub(crate) text: Secret,
-    pub(crate) _held: BodyBudget,
+    held: Option<BodyBudget>,
+}
+
+impl Read {
+    /// Gives text and memory back: it will not be sent again.
+    pub(crate) fn forget(&mut self) {
+        self.text = Secret::default();
+        self.held = None;
+    }
 }
 
 pub(crate) async fn read(shared: &Arc<Shared>, mut body: Incoming) -> Result<Read, ApiError> {
@@ -69,7 +77,7 @@ pub(crate) async fn read(shared: &Arc<Shared>, mut body: Incoming) -> Result<Rea
     }
     Ok(Read {
         text: Secret::new(only.unwrap_or_else(|| text.freeze())),
-        _held: budget,
+        held: Some(budget),
     })
 }
 

@@ -39,6 +39,8 @@ pub(crate) struct ReplyHead {
     pub(crate) streaming: bool,
     pub(crate) worker: Arc<str>,
     pub(crate) attempts: u32,
+    /// The answer, where it is complete already.
+    pub(crate) whole: Option<Bytes>,
 }
 
 /// Events on their way to the client; more wait in QUIC's window.
@@ -66,24 +68,21 @@ impl Exchange {
     /// Serves the request. Its events end with `End` or `Failed` unless nobody listens.
     pub(crate) async fn run(mut self, events: mpsc::Sender<Event>) {
         let mut sink = Sink::new(events);
-        let outcome = match self.serve(&mut sink).await {
-            Ok(()) => {
-                sink.end().await;
-                Outcome::Complete
-            }
-            Err(_) if sink.stalled() => Outcome::Stalled,
-            Err(error) => {
-                let outcome = if sink.begun() {
-                    Outcome::Broken
-                } else {
-                    Outcome::Error(error.code.row().code)
-                };
-                sink.fail(error).await;
-                outcome
-            }
+        let served = self.serve(&mut sink).await;
+        // Before the last event: once that is taken, this task may be dropped.
+        let outcome = match &served {
+            Ok(()) => Some(Outcome::Complete),
+            Err(_) if sink.stalled() => Some(Outcome::Stalled),
+            Err(_) if sink.left() => None,
+            Err(_) if sink.begun() => Some(Outcome::Broken),
+            Err(error) => Some(Outcome::Error(error.code.row().code)),
         };
-        if !sink.left() {
+        if let Some(outcome) = outcome {
             self.tracked.ended(outcome);
+        }
+        match served {
+            Ok(()) => sink.end().await,
+            Err(error) => sink.fail(error).await,
         }
     }
 

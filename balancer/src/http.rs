@@ -185,8 +185,13 @@ fn relay(
     events: mpsc::Receiver<Event>,
     task: Task,
 ) -> Response<Reply> {
-    let relayed = Relayed::new(events, task, head.streaming, false);
-    let mut response = Response::new(Reply::Relayed(Box::new(relayed)));
+    let mut response = Response::new(match head.whole {
+        Some(whole) => Reply::Whole(Some(whole)),
+        None => {
+            let relayed = Relayed::new(events, task, head.streaming, false);
+            Reply::Relayed(Box::new(relayed))
+        }
+    });
     *response.status_mut() = StatusCode::from_u16(head.status).unwrap_or(StatusCode::BAD_GATEWAY);
     let headers = response.headers_mut();
     if head.streaming {

@@ -65,9 +65,10 @@ impl Relayed {
         match event {
             Some(Event::Head(head)) if self.early && !(head.status == 200 && head.streaming) => {
                 // An error of the engine's comes too late for the status line.
-                self.early = false;
                 self.over = true;
-                Some(Ok(error_event(&died(), true)))
+                Some(Ok(
+                    own_words(head.whole.as_deref()).unwrap_or_else(|| error_event(&died(), true))
+                ))
             }
             Some(Event::Head(_)) => None,
             Some(Event::Data(piece)) => {
@@ -89,6 +90,13 @@ impl Relayed {
             }
         }
     }
+}
+
+/// An engine's own error as an event, if it is a JSON object: on one line, as events have to be.
+fn own_words(body: Option<&[u8]>) -> Option<Bytes> {
+    let object: serde_json::Map<_, _> = serde_json::from_slice(body?).ok()?;
+    let object = serde_json::Value::Object(object);
+    Some(format!("data: {object}\n\n").into())
 }
 
 /// An event of its own, also where the last one was cut short.

@@ -1,0 +1,364 @@
+//! Requests end to end on loopback: what is retried, what is told, what is given back.
+#![allow(clippy::unwrap_used, clippy::panic)] // a test's helpers fail as its assertions do
+#![allow(clippy::disallowed_methods)] // tests of the shell run in real time
+
+mod common;
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use common::{Act, EVENT, REST, Saw, Setup, WHOLE, World};
+use forebay_proto::wire::work::{End, RefusalReason};
+
+#[tokio::test]
+async fn answers_are_relayed_byte_for_byte() {
+    let world = World::with(1).await;
+    let answer = world.chat(false).await;
+    assert_eq!((answer.status, answer.body.as_str()), (200, WHOLE));
+    assert!(answer.head.has("x-forebay-worker: w1\r\n"));
+    let mut client = world.client().await;
+    client.chat(true).await;
+    let head = client.head().await;
+    for header in [
+        "content-type: text/event-stream",
+        "cache-control: no-cache",
+        "x-accel-buffering: no",
+        "x-request-id: req-",
+    ] {
+        assert!(head.has(header), "{header}: {}", head.text);
+    }
+    assert_eq!(client.chunk().await.unwrap().unwrap(), EVENT);
+    assert_eq!(client.chunk().await.unwrap().unwrap(), REST);
+    assert_eq!(client.chunk().await, Ok(None));
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn a_failure_before_the_first_byte_is_not_seen() {
+    for streaming in [true, false] {
+        for act in [
+            Act::Break,
+            Act::End(End::NotStarted),
+            Act::End(End::EngineFailed),
+            Act::Status(503, "{}"),
+            Act::Status(500, "{}"),
+            Act::Refuse(RefusalReason::RefusalFull),
+            Act::Refuse(RefusalReason::RefusalDraining),
+            Act::Refuse(RefusalReason::RefusalStaleView),
+        ] {
+            let world = World::with(2).await;
+            world.next(std::slice::from_ref(&act));
+            let answer = world.chat(streaming).await;
+            let whole = if streaming {
+                format!("{EVENT}{REST}")
+            } else {
+                WHOLE.to_owned()
+            };
+            assert_eq!(answer.body, whole, "{act:?} {streaming}");
+            world.settles().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_failure_after_the_first_byte_is_told_and_never_done() {
+    for act in [Act::BreakAfterFirst, Act::EndAfterFirst(End::EngineFailed)] {
+        let world = World::with(2).await;
+        world.next(&[act]);
+        let answer = world.chat(true).await;
+        assert_eq!(answer.status, 200);
+        let rest = answer.body.strip_prefix(EVENT).unwrap();
+        assert!(rest.starts_with("data: {\"error\":{"), "{rest}");
+        assert!(rest.contains("\"code\":\"upstream_error\""), "{rest}");
+        assert!(!answer.body.contains("[DONE]"));
+        world.settles().await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_stream_is_retried_whole() {
+    let world = World::with(2).await;
+    world.agents[0].will(&[Act::BreakAfterFirst]);
+    for _ in 0..4 {
+        let answer = world.chat(false).await;
+        assert_eq!((answer.status, answer.body.as_str()), (200, WHOLE));
+    }
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn when_retries_run_out_the_client_is_told() {
+    let world = World::with(1).await;
+    world.agents[0].will(&[Act::End(End::EngineFailed)]);
+    let answer = world.chat(true).await;
+    assert_eq!(answer.code(), (502, "upstream_error".into()));
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn the_engines_own_refusals_are_relayed_and_not_retried() {
+    let mut world = World::with(2).await;
+    let own = Act::Status(400, "{\"error\":\"own words\"}");
+    world.next(&[own]);
+    let answer = world.chat(true).await;
+    assert_eq!(answer.status, 400);
+    assert_eq!(answer.body, "{\"error\":\"own words\"}");
+    let placed = |saw: &Saw| matches!(saw, Saw::Placed { .. });
+    let mut count = 0;
+    for agent in &mut world.agents {
+        while let Ok((_, saw)) = agent.saw.try_recv() {
+            count += usize::from(placed(&saw));
+        }
+    }
+    assert_eq!(count, 1);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_cancels_its_request_within_100_ms() {
+    for (streaming, act) in [
+        (true, Act::Hang),
+        (false, Act::Hang),
+        (true, Act::HangAfterFirst),
+        (true, Act::Flood),
+    ] {
+        let mut world = World::with(1).await;
+        world.next(std::slice::from_ref(&act));
+        let mut client = world.client().await;
+        client.chat(streaming).await;
+        world.agents[0].is_placed().await;
+        if matches!(act, Act::HangAfterFirst | Act::Flood) {
+            client.head().await;
+        } else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let left = Instant::now();
+        drop(client);
+        let cancelled = world.agents[0].sees(&Saw::Cancelled).await;
+        let took = cancelled - left;
+        assert!(took < Duration::from_millis(100), "{act:?}: {took:?}");
+        world.settles().await;
+    }
+}
+
+#[tokio::test]
+async fn who_waits_is_served_in_turn_and_who_leaves_is_forgotten() {
+    let mut setup = Setup {
+        slots: 1,
+        ..Setup::default()
+    };
+    setup.pool.queue_limit = 2;
+    let mut world = World::new(setup).await;
+    world.agents[0].will(&[Act::HangAfterFirst]);
+    let mut running = world.client().await;
+    running.chat(true).await;
+    running.head().await;
+    let (mut waits, mut leaves) = (world.client().await, world.client().await);
+    leaves.chat(false).await;
+    waits.chat(false).await;
+    world
+        .until("/debug/bookings", |_, text| text.contains("\"queued\":2"))
+        .await;
+    let full = world.chat(false).await;
+    assert_eq!(full.code(), (429, "overloaded".into()));
+    assert!(full.head.has("retry-after: 1\r\n") && full.head.has("retry-after-ms: 1000\r\n"));
+    assert!(full.head.has("x-forebay-dropped-reason: rejected-full"));
+    drop(leaves);
+    world
+        .until("/debug/bookings", |_, text| text.contains("\"queued\":1"))
+        .await;
+    drop(running);
+    world.agents[0].sees(&Saw::Cancelled).await;
+    assert_eq!(waits.answer().await.body, WHOLE);
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn waiting_ends_at_the_pools_deadline() {
+    let mut setup = Setup {
+        slots: 1,
+        ..Setup::default()
+    };
+    setup.pool.queue_timeout_ms = 200;
+    let world = World::new(setup).await;
+    world.agents[0].will(&[Act::Hang]);
+    let mut running = world.client().await;
+    running.chat(true).await;
+    world
+        .until("/debug/bookings", |_, text| text.contains("\"bookings\":1"))
+        .await;
+    let answer = world.chat(true).await;
+    assert_eq!(answer.code(), (429, "queue_timeout".into()));
+    drop(running);
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn after_some_refusals_the_worker_has_to_queue_it() {
+    let mut world = World::with(1).await;
+    let refuse = Act::Refuse(RefusalReason::RefusalStaleView);
+    world.agents[0].will(&[refuse.clone(), refuse]);
+    assert_eq!(world.chat(false).await.body, WHOLE);
+    for (attempt, must_queue) in [(0, false), (1, false), (2, true)] {
+        let saw = Saw::Placed {
+            attempt,
+            must_queue,
+        };
+        world.agents[0].sees(&saw).await;
+    }
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn a_first_byte_or_a_next_one_that_does_not_come_is_a_timeout() {
+    let mut setup = Setup::default();
+    setup.pool.first_byte_timeout_ms = 300;
+    setup.pool.idle_timeout_ms = 200;
+    let world = World::new(setup).await;
+    world.agents[0].will(&[Act::Hang, Act::HangAfterFirst]);
+    let answer = world.chat(true).await;
+    assert_eq!(answer.code(), (504, "upstream_timeout".into()));
+    let answer = world.chat(true).await;
+    assert_eq!(answer.status, 200);
+    assert!(answer.body.contains("upstream_timeout"), "{}", answer.body);
+    assert!(!answer.body.contains("[DONE]"));
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn a_late_first_byte_comes_after_a_held_back_head_and_a_ping() {
+    let mut setup = Setup::default();
+    setup.settings.hold_headers_ms = 100;
+    let world = World::new(setup).await;
+    world.agents[0].will(&[
+        Act::Slow(Duration::from_millis(400)),
+        Act::Slow(Duration::from_millis(400)),
+    ]);
+    let mut client = world.client().await;
+    client.chat(true).await;
+    let began = Instant::now();
+    assert_eq!(client.head().await.status, 200);
+    assert!(began.elapsed() < Duration::from_millis(350));
+    assert_eq!(client.chunk().await.unwrap().unwrap(), ": ping\n\n");
+    assert_eq!(client.chunk().await.unwrap().unwrap(), EVENT);
+    // What is no stream has no head to send early.
+    let began = Instant::now();
+    assert_eq!(world.chat(false).await.body, WHOLE);
+    assert!(began.elapsed() > Duration::from_millis(350));
+}
+
+#[tokio::test]
+async fn a_failure_after_an_early_head_is_an_event() {
+    let mut setup = Setup::default();
+    setup.settings.hold_headers_ms = 50;
+    setup.pool.first_byte_timeout_ms = 300;
+    let world = World::new(setup).await;
+    world.agents[0].will(&[Act::Hang]);
+    let answer = world.chat(true).await;
+    assert_eq!(answer.status, 200);
+    assert!(answer.body.contains("\"code\":\"upstream_timeout\""));
+    assert!(!answer.body.contains("[DONE]"));
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn a_large_body_arrives_whole() {
+    let mut world = World::with(1).await;
+    let text = "x".repeat(3 << 20);
+    let body = format!("{{\"model\":\"m\",\"messages\":[{{\"content\":\"{text}\"}}]}}");
+    let mut client = world.client().await;
+    client.post("/v1/chat/completions", "", &body).await;
+    assert_eq!(client.answer().await.body, WHOLE);
+    world.agents[0].sees(&Saw::Body(body.len())).await;
+    world.settles().await;
+}
+
+/// Hangs one request on one of two workers, ends that worker, and says how long the answer took.
+async fn fails_over(end: fn(&mut common::Agent)) -> Duration {
+    let mut world = World::with(2).await;
+    world.next(&[Act::Hang]);
+    let mut client = world.client().await;
+    client.chat(true).await;
+    let (one, two) = world.agents.split_at_mut(1);
+    let victim = tokio::select! {
+        () = one[0].is_placed() => 0,
+        () = two[0].is_placed() => 1,
+    };
+    let began = Instant::now();
+    end(&mut world.agents[victim]);
+    let answer = client.answer().await;
+    let took = began.elapsed();
+    assert_eq!(answer.body, format!("{EVENT}{REST}"));
+    for _ in 0..4 {
+        assert_eq!(world.chat(false).await.body, WHOLE, "nobody asks the dead");
+    }
+    world.settles().await;
+    took
+}
+
+#[tokio::test]
+async fn a_worker_that_says_goodbye_fails_over_at_once() {
+    let took = fails_over(common::Agent::closes).await;
+    assert!(took < Duration::from_millis(500), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_without_a_word_is_found_out_by_a_probe() {
+    let took = fails_over(common::Agent::dies).await;
+    assert!(took < Duration::from_millis(1_500), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_holds_its_engine_back() {
+    let mut world = World::with(1).await;
+    world.next(&[Act::Flood]);
+    let mut client = world.client().await;
+    client.chat(true).await;
+    world.agents[0].is_placed().await;
+    let flooded = || world.agents[0].flooded.load(Ordering::Relaxed);
+    let mut before = 0;
+    loop {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let now = flooded();
+        if now == before && now > 0 {
+            break;
+        }
+        before = now;
+    }
+    assert!(before < 16 << 20, "{before} bytes are on their way");
+    assert_eq!(world.agents.len(), 1);
+    // Others are served meanwhile.
+    assert_eq!(world.chat(false).await.body, WHOLE);
+    drop(client);
+    world.agents[0].sees(&Saw::Cancelled).await;
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn facts_take_effect_without_a_restart() {
+    let world = World::with(2).await;
+    let mut fleet = (**world.fleet.borrow().as_ref().unwrap()).clone();
+    fleet.workers[0].desired = forebay_proto::wire::fleet::Desired::Cordoned;
+    fleet.workers.truncate(1);
+    world
+        .fleet
+        .send_replace(Some(std::sync::Arc::new(fleet.clone())));
+    world
+        .until("/debug/workers", |_, text| !text.contains("\"w2\""))
+        .await;
+    let answer = world.chat(false).await;
+    assert_eq!(answer.code(), (503, "no_capacity".into()));
+    fleet.workers[0].desired = forebay_proto::wire::fleet::Desired::Ready;
+    world.fleet.send_replace(Some(std::sync::Arc::new(fleet)));
+    assert_eq!(world.chat(false).await.body, WHOLE);
+}
+
+#[tokio::test]
+async fn an_engines_refusal_after_an_early_head_is_an_event_with_its_words() {
+    let mut setup = Setup::default();
+    setup.settings.hold_headers_ms = 50;
+    let world = World::new(setup).await;
+    world.next(&[Act::LateStatus(400, "{\"error\":\n\"own words\"}")]);
+    let answer = world.chat(true).await;
+    assert_eq!(answer.status, 200);
+    assert!(answer.body.ends_with("data: {\"error\":\"own words\"}\n\n"));
+}
