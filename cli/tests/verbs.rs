@@ -1,5 +1,7 @@
 //! What a command line gets without a fleet: help, usage errors, files, and exit codes.
 
+#![allow(clippy::unwrap_used)] // helpers of a test fail as its assertions do
+
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

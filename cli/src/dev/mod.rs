@@ -98,8 +98,16 @@ struct EngineOptions {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DevError {
     /// Another supervisor has the data directory.
-    #[error("another `forebay dev`{0} runs on {1}: stop it, or give this one another --data-dir")]
-    Locked(String, PathBuf),
+    #[error(
+        "{dir} is in use by another `forebay dev`{who}: stop it, or give this one another --data-dir",
+        dir = dir.display()
+    )]
+    Locked {
+        /// The data directory.
+        dir: PathBuf,
+        /// Its process, in parentheses, if it said so.
+        who: String,
+    },
     /// A client port is not free.
     #[error(
         "{address} is taken or cannot be listened on ({error}): stop what has it, or give another address by --listen; nothing was started"
@@ -187,7 +195,7 @@ impl DevError {
     /// What scripts see.
     pub(crate) const fn exit(&self) -> Exit {
         match self {
-            Self::Locked(..) | Self::OtherSize { .. } => Exit::Conflict,
+            Self::Locked { .. } | Self::OtherSize { .. } => Exit::Conflict,
             Self::Ports(..) => Exit::Usage,
             Self::NotReady { .. } => Exit::TimedOut,
             Self::Listen { .. }
@@ -314,7 +322,8 @@ fn lock(dir: &Path) -> Result<File, CliError> {
             let _ = (&file).take(16).read_to_string(&mut pid);
             let pid = pid.trim().parse::<u32>();
             let who = pid.map_or_else(|_| String::new(), |pid| format!(" (pid {pid})"));
-            return Err(DevError::Locked(who, dir.into()).into());
+            let dir = dir.into();
+            return Err(DevError::Locked { dir, who }.into());
         }
         Err(TryLockError::Error(error)) => return Err(wrong(error)),
     }

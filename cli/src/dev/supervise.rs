@@ -26,6 +26,7 @@ pub(super) struct Supervisor {
     term: Signals,
     int: Signals,
     hup: Signals,
+    terminal: bool,
 }
 
 /// One process, dead or alive.
@@ -95,6 +96,7 @@ impl Supervisor {
             term: listen(SignalKind::terminate())?,
             int: listen(SignalKind::interrupt())?,
             hup: listen(SignalKind::hangup())?,
+            terminal: has_terminal(),
         })
     }
 
@@ -211,7 +213,10 @@ impl Supervisor {
             Some(ended) = self.ended.recv() => Event::Ended(ended),
             _ = self.term.recv() => Event::Stop,
             _ = self.int.recv() => Event::Stop,
-            _ = self.hup.recv() => Event::Hangup,
+            _ = self.hup.recv() => {
+                // A terminal that was closed says it by the same signal.
+                if self.terminal && !has_terminal() { Event::Stop } else { Event::Hangup }
+            }
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => Event::Due,
         }
     }
@@ -333,6 +338,11 @@ impl Supervisor {
         }
         .write(&self.dir)
     }
+}
+
+/// Whether somebody may type Ctrl-C.
+fn has_terminal() -> bool {
+    std::fs::File::open("/dev/tty").is_ok()
 }
 
 /// The pause before a process that died soon `soon` times in a row is started again.

@@ -78,10 +78,9 @@ pub(crate) fn run(args: StatusArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;
-        let (nodes, facts) = tokio::join!(
-            asked.nodes(),
-            asked.client.read(asked.timeout.min(READ_TIME))
-        );
+        // In this order: a read waits for an election, and the nodes then know who won it.
+        let facts = asked.client.read(asked.timeout.min(READ_TIME)).await;
+        let nodes = asked.nodes().await;
         let rows: Vec<Row> = nodes.iter().map(Row::of).collect();
         let status = status(rows, &facts);
         args.output.print(&status, || page(&status));
