@@ -119,7 +119,7 @@ pub enum AgentError {
     },
     /// A newer process took this one's place.
     #[error(
-        "a newer start of {name} is registered{current}: this process ({own}) has stopped serving",
+        "a newer start of {name} is registered{current}: this process ({own}) has stopped serving. Only one process may run as {name}: find the other one before this is started again",
         current = .current.map_or_else(String::new, |current| format!(": {current}"))
     )]
     Superseded {

@@ -131,7 +131,6 @@ impl Cell {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::create("test", 1).unwrap();
-        authority.save(dir.path()).unwrap();
         Self { dir, authority }
     }
 
@@ -140,13 +139,12 @@ impl Cell {
     }
 
     pub fn paths(&self, role: Role, name: &str) -> CredentialPaths {
+        let own = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
+        self.authority.save(&own).unwrap();
         let issued = self.authority.issue(role, name, 30).unwrap();
-        let (cert, key) = issued.save(self.dir.path()).unwrap();
-        CredentialPaths {
-            ca: self.dir.path().join("ca.pem"),
-            cert,
-            key,
-        }
+        let (cert, key) = issued.save(&own).unwrap();
+        let ca = own.join("ca.pem");
+        CredentialPaths { ca, cert, key }
     }
 
     pub fn credentials(&self, role: Role, name: &str) -> Credentials {
