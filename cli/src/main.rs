@@ -45,17 +45,17 @@ fn finish(result: Result<(), CliError>) -> ExitCode {
 
 fn run(cli: Cli) -> Result<(), CliError> {
     match cli.verb {
-        Verb::Dev(args) => dev::run(args),
+        Verb::Dev(args) => dev::run(&args),
         Verb::Control(args) => roles::control::run(args),
         Verb::Balancer(args) => roles::balancer::run(args),
         Verb::Agent(args) => roles::agent::run(args),
         Verb::Engine(args) => roles::engine::run(args),
         Verb::Ca(args) => verbs::ca::run(args),
         Verb::Keys(args) => verbs::keys::run(args),
-        Verb::Init(args) => verbs::init::run(args),
-        Verb::Members(args) => verbs::members::run(args),
-        Verb::Workers(args) => verbs::workers::run(args),
-        Verb::Status(args) => verbs::status::run(args),
+        Verb::Init(args) => verbs::init::run(&args),
+        Verb::Members(args) => verbs::members::run(&args),
+        Verb::Workers(args) => verbs::workers::run(&args),
+        Verb::Status(args) => verbs::status::run(&args),
         Verb::Config(args) => verbs::config::run(args),
         Verb::Replay(args) => verbs::replay::run(args),
     }

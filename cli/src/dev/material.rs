@@ -1,6 +1,7 @@
 //! What the processes need on disk before they start: an authority, certificates, config files.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -53,17 +54,17 @@ struct Maker<'a> {
 impl Maker<'_> {
     fn control(&self, name: &str, quic: SocketAddr, admin: SocketAddr) -> Result<Plan, CliError> {
         let mut config = self.member(Role::Control, name)?;
-        put(&mut config, "listen", quic);
-        put(&mut config, "admin", admin);
+        put(&mut config, "listen", &quic);
+        put(&mut config, "admin", &admin);
         self.plan("control", name, &config, [("quic", quic), ("admin", admin)])
     }
 
     fn balancer(&self, name: &str, http: SocketAddr, admin: SocketAddr) -> Result<Plan, CliError> {
         let mut config = self.member(Role::Balancer, name)?;
-        put(&mut config, "control", self.control.join(","));
-        put(&mut config, "listen", http);
-        put(&mut config, "admin", admin);
-        put(&mut config, "any-key-tenant", "dev");
+        put(&mut config, "control", &self.control.join(","));
+        put(&mut config, "listen", &http);
+        put(&mut config, "admin", &admin);
+        put(&mut config, "any-key-tenant", &"dev");
         config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
         self.plan(
             "balancer",
@@ -80,13 +81,13 @@ impl Maker<'_> {
         engine: &EngineOptions,
     ) -> Result<Plan, CliError> {
         let mut config = self.member(Role::Agent, name)?;
-        put(&mut config, "name", name);
-        put(&mut config, "control", self.control.join(","));
-        put(&mut config, "listen", worker.quic);
-        put(&mut config, "advertise", worker.quic);
-        put(&mut config, "admin", worker.admin);
-        put(&mut config, "engine", format!("http://{}", worker.engine));
-        put(&mut config, "engine-kind", "emulated");
+        put(&mut config, "name", &name);
+        put(&mut config, "control", &self.control.join(","));
+        put(&mut config, "listen", &worker.quic);
+        put(&mut config, "advertise", &worker.quic);
+        put(&mut config, "admin", &worker.admin);
+        put(&mut config, "engine", &format!("http://{}", worker.engine));
+        put(&mut config, "engine-kind", &"emulated");
         config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
         config.insert("slots".into(), engine.engine_slots.into());
         config.insert("max-context".into(), engine.engine_max_context.into());
@@ -101,7 +102,7 @@ impl Maker<'_> {
         options: &EngineOptions,
     ) -> Result<Plan, CliError> {
         let mut config = Table::new();
-        put(&mut config, "listen", http);
+        put(&mut config, "listen", &http);
         put(&mut config, "model", &options.model);
         for (key, value) in [
             ("slots", Value::from(options.engine_slots)),
@@ -123,10 +124,10 @@ impl Maker<'_> {
     fn member(&self, role: Role, name: &str) -> Result<Table, CliError> {
         let (cert, key) = self.certificate(role, name)?;
         let mut config = Table::new();
-        put(&mut config, "data-dir", self.dir.join(name).display());
-        put(&mut config, "ca", self.dir.join("ca/ca.pem").display());
-        put(&mut config, "cert", cert.display());
-        put(&mut config, "key", key.display());
+        put(&mut config, "data-dir", &self.dir.join(name).display());
+        put(&mut config, "ca", &self.dir.join("ca/ca.pem").display());
+        put(&mut config, "cert", &cert.display());
+        put(&mut config, "key", &key.display());
         Ok(config)
     }
 
@@ -198,7 +199,7 @@ fn make_dir(dir: &Path) -> Result<(), CliError> {
     })
 }
 
-fn put(table: &mut Table, key: &str, value: impl ToString) {
+fn put(table: &mut Table, key: &str, value: &dyn Display) {
     table.insert(key.into(), Value::String(value.to_string()));
 }
 

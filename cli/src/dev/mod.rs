@@ -209,7 +209,7 @@ impl DevError {
 }
 
 /// Runs `forebay dev` until it is asked to stop.
-pub(crate) fn run(args: DevArgs) -> Result<(), CliError> {
+pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
     if let Some(DevVerb::Start(args)) = &args.verb {
         return again::run(args);
     }

@@ -95,7 +95,7 @@ fn revision(text: &str) -> Result<u64, String> {
 pub(crate) fn run(args: ConfigArgs) -> Result<(), CliError> {
     match args.verb {
         ConfigVerb::Show(args) => show(&args),
-        ConfigVerb::Apply(args) => apply(args),
+        ConfigVerb::Apply(args) => apply(&args),
     }
 }
 
@@ -122,7 +122,7 @@ fn show(args: &ShowArgs) -> Result<(), CliError> {
     })
 }
 
-fn apply(args: ApplyArgs) -> Result<(), CliError> {
+fn apply(args: &ApplyArgs) -> Result<(), CliError> {
     let text = read(&args.file)?;
     let document = Config::from_toml(&text)
         .map_err(|error| CliError::usage(format!("{}: {error}", args.file.display())))?;

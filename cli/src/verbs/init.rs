@@ -30,7 +30,7 @@ struct Founded {
 }
 
 /// Runs `forebay init`.
-pub(crate) fn run(args: InitArgs) -> Result<(), CliError> {
+pub(crate) fn run(args: &InitArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;

@@ -74,7 +74,7 @@ impl Row {
 }
 
 /// Runs `forebay members`.
-pub(crate) fn run(args: MembersArgs) -> Result<(), CliError> {
+pub(crate) fn run(args: &MembersArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;

@@ -74,7 +74,7 @@ impl Problem {
 const READ_TIME: Duration = Duration::from_secs(5);
 
 /// Runs `forebay status`.
-pub(crate) fn run(args: StatusArgs) -> Result<(), CliError> {
+pub(crate) fn run(args: &StatusArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;

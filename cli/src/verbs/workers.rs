@@ -87,7 +87,7 @@ pub(crate) fn state(worker: &WorkerFact) -> &'static str {
 }
 
 /// Runs `forebay workers`.
-pub(crate) fn run(args: WorkersArgs) -> Result<(), CliError> {
+pub(crate) fn run(args: &WorkersArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;
