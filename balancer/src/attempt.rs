@@ -20,6 +20,8 @@ use crate::shared::{Phase, Placement};
 const EAGER_BYTES: usize = 64 << 10;
 /// Bytes of an answer that is not a stream that are held back, so that it can be retried whole.
 const HELD_BACK_BYTES: usize = 1 << 20;
+/// From the first byte to the last; the agent ends what takes longer.
+const LONGEST_ANSWER_MS: u32 = 3_600_000;
 /// How long an agent may take to accept or refuse.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a client may take no byte.
@@ -143,7 +145,10 @@ impl Exchange {
             tenant: self.tenant.to_string(),
             path: self.path.into(),
             body_bytes: self.body.text.len() as u64,
-            deadline_ms: self.pool.first_byte_timeout_ms,
+            deadline_ms: self
+                .pool
+                .first_byte_timeout_ms
+                .saturating_add(LONGEST_ANSWER_MS),
             expected_wait_ms: Millis::from_duration(placement.choice.rank.wait).wire(),
             attempt,
             must_queue,
@@ -356,12 +361,12 @@ impl Answer<'_> {
         if self.sink.begun() {
             Ended::Broken(ApiError::new(
                 Code::UpstreamTimeout,
-                "the rest of the answer did not come within the pool's idle_timeout_ms",
+                "the rest of the answer did not come in time (see the pool's idle_timeout_ms)",
             ))
         } else {
             Ended::Hopeless(ApiError::new(
                 Code::UpstreamTimeout,
-                "the answer did not come within the pool's first_byte_timeout_ms",
+                "the answer did not come in time (see the pool's first_byte_timeout_ms)",
             ))
         }
     }
