@@ -25,6 +25,7 @@ use forebay_proto::wire::fleet::{Desired, Observed, RegisterWorker, RemoveWorker
 use forebay_proto::wire::work::{End, RefusalReason, Refused, Trailer};
 use forebay_proto::{ClientId, ClusterId, Incarnation, Level, Role};
 use forebay_worker_agent::{AgentError, Config, run};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
@@ -275,6 +276,50 @@ async fn an_agent_joins_obeys_and_serves_again_without_the_control_plane() {
     let served = until_not(&link, next, RefusalReason::RefusalEngineDown).await;
     assert_eq!(served, Ok(End::Complete));
     second.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_and_metrics_are_served_and_say_why_not() {
+    let world = World::new().await;
+    let free = std::net::TcpListener::bind(SocketAddr::from(ANYWHERE)).unwrap();
+    let admin = free.local_addr().unwrap();
+    drop(free);
+    let mut config = world.config();
+    config.admin = Some(admin);
+    let process = Process::start(config);
+    let worker = world.until(|w| w.observed == Observed::Ready).await;
+    let (link, _endpoint) = world.balancer(&process).await;
+    attempt(&link, worker.incarnation).await.unwrap();
+    assert!(page(admin, "/readyz").await.starts_with("HTTP/1.1 200"));
+    let metrics = page(admin, "/metrics").await;
+    for line in [
+        "forebay_agent_slots 2",
+        "forebay_agent_running 0",
+        "forebay_agent_engine_up 1",
+        "forebay_agent_accepted_total 1",
+        r#"forebay_agent_refused_total{reason="full"} 0"#,
+        r#"forebay_agent_ended_total{end="complete"} 1"#,
+        "forebay_agent_service_ms_count 1",
+    ] {
+        assert!(
+            metrics.lines().any(|found| found == line),
+            "{line}: {metrics}"
+        );
+    }
+    world.desire(Desired::Cordoned).await;
+    world.until(|w| w.observed == Observed::Cordoned).await;
+    let cordoned = page(admin, "/readyz").await;
+    assert!(cordoned.starts_with("HTTP/1.1 503"), "{cordoned}");
+    assert!(cordoned.contains("the worker is cordoned"), "{cordoned}");
+}
+
+async fn page(admin: SocketAddr, path: &str) -> String {
+    let mut stream = tokio::net::TcpStream::connect(admin).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use forebay_admin::Admin;
 use forebay_admin::prometheus_client::registry::Registry;
 use forebay_control_client::{ClientError, ControlClient, Facts, RenewState, RenewStatus};
-use forebay_link::{Alpn, Endpoint};
+use forebay_link::{Alpn, BindError, Endpoint};
 use forebay_proto::wire::fleet::command::Action;
 use forebay_proto::wire::fleet::{Goodbye, Observed};
 use forebay_proto::{ClientId, ClusterId, Incarnation, Revision};
@@ -69,9 +69,15 @@ struct Agent {
 impl Agent {
     async fn start(config: Config, checked: &Checked) -> Result<Self, AgentError> {
         let mut dir = DataDir::open(&config.data_dir, &checked.name)?;
+        let held = dir.count_start()?;
         let endpoint = Endpoint::bind(config.listen, &checked.credentials, &[Alpn::Work])?;
-        let bound = endpoint.local_addr().map_err(|error| AgentError::Disk {
-            path: "the listening socket".into(),
+        if let Some(held) = &held {
+            // A balancer that is quick to return learns whom it speaks to.
+            let incarnation = held.incarnation().to_wire();
+            endpoint.update_hello(|hello| hello.incarnation = Some(incarnation));
+        }
+        let bound = endpoint.local_addr().map_err(|error| BindError::Io {
+            address: config.listen,
             error,
         })?;
         let advertise = config.advertised(bound)?;
@@ -92,7 +98,7 @@ impl Agent {
             .map(|facts| facts.cluster_id);
         let mut cluster = dir.record().map(|record| record.cluster_id).or(on_disk);
         let mut declared = None;
-        let (incarnation, registered) = match dir.count_start()? {
+        let (incarnation, registered) = match held {
             Some(record) => (record.incarnation(), None),
             None => {
                 let engine = Engine::new(checked.engine.clone(), 1);

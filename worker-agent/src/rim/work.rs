@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_link::{Code, Endpoint, Link};
+use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
 use parking_lot::Mutex;
@@ -372,6 +373,9 @@ async fn accept(endpoint: Endpoint, shared: Arc<Shared>) {
 
 /// Carries what comes on one link; its placements end with it.
 async fn serve(link: Link, shared: Arc<Shared>) {
+    if !Rpc::Place.allows(link.peer().role) {
+        return link.close(Code::Identity, "only balancers place requests");
+    }
     tracing::info!(?link, "a balancer connected");
     let _listed = shared.links.list(link.clone());
     link.send_datagram(&wire::load(&shared.with(|core, _| core.load())));
