@@ -33,7 +33,7 @@ pub(crate) fn follow(endpoint: &Endpoint, control: &[String], directory: &Path) 
     let mut rng = rand::rng();
     let client_id = ClientId(rng.random());
     let client = ControlClient::new(endpoint.clone(), control.to_vec(), client_id, rng.random());
-    let mut watching = client.spawn_watch(Some(directory));
+    let watching = client.spawn_watch(Some(directory));
     let held = watching.facts.borrow().as_deref().map(fleet);
     let (publish, receiver) = watch::channel(held.map(Arc::new));
     let (applied, state) = watch::channel(RenewState {
@@ -43,6 +43,8 @@ pub(crate) fn follow(endpoint: &Endpoint, control: &[String], directory: &Path) 
     });
     let renewing = client.spawn_renew(state);
     let task = Task::spawn(async move {
+        // Whole: what follows the facts must live as long as they are followed.
+        let mut watching = watching;
         loop {
             let newest = watching.facts.borrow_and_update().clone();
             if let Some(facts) = newest {
