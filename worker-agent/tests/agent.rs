@@ -395,6 +395,35 @@ async fn a_superseded_process_stops_and_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_that_lives_is_taken_over_only_when_asked_for() {
+    let world = World::new().await;
+    let mut first = world.start();
+    let worker = world.until(|w| w.observed == Observed::Ready).await;
+    let mut config = world.config();
+    config.data_dir = world.cell.path().join("another");
+    let patient = Process::start(config.clone());
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(
+        !patient.task.is_finished(),
+        "it waits for the lease to run out"
+    );
+    assert_eq!(
+        world.facts().await.workers["w1"].incarnation,
+        worker.incarnation
+    );
+    patient.kill().await;
+    config.takeover = true;
+    let _second = Process::start(Config {
+        listen: world.config().listen,
+        ..config
+    });
+    let error = first.error().await;
+    assert!(matches!(error, AgentError::Superseded { .. }), "{error}");
+    let taken = world.until(|w| w.observed == Observed::Ready).await;
+    assert!(taken.incarnation.grant > worker.incarnation.grant);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removed_worker_stops_and_does_not_come_back_by_itself() {
     let world = World::new().await;
     let mut first = world.start();

@@ -98,21 +98,24 @@ struct Gone(Code);
 impl Carried {
     async fn run(mut self, mut ticket: Ticket, deadline: Instant) {
         let outcome = timeout_at(deadline, self.carry(&mut ticket)).await;
-        let trailer = match outcome {
-            Ok(Ok(Outcome::Sent(trailer))) => trailer,
-            Ok(Ok(Outcome::Ended(end, detail))) => match ticket.end(end) {
-                Some(ending) => wire::trailer(end, &detail, &ending),
-                None => return,
-            },
-            Err(_) => match ticket.end(End::Timeout) {
-                Some(ending) => wire::trailer(End::Timeout, "the deadline passed", &ending),
-                None => return,
-            },
+        let (end, detail) = match outcome {
+            Ok(Ok(Outcome::Sent(trailer))) => return self.part(trailer).await,
+            Ok(Ok(Outcome::Ended(end, detail))) => (end, detail),
+            Err(_) => (End::Timeout, "the deadline passed".to_owned()),
             Ok(Err(Gone(code))) => {
                 drop(ticket);
                 return give_up(&mut self.sender, &mut self.receiver, code);
             }
         };
+        // The slot is free before the balancer hears of it.
+        let Some((end, ending)) = ticket.end(end) else {
+            return;
+        };
+        self.part(wire::trailer(end, &detail, &ending)).await;
+    }
+
+    /// The last frame and the end of the stream.
+    async fn part(mut self, trailer: Frame) {
         if self.inside_a_frame {
             return give_up(&mut self.sender, &mut self.receiver, Code::Cancelled);
         }

@@ -331,9 +331,15 @@ impl Ticket {
         self.shared.with(|core, now| core.first_byte(now, self.id));
     }
 
-    /// It is over; `None` when the core said so before.
-    pub(super) fn end(mut self, end: End) -> Option<Ending> {
-        self.finish(end)
+    /// It is over, unless the core ended it in the same moment: then as the core said.
+    pub(super) fn end(mut self, end: End) -> Option<(End, Ending)> {
+        match self.finish(end) {
+            Some(ending) => Some((end, ending)),
+            None => match self.call.try_recv() {
+                Ok(Call::Over(why, ending)) => Some((why.end(), ending)),
+                Ok(Call::Start) | Err(_) => None,
+            },
+        }
     }
 
     fn finish(&mut self, end: End) -> Option<Ending> {
