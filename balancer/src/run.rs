@@ -169,14 +169,16 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         let admin = bound.admin.map(|admin| admin.to_string());
         tracing::info!(listen = %bound.listen, admin, "serving");
     };
-    serve(
-        config.settings(),
-        endpoint,
-        following.facts(),
-        bound,
-        shutdown,
-    )
-    .await
+    let facts = following.facts();
+    let served = until_drained(config.settings(), &endpoint, facts, bound, shutdown).await;
+    drop(following);
+    say_goodbye(&endpoint).await;
+    served
+}
+
+async fn say_goodbye(endpoint: &Endpoint) {
+    endpoint.close("the balancer stops");
+    endpoint.wait_idle().await;
 }
 
 fn make_private(directory: &Path) -> std::io::Result<()> {
@@ -217,6 +219,18 @@ pub async fn serve(
     bound: impl FnOnce(Bound),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), BalancerError> {
+    let served = until_drained(settings, &endpoint, facts, bound, shutdown).await;
+    say_goodbye(&endpoint).await;
+    served
+}
+
+async fn until_drained(
+    settings: Settings,
+    endpoint: &Endpoint,
+    facts: watch::Receiver<Option<Arc<Fleet>>>,
+    bound: impl FnOnce(Bound),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), BalancerError> {
     let identity = endpoint.identity().clone();
     if identity.role != Role::Balancer {
         return Err(BalancerError::WrongRole(identity));
@@ -241,8 +255,6 @@ pub async fn serve(
     bound(Bound { listen, admin });
     let links = Links::new(shared.clone(), endpoint.clone());
     crate::serve::serve(shared, links, facts, listener, shutdown).await;
-    endpoint.close("the balancer stops");
-    endpoint.wait_idle().await;
     Ok(())
 }
 

@@ -13,6 +13,10 @@ use rand::rngs::StdRng;
 
 use crate::fleet::Fleet;
 
+/// Waiters of one pool that are looked at in vain for one change of the view, so that a long queue
+/// does not make each report dear. Those behind look for themselves now and then.
+const MAX_MISSES: u32 = 16;
+
 /// Place of a request in the order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ticket(u64);
@@ -195,7 +199,7 @@ impl<L: Clone, W> Dispatch<L, W> {
         }
         for pool in self.queues.keys().cloned().collect::<Vec<_>>() {
             let mut without_room: Vec<Arc<str>> = Vec::new();
-            let mut at = 0;
+            let (mut at, mut misses) = (0, 0);
             while let Some(waiter) = self.queues.get(&pool).and_then(|queue| queue.get(at)) {
                 if without_room.contains(&waiter.ask.model) {
                     at += 1;
@@ -214,6 +218,10 @@ impl<L: Clone, W> Dispatch<L, W> {
                             without_room.push(ask.model);
                         }
                         at += 1;
+                        misses += 1;
+                        if misses >= MAX_MISSES {
+                            break;
+                        }
                     }
                 }
             }
