@@ -27,6 +27,7 @@ pub(crate) struct ContextArgs {
 
 /// The cell that a process belongs to: its control nodes, and our certificate there.
 #[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Control plane")]
 pub(crate) struct CellArgs {
     /// Addresses of the control nodes, HOST:PORT with commas between; one that answers suffices.
     #[arg(
@@ -42,6 +43,7 @@ pub(crate) struct CellArgs {
 
 /// Our certificate, its key, and the authority that vouches for all others.
 #[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Control plane")]
 pub(crate) struct CertificateArgs {
     /// The authority's certificate (PEM), from `forebay ca init`.
     #[arg(long, value_name = "FILE", env = "FOREBAY_CA")]

@@ -32,7 +32,7 @@ use supervise::{Supervisor, Until};
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
-    after_help = "Examples:\n  forebay dev\n  forebay dev --control 3 --balancers 2 --workers 4\n\nIt prints how to send requests. Processes, with their ids and addresses, are in run.json in the\ndata directory, logs in logs/. A process that died stays dead, so that its absence can be watched:\n`forebay dev start NAME` (or SIGHUP to the supervisor, for all) starts it again, and --restart makes\nit do so by itself. The same data\ndirectory resumes the same cluster."
+    after_help = "Examples:\n  forebay dev\n  forebay dev --control 3 --balancers 2 --workers 4\n\nIt prints how to send requests. Processes, with their ids and addresses, are in run.json in the\ndata directory, logs in logs/. A process that died stays dead, so that its absence can be watched:\n`forebay dev start NAME` (or SIGHUP to the supervisor, for all) starts it again, and --restart makes\nit do so by itself. The same data directory resumes the same cluster."
 )]
 pub(crate) struct DevArgs {
     /// Control nodes: 1, or 3 to survive the loss of one. Default: 1, or what the data directory

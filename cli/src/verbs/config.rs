@@ -35,9 +35,9 @@ enum ConfigVerb {
 #[command(after_help = "Example:\n  forebay config show > fleet.toml")]
 struct ShowArgs {
     #[command(flatten)]
-    context: ContextArgs,
-    #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    context: ContextArgs,
 }
 
 #[derive(Debug, Args)]
@@ -56,9 +56,9 @@ struct ApplyArgs {
     #[arg(long, value_name = "TEXT", default_value = "")]
     reason: String,
     #[command(flatten)]
-    context: ContextArgs,
-    #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    context: ContextArgs,
 }
 
 #[derive(Serialize)]

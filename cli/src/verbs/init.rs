@@ -17,9 +17,9 @@ use crate::output::{OutputArgs, table};
 )]
 pub(crate) struct InitArgs {
     #[command(flatten)]
-    context: ContextArgs,
-    #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    context: ContextArgs,
 }
 
 #[derive(Serialize)]

@@ -14,9 +14,9 @@ use crate::output::{OutputArgs, table};
 #[command(after_help = "Exits with 7 when no node answers.")]
 pub(crate) struct MembersArgs {
     #[command(flatten)]
-    context: ContextArgs,
-    #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    context: ContextArgs,
 }
 
 #[derive(Serialize)]

@@ -21,9 +21,9 @@ use crate::output::{OutputArgs, table};
 #[command(after_help = "Exits with 7 when the control plane has no quorum.")]
 pub(crate) struct StatusArgs {
     #[command(flatten)]
-    context: ContextArgs,
-    #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    context: ContextArgs,
 }
 
 #[derive(Debug, Serialize)]

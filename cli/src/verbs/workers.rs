@@ -14,9 +14,9 @@ use crate::output::{OutputArgs, table};
 #[derive(Debug, Args)]
 pub(crate) struct WorkersArgs {
     #[command(flatten)]
-    context: ContextArgs,
-    #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    context: ContextArgs,
 }
 
 #[derive(Serialize)]
