@@ -30,7 +30,7 @@ def open_requests():
 
 
 def bookings():
-    return json.loads(fetch(admin + "/debug/bookings"))["open"]
+    return json.loads(fetch(admin + "/debug/bookings"))["bookings"]
 
 
 def settles(what, read, limit_s):

@@ -1,0 +1,16 @@
+//! A fleet of real processes, as a newcomer starts it: used, hurt, and looked into.
+
+// Helpers of a test fail as its assertions do, and measurements are printed beside them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    unreachable_pub
+)]
+
+mod clients;
+mod failures;
+mod harness;
+mod lost_disks;
+mod operators;
+mod secrets;
