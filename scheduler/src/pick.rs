@@ -59,7 +59,7 @@ impl View {
     ) -> Result<Choice, NoChoice> {
         let mut serving = self
             .workers()
-            .filter(|(_, worker)| worker.known.spec.serves(model))
+            .filter(|(_, worker)| worker.known.serves(model))
             .peekable();
         serving.peek().ok_or(NoChoice::UnknownModel)?;
         let reachable: Vec<_> = serving
@@ -86,6 +86,19 @@ impl View {
             None if full => Err(NoChoice::Busy),
             None => two_choices(&reachable, rng).ok_or(NoChoice::NoCapacity),
         }
+    }
+}
+
+impl View {
+    /// Whether any worker is there to serve the request, now or once it has room.
+    #[must_use]
+    pub fn has_capacity(&self, model: &str, tried: &[WorkerId]) -> bool {
+        self.workers().any(|(id, worker)| {
+            worker.known.serves(model)
+                && worker.open()
+                && worker.incarnation().is_some()
+                && !tried.contains(&id)
+        })
     }
 }
 

@@ -34,6 +34,20 @@ pub struct Known {
     pub departed: bool,
 }
 
+impl Known {
+    /// Every name that requests may ask it for: its models, and its adapters.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let names = self.spec.models.iter().chain(&self.spec.adapters);
+        names.map(String::as_str)
+    }
+
+    /// Whether it serves what a request asks for.
+    #[must_use]
+    pub fn serves(&self, model: &str) -> bool {
+        self.names().any(|served| served == model)
+    }
+}
+
 /// One booking, until both its end and the report that contains its end are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BookingId {
@@ -268,19 +282,13 @@ impl View {
             .count()
     }
 
-    /// Every model that a worker in the facts serves, with the first pool by name that has it.
+    /// Every model and adapter that a worker in the facts serves, with the first pool by name that has it.
     #[must_use]
     pub fn models(&self) -> BTreeMap<&str, &str> {
         let mut models = BTreeMap::<&str, &str>::new();
         for worker in self.workers.values() {
             let pool = worker.known.spec.pool.as_str();
-            for model in worker
-                .known
-                .spec
-                .models
-                .iter()
-                .chain(&worker.known.spec.adapters)
-            {
+            for model in worker.known.names() {
                 let first = models.entry(model).or_insert(pool);
                 *first = pool.min(*first);
             }

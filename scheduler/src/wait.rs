@@ -22,7 +22,7 @@ impl Queueing {
     #[must_use]
     pub fn wait(&self) -> Duration {
         let slots = self.slots.max(1);
-        let in_the_way = (self.present + 1).saturating_sub(slots);
+        let in_the_way = self.present.saturating_add(1).saturating_sub(slots);
         let service = if self.service.is_zero() {
             NOMINAL_SERVICE
         } else {
@@ -71,6 +71,13 @@ mod tests {
     fn what_is_not_measured_is_nominal_and_no_slots_count_as_one() {
         assert_eq!(wait_ms(1, 1, 0), 1_000);
         assert_eq!(wait_ms(1, 0, 100), 100);
+    }
+
+    #[test]
+    fn a_report_out_of_this_world_is_a_long_wait_and_no_overflow() {
+        assert!(wait_ms(u32::MAX, 1, 1_000) > 4_000_000_000_000);
+        assert_eq!(wait_ms(u32::MAX, u32::MAX, u64::MAX), 0);
+        assert!(wait_ms(u32::MAX, 1, u64::MAX) > 0);
     }
 
     #[test]

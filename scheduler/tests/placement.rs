@@ -267,3 +267,28 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_adapter_is_served_by_the_workers_that_have_it_and_by_no_other() {
+    let mut view = View::default();
+    let with_adapter = {
+        let mut known = known(2, "m", 4);
+        known.spec.adapters = vec!["m-tuned".into()];
+        known
+    };
+    view.set_known([known(1, "m", 4), with_adapter]);
+    for worker in [1, 2] {
+        assert!(view.connected(at(0), incarnation(worker, 1)));
+        assert!(view.report(at(0), load(worker, 1, 0, 0, 4)));
+    }
+    let mut rng = StdRng::seed_from_u64(7);
+    for _ in 0..20 {
+        let choice = view.pick(at(0), "m-tuned", &[], &mut rng).unwrap();
+        assert_eq!(choice.incarnation.worker, WorkerId(2));
+    }
+    assert!(view.models().contains_key("m-tuned"));
+    assert!(view.has_capacity("m-tuned", &[]));
+    assert!(!view.has_capacity("m-tuned", &[WorkerId(2)]));
+    let unknown = view.pick(at(0), "m-other", &[], &mut rng);
+    assert_eq!(unknown.unwrap_err(), NoChoice::UnknownModel);
+}
