@@ -249,7 +249,8 @@ impl Answer<'_> {
             }
             Kind::Data if self.head.is_some() => self.data(frame.payload).await,
             Kind::Trailer if self.taken => {
-                let trailer: work::Trailer = frame.decode().map_err(|_| broken())?;
+                let trailer: work::Trailer =
+                    frame.decode().map_err(|_| self.failed(Failure::Failed))?;
                 Err(self.trailer(&trailer).await)
             }
             // Out of order: the agent broke the protocol.

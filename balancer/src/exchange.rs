@@ -82,6 +82,8 @@ impl Exchange {
         }
         match served {
             Ok(()) => sink.end().await,
+            // It has been waited for already; the connection breaks off.
+            Err(_) if sink.stalled() => {}
             Err(error) => sink.fail(error).await,
         }
     }
@@ -242,7 +244,8 @@ struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     fn join(shared: &'a Arc<Shared>, ask: &'a Ask, limit: u32) -> Result<Self, ApiError> {
         let (wake, woken) = oneshot::channel();
-        let joined = shared.dispatch().enqueue(ask.clone(), wake, limit);
+        // A change between the first look and this would otherwise go unnoticed for a while.
+        let joined = shared.change(|dispatch, _| dispatch.enqueue(ask.clone(), wake, limit));
         joined
             .then_some(Self { shared, ask, woken })
             .ok_or_else(full)

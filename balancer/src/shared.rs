@@ -96,8 +96,8 @@ impl Shared {
         let mut pools = BTreeMap::<Arc<str>, Arc<str>>::new();
         for worker in &fleet.workers {
             let pool: Arc<str> = worker.spec.pool.as_str().into();
-            for model in &worker.spec.models {
-                let first = pools.entry(model.as_str().into()).or_insert(pool.clone());
+            for model in worker.names() {
+                let first = pools.entry(model.into()).or_insert(pool.clone());
                 *first = pool.clone().min(first.clone());
             }
         }
@@ -146,7 +146,9 @@ impl Shared {
 
     /// Registers a request, or says that there are too many.
     pub(crate) fn track(self: &Arc<Self>, id: &str, tenant: &Arc<str>) -> Option<Tracked> {
-        if self.requests.len() >= MAX_REQUESTS {
+        // The map would have to lock each of its shards to count.
+        let inflight = usize::try_from(self.metrics.inflight.get()).unwrap_or(0);
+        if inflight >= MAX_REQUESTS {
             return None;
         }
         let number = self.next_request.fetch_add(1, Ordering::Relaxed);

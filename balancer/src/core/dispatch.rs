@@ -77,14 +77,21 @@ impl<L: Clone, W> Dispatch<L, W> {
         &mut self.rng
     }
 
-    /// Takes new facts over; returns links of starts that they declare dead.
+    /// Takes new facts over; returns links of starts that they declare dead, by a later one or
+    /// because the worker was removed.
     pub(crate) fn facts(&mut self, fleet: &Fleet) -> Vec<L> {
         self.view.set_known(fleet.workers.iter().cloned());
-        let dead = |known: &forebay_scheduler::Known| {
-            let connected = self.links.get(&known.incarnation.worker)?;
-            (connected.incarnation < known.incarnation).then(|| connected.link.clone())
+        let newest: BTreeMap<_, _> = fleet
+            .workers
+            .iter()
+            .map(|known| (known.incarnation.worker, known.incarnation))
+            .collect();
+        let dead = |(id, connected): (&WorkerId, &Connected<L>)| {
+            let newest = newest.get(id);
+            let lives = newest.is_some_and(|newest| connected.incarnation >= *newest);
+            (!lives).then(|| connected.link.clone())
         };
-        fleet.workers.iter().filter_map(dead).collect()
+        self.links.iter().filter_map(dead).collect()
     }
 
     /// A link stands. Returns whether it may serve.
@@ -155,7 +162,13 @@ impl<L: Clone, W> Dispatch<L, W> {
                 .any(|waiter| waiter.ask.model == ask.model)
         });
         if ahead {
-            return Err(NoChoice::Busy);
+            // Waiting helps nobody where there is nobody to wait for.
+            let capacity = self.view.has_capacity(&ask.model, &self.tried(ask));
+            return Err(if capacity {
+                NoChoice::Busy
+            } else {
+                NoChoice::NoCapacity
+            });
         }
         self.book(now, ask)
     }
@@ -231,17 +244,7 @@ impl<L: Clone, W> Dispatch<L, W> {
     }
 
     fn book(&mut self, now: Now, ask: &Ask) -> Result<Placed<L>, NoChoice> {
-        // A later start of a worker that failed has not been tried.
-        let tried: Vec<WorkerId> = ask
-            .tried
-            .iter()
-            .filter(|tried| {
-                self.links
-                    .get(&tried.worker)
-                    .is_none_or(|connected| connected.incarnation <= **tried)
-            })
-            .map(|tried| tried.worker)
-            .collect();
+        let tried = self.tried(ask);
         let choice = self.view.pick(now, &ask.model, &tried, &mut self.rng)?;
         let worker = choice.incarnation.worker;
         let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;
@@ -251,6 +254,16 @@ impl<L: Clone, W> Dispatch<L, W> {
             link: connected.link.clone(),
             worker: connected.name.clone(),
         })
+    }
+
+    /// Workers that are not to be asked: a later start of one that failed has not been tried.
+    fn tried(&self, ask: &Ask) -> Vec<WorkerId> {
+        let same_start = |tried: &&Incarnation| {
+            let connected = self.links.get(&tried.worker);
+            connected.is_none_or(|connected| connected.incarnation <= **tried)
+        };
+        let tried = ask.tried.iter().filter(same_start);
+        tried.map(|tried| tried.worker).collect()
     }
 }
 

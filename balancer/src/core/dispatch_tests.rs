@@ -179,3 +179,27 @@ fn a_start_that_the_facts_declare_dead_is_named() {
     };
     assert_eq!(world.dispatch.facts(&fleet), [1]);
 }
+
+#[test]
+fn a_worker_that_was_removed_is_dead_as_well() {
+    let mut world = World::new(&["m"]);
+    let fleet = Fleet {
+        revision: Revision(2),
+        workers: Vec::new(),
+        config: Config::default(),
+    };
+    assert_eq!(world.dispatch.facts(&fleet), [1]);
+}
+
+#[test]
+fn who_waits_behind_others_is_told_at_once_when_nobody_is_left_to_wait_for() {
+    let mut world = World::new(&["m"]);
+    let _running = world.place("m").unwrap();
+    world.wait("first", "m");
+    let second = world.wait("second", "m");
+    let why = world.dispatch.place(NOW, &second).err();
+    assert_eq!(why, Some(NoChoice::Busy));
+    world.dispatch.disconnected(incarnation(1, 1));
+    let why = world.dispatch.place(NOW, &second).err();
+    assert_eq!(why, Some(NoChoice::NoCapacity));
+}
