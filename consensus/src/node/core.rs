@@ -25,6 +25,10 @@ pub const HEARTBEAT_TICKS: usize = 2;
 pub const MIN_ELECTION_TICKS: usize = 10;
 /// Above every election timeout (exclusive).
 pub const MAX_ELECTION_TICKS: usize = 20;
+/// A candidate that was not elected stands again after so many ticks,
+const MIN_RETRY_TICKS: u32 = 3;
+/// or up to so many (exclusive): a split vote or a lost message must not cost a whole timeout.
+const MAX_RETRY_TICKS: u32 = 8;
 /// The largest command.
 pub const MAX_COMMAND_BYTES: usize = 1 << 20;
 
@@ -49,6 +53,9 @@ pub struct Node {
     members: Members,
     elections: StdRng,
     timeout: usize,
+    /// Ticks that this node has stood without a result, and when it stands again.
+    standing: u32,
+    retry: u32,
     /// Marks reads of this start, so that an answer to an earlier start is not taken for ours.
     nonce: u64,
     leader_heard_ticks: u32,
@@ -95,6 +102,8 @@ impl Node {
             members,
             elections: StdRng::seed_from_u64(config.seed),
             timeout: MIN_ELECTION_TICKS,
+            standing: 0,
+            retry: MIN_RETRY_TICKS,
             nonce: StdRng::seed_from_u64(!config.seed).random(),
             leader_heard_ticks: 0,
             commit_owed: false,
@@ -114,6 +123,25 @@ impl Node {
         self.leader_heard_ticks = self.leader_heard_ticks.saturating_add(1);
         let stood = self.raw.raft.election_elapsed == 0;
         self.settle(before, stood);
+        self.stand_again();
+    }
+
+    /// Stands again soon after an election without a winner. Pre-vote keeps that from disturbing a
+    /// leader that others still hear.
+    fn stand_again(&mut self) {
+        let state = self.raw.raft.state;
+        if !matches!(state, StateRole::Candidate | StateRole::PreCandidate) {
+            self.standing = 0;
+            return;
+        }
+        if self.standing == 0 {
+            let range = MIN_RETRY_TICKS..MAX_RETRY_TICKS;
+            self.retry = self.elections.random_range(range);
+        }
+        self.standing += 1;
+        if self.standing > self.retry {
+            self.campaign();
+        }
     }
 
     /// Stands for election without waiting, as the only voter of a group does at its start.
@@ -125,6 +153,10 @@ impl Node {
         // The one error is a proposal's, which this is not.
         let _ = self.raw.campaign();
         self.settle(before, true);
+        self.standing = 0;
+        self.retry = self
+            .elections
+            .random_range(MIN_RETRY_TICKS..MAX_RETRY_TICKS);
     }
 
     /// Whether no other vote is needed.

@@ -104,7 +104,7 @@ fn leadership_is_handed_over_without_an_election_timeout() {
 fn a_disk_that_breaks_its_promise_is_noticed() {
     // Many short crashes and slow elections: a vote that is forgotten is given twice.
     let mayhem = Faults {
-        max_delay_ms: 150,
+        max_delay_ms: 80,
         crash_every_ms: 120,
         max_down_ms: 40,
         split_every_ms: 400,
