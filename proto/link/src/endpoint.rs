@@ -23,8 +23,10 @@ use crate::{Code, FEATURE_LEVEL, PROTOCOL};
 
 /// Streams that a peer may have open at once.
 const MAX_STREAMS: u32 = 1_024;
-/// A stream's receive window. A reader that stalls holds back no more than this.
+/// A stream's receive window at the one who accepts: requests, bodies.
 const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+/// The same at a balancer that dials an agent: a client that stalls holds back no more than this.
+const ANSWER_WINDOW_BYTES: u32 = 64 << 10;
 /// Handshakes under way at once; further ones wait in QUIC's own bounded queue.
 const MAX_HANDSHAKES: usize = 256;
 /// Links that were accepted and not yet taken by [`Endpoint::accept`].
@@ -197,6 +199,7 @@ impl Endpoint {
                 max: *PROTOCOL.end(),
                 feature_level: FEATURE_LEVEL,
                 build: concat!("forebay/", env!("CARGO_PKG_VERSION")).into(),
+                boot: rand::random(),
                 ..Hello::default()
             }),
             clients: client_configs(credentials)?,
@@ -485,13 +488,13 @@ fn endpoint_config(credentials: &Credentials) -> quinn::EndpointConfig {
     config
 }
 
-fn transport() -> Arc<quinn::TransportConfig> {
+fn transport(stream_window_bytes: u32) -> Arc<quinn::TransportConfig> {
     let mut transport = quinn::TransportConfig::default();
-    let all_streams = u64::from(STREAM_WINDOW_BYTES) * u64::from(MAX_STREAMS);
+    let all_streams = u64::from(stream_window_bytes) * u64::from(MAX_STREAMS);
     transport
         .max_concurrent_bidi_streams(MAX_STREAMS.into())
         .max_concurrent_uni_streams(16_u32.into())
-        .stream_receive_window(STREAM_WINDOW_BYTES.into())
+        .stream_receive_window(stream_window_bytes.into())
         .receive_window(quinn::VarInt::from_u64(all_streams).expect("below 2^62"))
         .send_window(all_streams)
         .keep_alive_interval(Some(KEEP_ALIVE))
@@ -530,7 +533,7 @@ fn server_config(
     let crypto = QuicServerConfig::try_from(tls).map_err(|error| unusable(credentials, &error))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config
-        .transport_config(transport())
+        .transport_config(transport(STREAM_WINDOW_BYTES))
         .migration(false)
         .max_incoming(1_024)
         .incoming_buffer_size(64 << 10)
@@ -558,7 +561,11 @@ fn client_configs(
         let crypto =
             QuicClientConfig::try_from(tls).map_err(|error| unusable(credentials, &error))?;
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-        config.transport_config(transport());
+        let window = match alpn {
+            Alpn::Work => ANSWER_WINDOW_BYTES,
+            Alpn::Raft | Alpn::Control => STREAM_WINDOW_BYTES,
+        };
+        config.transport_config(transport(window));
         Ok((alpn, config))
     };
     let [raft, control, work] = Alpn::ALL;
