@@ -113,6 +113,19 @@ impl Leases {
         }
     }
 
+    /// A process registered as this incarnation: it was heard of as by a renewal.
+    pub fn registered(&mut self, now: Now, name: &str, incarnation: Incarnation) {
+        let known = self.agents.get(name).copied();
+        let same = known.filter(|(held, _)| *held == incarnation);
+        let newer = known.is_some_and(|(held, _)| held > incarnation);
+        if newer || (known.is_none() && self.agents.len() >= MAX_WORKERS) {
+            return;
+        }
+        let lease = same.map_or_else(|| Lease::assumed(now), |(_, lease)| lease);
+        let lease = Lease { last: now, ..lease };
+        self.agents.insert(name.to_owned(), (incarnation, lease));
+    }
+
     /// Takes a renewal and returns how long it holds.
     ///
     /// # Errors
@@ -331,6 +344,25 @@ mod tests {
         );
         assert_eq!(leases.agents(), BTreeSet::from(["w1", "w3"]));
         assert_eq!(leases.expired(at(15_999), AGENT_TTL), []);
+    }
+
+    #[test]
+    fn a_registration_keeps_a_lease_like_a_renewal() {
+        let mut leases = led();
+        for (name, incarnation, left) in [
+            ("w1", start(1, 5), 1),
+            ("w2", start(2, 1), 0),
+            ("w3", start(3, 0), 0),
+            ("w2", start(2, 0), 0),
+        ] {
+            leases.registered(at(9_000), name, incarnation);
+            assert_eq!(leases.expired(at(10_000), AGENT_TTL).len(), left, "{name}");
+        }
+        assert_eq!(
+            leases.of("w2").unwrap().0,
+            start(2, 1),
+            "never an older start"
+        );
     }
 
     #[test]

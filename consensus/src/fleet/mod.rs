@@ -131,11 +131,13 @@ impl Fleet {
     /// command gets the original outcome and changes nothing. Sequence 0 is the leader's own: its
     /// commands may be applied twice without harm, so they take no session.
     pub fn apply(&mut self, index: u64, entry: &Bytes) -> Applied {
-        let proposal = match Proposal::decode(entry) {
+        let mut proposal = match Proposal::decode(entry) {
             Ok(proposal) => proposal,
             Err(refusal) => return Applied::refused(&refusal),
         };
+        // Time never goes back, whatever a leader stamped; the audit says the same time.
         self.cell_time = self.cell_time.max(proposal.at);
+        proposal.at = self.cell_time;
         if proposal.sequence == 0 {
             return self.apply_once(Revision(index), &proposal);
         }

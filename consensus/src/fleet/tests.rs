@@ -373,3 +373,20 @@ fn a_damaged_snapshot_is_refused_with_what_is_wrong() {
         assert!(Fleet::restore(&good[..cut]).is_err(), "cut at {cut}");
     }
 }
+
+#[test]
+fn time_never_goes_back_not_even_in_the_audit() {
+    let mut world = World::new();
+    for (line, client, sequence) in [
+        ("register w1", 1, 9),
+        ("register w2", 2, 3),
+        ("remove w9", 3, 2),
+    ] {
+        world.apply(entry(line, client, sequence));
+    }
+    assert_eq!(world.fleet.cell_time().0, 90);
+    let (entries, head) = world.fleet.audit_tail(100);
+    let times: Vec<u64> = entries.iter().map(|entry| entry.at_ms).collect();
+    assert_eq!(times, [90, 90, 90]);
+    assert_eq!(audit::verify(&entries, &head), Ok(()));
+}
