@@ -57,7 +57,7 @@ pub(crate) fn start<M: Machine>(
     let budget = Budget::default();
     let (status, status_seen) = watch::channel(Status::default());
     let (stopped, stopped_seen) = watch::channel(None);
-    let engine = Engine {
+    let mut engine = Engine {
         options,
         node,
         store,
@@ -74,6 +74,8 @@ pub(crate) fn start<M: Machine>(
         status,
         warned_at: None,
     };
+    // Before anyone can ask: nobody may take an empty state for the real one.
+    engine.hook.applied(&engine.machine, engine.applied, &[]);
     engine.publish_status();
     let last_status = engine.status.clone();
     let thread = std::thread::Builder::new().name(format!("replica-{}", id.0));
@@ -128,7 +130,6 @@ enum Turn {
 
 impl<M: Machine> Engine<M> {
     fn run(mut self) -> Result<(), StopReason> {
-        self.hook.applied(&self.machine, self.applied, &[]);
         if self.node.is_only_voter() {
             self.node.campaign();
             self.drive()?;

@@ -153,6 +153,9 @@ pub enum StopReason {
     /// The leader's snapshot cannot be read.
     #[error("the replica stopped: {0}")]
     Restore(#[from] RestoreError),
+    /// It did not start on the disk that was just set up.
+    #[error("the replica did not start: {0}")]
+    Start(#[from] StartError),
     /// A bug: something that must hold did not.
     #[error("the replica stopped on a broken invariant: {0}")]
     Panicked(String),
