@@ -8,10 +8,14 @@ use forebay_proto::wire::control::{self, failure::Failure};
 use forebay_proto::{ClusterId, NodeId};
 
 use super::BOOTSTRAP_AFTER;
-use super::lifecycle::{Shared, run_member};
+use super::lifecycle::{Phase, Shared, run_member};
 use crate::fleet::Fleet;
 use crate::node::{Members, Snapshot};
+use crate::replica::StopReason;
 use crate::store::{ClusterFile, MemberRecord};
+
+/// How long the answer to a failed init may take to leave.
+const TELL_PATIENCE: std::time::Duration = std::time::Duration::from_millis(250);
 
 fn bad(problem: impl Into<String>) -> Failure {
     Failure::BadRequest(control::BadRequest {
@@ -49,24 +53,52 @@ pub(crate) async fn bootstrap(
             shared.name, shared.store_id
         )));
     }
+    check_distinct(&members)?;
+    let snapshot = first_snapshot(cluster_id, &members).map_err(|error| bad(error.to_string()))?;
+    let file = ClusterFile::new(cluster_id, own, shared.name.clone(), members);
+    // Last: whatever is wrong with the request, the disk stays fit for a better one.
     let disk = waiting.take().ok_or_else(|| {
         let reason = "the disk failed during an earlier init: see this node's log".to_owned();
         Failure::Stopped(control::Stopped { reason })
     })?;
-    let snapshot = first_snapshot(cluster_id, &members).map_err(|error| bad(error.to_string()))?;
-    let file = ClusterFile::new(cluster_id, own, shared.name.clone(), members);
-    let stopped = |error: String| {
-        shared.set_problem(&error);
-        Failure::Stopped(control::Stopped { reason: error })
-    };
     let (store, restored) = disk
         .bootstrap(file, &snapshot)
-        .map_err(|error| stopped(error.to_string()))?;
-    run_member(shared, store, restored).map_err(|error| stopped(error.to_string()))?;
+        .map_err(|error| ended(shared, StopReason::Store(error)))?;
+    run_member(shared, store, restored).map_err(|error| ended(shared, StopReason::Start(error)))?;
     Ok(control::Bootstrapped {
         cluster_id: cluster_id.to_wire(),
         node_id: own.0,
     })
+}
+
+/// The disk is in an unknown state, which only a new start of the process sorts out.
+fn ended(shared: &Arc<Shared>, reason: StopReason) -> Failure {
+    let (told, reason) = (reason.to_string(), Arc::new(reason));
+    shared.set_problem(&told);
+    let shared = shared.clone();
+    tokio::spawn(async move {
+        // Whoever asked is told before the endpoint closes.
+        tokio::time::sleep(TELL_PATIENCE).await;
+        shared.phase.send_replace(Phase::Stopped(reason));
+    });
+    Failure::Stopped(control::Stopped { reason: told })
+}
+
+/// No two members may be one: peers are told apart by their names and disks.
+fn check_distinct(members: &[MemberRecord]) -> Result<(), Failure> {
+    for (position, one) in members.iter().enumerate() {
+        let same = |other: &&MemberRecord| {
+            other.name == one.name || other.address == one.address || other.store_id == one.store_id
+        };
+        if let Some(other) = members[..position].iter().find(same) {
+            let problem = format!(
+                "members {} and {} have the same name, address or store id: list each node once",
+                other.id, one.id
+            );
+            return Err(bad(problem));
+        }
+    }
+    Ok(())
 }
 
 fn members(request: &control::Bootstrap) -> Result<Vec<MemberRecord>, Failure> {

@@ -1,20 +1,22 @@
 //! What a node does while it leads: leases, cell time, and the stamp on every proposal.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{Incarnation, Millis, NodeId, Now};
+use forebay_proto::{Incarnation, Millis, NodeId, Now, WorkerId};
 use parking_lot::Mutex;
 use prost::Message;
+use tokio::sync::watch;
 use wire::command::Action;
 
 use super::publish::Publisher;
 use crate::fleet::Applied;
-use crate::fleet::lease::Leases;
+use crate::fleet::lease::{Leases, RenewError};
 use crate::node::Role;
-use crate::replica::{ProposeError, ReplicaHandle};
+use crate::replica::{ProposeError, ReplicaHandle, Status};
 
 /// How long the leader waits for its own proposals.
 const OWN_DEADLINE: Duration = Duration::from_secs(5);
@@ -36,9 +38,16 @@ struct Inner {
     replica: ReplicaHandle<Applied>,
     published: Arc<Publisher>,
     reign: Mutex<Reign>,
+    /// The term of the reign, for those who wait for it to begin.
+    reigns: watch::Sender<Option<u64>>,
+    /// What agents said of themselves and is being agreed: one proposal a worker at a time, and what
+    /// came after it. Bounded by the workers of the fleet.
+    observing: Mutex<BTreeMap<WorkerId, Observing>>,
+    /// How many times faster than the node's clock leases run out and cell time passes.
+    pace: u32,
 }
 
-/// One term of leading.
+/// One term of leading, from when everything of the terms before it is applied here.
 #[derive(Default)]
 struct Reign {
     /// The term, while this node leads.
@@ -47,6 +56,11 @@ struct Reign {
     /// Cell time when the reign began, and when that was.
     cell_time: Millis,
     began: Now,
+}
+
+struct Observing {
+    proposed: wire::ObserveWorker,
+    then: Option<wire::ObserveWorker>,
 }
 
 /// A proposal before the leader's stamp.
@@ -65,22 +79,26 @@ impl Leader {
         started: Instant,
         replica: ReplicaHandle<Applied>,
         published: Arc<Publisher>,
+        pace: u32,
     ) -> Self {
         Self(Arc::new(Inner {
             started,
             replica,
             published,
             reign: Mutex::default(),
+            reigns: watch::Sender::new(None),
+            observing: Mutex::default(),
+            pace,
         }))
     }
 
     /// The node's monotonic clock.
     #[must_use]
     pub fn now(&self) -> Now {
-        Now::at(self.0.started.elapsed())
+        Now::at(self.0.started.elapsed() * self.0.pace)
     }
 
-    /// Whether this node leads, as far as it knows.
+    /// Whether this node leads, as far as it knows, and has applied all that was agreed before.
     #[must_use]
     pub fn is_leader(&self) -> bool {
         self.0.reign.lock().term.is_some()
@@ -164,24 +182,116 @@ impl Leader {
         Some(proposal.encode_to_vec().into())
     }
 
+    /// Whether this node leads; waits while it was elected but has not applied yet what was agreed
+    /// before, because until then it can judge nothing.
+    pub(crate) async fn leads(&self, deadline: tokio::time::Instant) -> bool {
+        let (mut status, mut reigns) = (self.0.replica.status(), self.0.reigns.subscribe());
+        let settled = async {
+            loop {
+                let elected = elected(&status.borrow_and_update());
+                if elected.is_none() || *reigns.borrow_and_update() == elected {
+                    return elected.is_some();
+                }
+                let changed = tokio::select! {
+                    changed = status.changed() => changed,
+                    changed = reigns.changed() => changed,
+                };
+                if changed.is_err() {
+                    return false;
+                }
+            }
+        };
+        tokio::time::timeout_at(deadline, settled)
+            .await
+            .unwrap_or(false)
+    }
+
     /// Takes a renewal, if this node leads.
     pub(crate) fn renewed(
         &self,
-        renew: impl FnOnce(&mut Leases, Now) -> Result<Duration, crate::fleet::lease::RenewError>,
-    ) -> Option<Result<Duration, crate::fleet::lease::RenewError>> {
+        renew: impl Fn(&mut Leases, Now) -> Result<Duration, RenewError>,
+    ) -> Option<Result<Duration, RenewError>> {
         let now = self.now();
         let mut reign = self.0.reign.lock();
-        reign.term.map(|_| renew(&mut reign.leases, now))
+        reign.term?;
+        let taken = renew(&mut reign.leases, now);
+        if taken != Err(RenewError::NotRegistered) {
+            return Some(taken);
+        }
+        // Registered a moment ago, perhaps.
+        let facts = self.0.published.facts();
+        reign.leases.follow(now, alive(&facts));
+        Some(renew(&mut reign.leases, now))
+    }
+
+    /// A process registered as this incarnation just now, so it lives.
+    pub(crate) fn registered(&self, name: &str, incarnation: Incarnation) {
+        let now = self.now();
+        let mut reign = self.0.reign.lock();
+        if reign.term.is_some() {
+            reign.leases.registered(now, name, incarnation);
+        }
+    }
+
+    /// Gets agreed what an agent says of itself, if that is news or something else is under way.
+    /// The next renewal says it again if this is lost.
+    pub(crate) fn observe(&self, worker: WorkerId, said: wire::ObserveWorker, is_news: bool) {
+        let mut observing = self.0.observing.lock();
+        if let Some(under_way) = observing.get_mut(&worker) {
+            under_way.then = (under_way.proposed != said).then_some(said);
+            return;
+        }
+        if !is_news {
+            return;
+        }
+        let (proposed, then) = (said, None);
+        observing.insert(worker, Observing { proposed, then });
+        drop(observing);
+        let leader = self.clone();
+        tokio::spawn(async move {
+            let mut next = Some(said);
+            while let Some(said) = next {
+                let observe = Action::Observe(said);
+                if let Err(problem) = leader.propose(observe, "observed state").await {
+                    tracing::debug!(%problem, "an observed state was not agreed");
+                }
+                next = leader.observed(worker);
+            }
+        });
+    }
+
+    /// What to propose after the proposal that came back; without anything the worker is done.
+    fn observed(&self, worker: WorkerId) -> Option<wire::ObserveWorker> {
+        let mut observing = self.0.observing.lock();
+        let under_way = observing.get_mut(&worker)?;
+        let next = under_way.then.take();
+        match &next {
+            Some(said) => under_way.proposed = *said,
+            None => {
+                observing.remove(&worker);
+            }
+        }
+        next
     }
 
     /// Follows the replica: begins and ends reigns, and keeps the leases with the facts.
     pub(crate) async fn follow(self) {
         let mut status = self.0.replica.status();
         let mut changes = self.0.published.changes();
+        // The term this node was elected in, and where its log ended when that was first seen.
+        let mut election: Option<(u64, u64)> = None;
         loop {
+            changes.mark_unchanged();
             let leads = {
                 let status = status.borrow_and_update();
-                (status.role == Role::Leader).then_some(status.term)
+                election = elected(&status).map(|term| match election {
+                    Some(known) if known.0 == term => known,
+                    Some(_) | None => (term, status.last_index),
+                });
+                // Its first entry is in that log, and with it all that was agreed before. The facts
+                // are published before the status says that they are applied.
+                let begun = election.filter(|(_, end)| status.applied >= *end);
+                begun.map(|(term, _)| term)
             };
             self.settle(leads);
             tokio::select! {
@@ -193,8 +303,9 @@ impl Leader {
 
     fn settle(&self, leads: Option<u64>) {
         let now = self.now();
-        let facts = self.0.published.facts();
         let mut reign = self.0.reign.lock();
+        // Under the lock: leases must not follow older facts after newer ones.
+        let facts = self.0.published.facts();
         if reign.term != leads {
             reign.term = leads;
             reign.leases.became_leader(now, alive(&facts));
@@ -205,6 +316,7 @@ impl Leader {
                 // from then on only monotonic clocks move it.
                 reign.cell_time = wall_clock();
             }
+            self.0.reigns.send_replace(leads);
         } else if leads.is_some() {
             reign.leases.follow(now, alive(&facts));
         }
@@ -218,6 +330,11 @@ impl Leader {
             .map(|member| member.address.clone())
             .unwrap_or_default()
     }
+}
+
+/// The term that a node was elected in, while it leads.
+fn elected(status: &Status) -> Option<u64> {
+    (status.role == Role::Leader).then_some(status.term)
 }
 
 /// Workers whose agents should be heard.

@@ -9,13 +9,14 @@ use forebay_proto::{Role, StoreId};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
+use super::callers::Callers;
 use super::leader::Leader;
 use super::peers::{self, Peers};
 use super::publish::Publisher;
-use super::{Config, ServerError, rpc};
+use super::{Config, ServerError, Settings, rpc};
 use crate::fleet::{Applied, Fleet};
 use crate::node::Restored;
-use crate::replica::{self, ReplicaHandle, ReplicaOptions, StopReason};
+use crate::replica::{self, ReplicaHandle, ReplicaOptions, StartError, StopReason};
 use crate::store::{ClusterFile, Opened, Store, StoreOptions, Uninitialised};
 
 /// RPCs under way on one node; more are refused as overloaded.
@@ -52,7 +53,9 @@ pub(crate) struct Shared {
     pub(crate) problem: Mutex<String>,
     pub(crate) rpcs: Semaphore,
     pub(crate) started: Instant,
+    pub(crate) callers: Callers,
     options: ReplicaOptions,
+    settings: Settings,
 }
 
 impl Shared {
@@ -75,9 +78,10 @@ impl Shared {
     }
 }
 
-/// A started control node.
+/// A started control node. Cheap to clone: every clone is the same node.
+#[derive(Clone)]
 pub struct ControlNode {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 /// Opens the disk, listens, and takes part if the disk belongs to a cluster.
@@ -86,6 +90,15 @@ pub struct ControlNode {
 ///
 /// Returns [`ServerError`] with what to do.
 pub async fn start(config: Config) -> Result<ControlNode, ServerError> {
+    start_with(config, Settings::default()).await
+}
+
+/// As [`start`], with other settings than production's.
+///
+/// # Errors
+///
+/// As [`start`].
+pub async fn start_with(config: Config, settings: Settings) -> Result<ControlNode, ServerError> {
     let credentials = Credentials::load(&config.credentials)?;
     let identity = credentials.identity();
     if identity.role != Role::Control {
@@ -118,7 +131,9 @@ pub async fn start(config: Config) -> Result<ControlNode, ServerError> {
         problem: Mutex::default(),
         rpcs: Semaphore::new(MAX_RPCS),
         started: Instant::now(),
+        callers: Callers::default(),
         options: config.replica,
+        settings,
     });
     match member {
         Some((store, restored)) => run_member(&shared, store, restored)?,
@@ -137,14 +152,16 @@ pub(crate) fn run_member(
     shared: &Arc<Shared>,
     store: Store,
     restored: Restored,
-) -> Result<(), ServerError> {
+) -> Result<(), StartError> {
     let cluster = store.cluster().clone();
     let members: Vec<Member> = cluster.members.iter().map(member).collect();
     shared.endpoint.update_hello(|hello| {
         hello.cluster_id = cluster.cluster_id.to_wire();
         hello.node_id = cluster.node_id.0;
     });
-    let published = Arc::new(Publisher::new(cluster.cluster_id));
+    let settings = &shared.settings;
+    let published = Publisher::new(cluster.cluster_id, settings.watch_deltas);
+    let published = Arc::new(published);
     let fleet = Fleet::bootstrap(cluster.cluster_id, members);
     let (peers, outbound) = Peers::new(&cluster);
     let hook = published.clone();
@@ -158,7 +175,12 @@ pub(crate) fn run_member(
         },
     )?;
     peers.spawn(shared, &replica);
-    let leader = Leader::new(shared.started, replica.clone(), published.clone());
+    let leader = Leader::new(
+        shared.started,
+        replica.clone(),
+        published.clone(),
+        settings.pace,
+    );
     tokio::spawn(leader.clone().follow());
     let running = Running {
         cluster,
@@ -198,9 +220,10 @@ async fn accept_loop(shared: Arc<Shared>) {
 }
 
 async fn serve(shared: &Arc<Shared>, link: Link) {
+    let caller = shared.callers.admit(&link);
     match link.alpn() {
         Alpn::Raft => peers::receive(shared, &link).await,
-        Alpn::Control => rpc::serve(shared, &link).await,
+        Alpn::Control => rpc::serve(shared, &caller, &link).await,
         Alpn::Work => link.close(Code::Protocol, "a control node places nothing"),
     }
 }

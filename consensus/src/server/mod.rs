@@ -7,6 +7,7 @@
 #![allow(clippy::disallowed_methods)] // the rim: clocks, tasks and sockets are what it is made of
 
 mod bootstrap;
+mod callers;
 mod leader;
 mod lifecycle;
 mod peers;
@@ -28,7 +29,7 @@ use crate::replica::{StartError, StopReason};
 use crate::store::StoreError;
 
 pub use leader::{Leader, ProposeFailure};
-pub use lifecycle::{ControlNode, start};
+pub use lifecycle::{ControlNode, start, start_with};
 
 /// How long a node is up before it lets itself be bootstrapped: time for a cluster that already
 /// counts it as a member to say so.
@@ -45,6 +46,25 @@ pub struct Config {
     pub credentials: CredentialPaths,
     /// Settings of the replica; the defaults suit production.
     pub replica: crate::replica::ReplicaOptions,
+}
+
+/// What production never changes, and tests do.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Deltas kept for watchers that resume; who is further behind gets a snapshot.
+    pub watch_deltas: usize,
+    /// How many times faster than the node's clock leases run out and cell time passes. What the
+    /// state machine demands of a lease stays as it is, so that every replica agrees on it.
+    pub pace: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            watch_deltas: publish::MAX_DELTAS,
+            pace: 1,
+        }
+    }
 }
 
 /// Why a control node does not start or has ended.

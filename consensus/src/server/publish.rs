@@ -6,19 +6,23 @@ use std::sync::Arc;
 use forebay_proto::ClusterId;
 use forebay_proto::wire::fleet as wire;
 use parking_lot::Mutex;
+use prost::Message;
 use tokio::sync::watch;
 
 use crate::fleet::{Applied, Fleet};
 use crate::replica;
 
-/// Deltas kept for watchers that resume; who is further behind gets a snapshot.
-const MAX_DELTAS: usize = 4_096;
+/// Deltas kept for watchers that resume, unless told otherwise; who is further behind gets a snapshot.
+pub(crate) const MAX_DELTAS: usize = 4_096;
+/// And their bytes: a configuration is much larger than a worker.
+const MAX_DELTA_BYTES: usize = 16 << 20;
 /// Audit entries kept in memory, the newest.
 const MAX_AUDIT: usize = 1_000;
 
 /// The newest facts, the deltas that led there, and the audit's tail.
 pub(crate) struct Publisher {
     state: Mutex<State>,
+    max_deltas: usize,
     /// Counts publications, to wake watchers.
     changed: watch::Sender<u64>,
 }
@@ -26,6 +30,8 @@ pub(crate) struct Publisher {
 struct State {
     facts: Arc<wire::Facts>,
     deltas: VecDeque<Arc<wire::Delta>>,
+    /// Their encoded size.
+    delta_bytes: usize,
     /// Revision of the state before the oldest delta.
     floor: u64,
     audit: VecDeque<wire::AuditEntry>,
@@ -42,7 +48,7 @@ pub(crate) enum Next {
 }
 
 impl Publisher {
-    pub(crate) fn new(cluster: ClusterId) -> Self {
+    pub(crate) fn new(cluster: ClusterId, max_deltas: usize) -> Self {
         let facts = wire::Facts {
             cluster_id: cluster.to_wire(),
             ..wire::Facts::default()
@@ -51,11 +57,13 @@ impl Publisher {
             state: Mutex::new(State {
                 facts: Arc::new(facts),
                 deltas: VecDeque::new(),
+                delta_bytes: 0,
                 floor: 0,
                 audit: VecDeque::new(),
                 audit_head: [0; 32],
                 audit_count: 0,
             }),
+            max_deltas,
             changed: watch::Sender::new(0),
         }
     }
@@ -71,27 +79,24 @@ impl Publisher {
             .iter()
             .filter_map(|applied| applied.output.delta.clone())
             .collect();
-        let held = self.state.lock().facts.revision;
         if deltas.is_empty() && !outputs.is_empty() {
-            // Nothing changed but perhaps the audit: a refusal is an entry, too.
-            self.state.lock().take_audit(fleet);
+            // No fact changed, but time went on, and a refusal is an entry of the audit, too.
+            let mut state = self.state.lock();
+            Arc::make_mut(&mut state.facts).cell_time_ms = fleet.cell_time().0;
+            state.take_audit(fleet);
             return;
         }
         let facts = Arc::new(fleet.facts());
         let mut state = self.state.lock();
-        if deltas.is_empty() && facts.revision != held {
+        if deltas.is_empty() && facts.revision != state.facts.revision {
             // The start, or a snapshot from the leader: what lies between is not known.
             state.deltas.clear();
+            state.delta_bytes = 0;
             state.floor = facts.revision;
         }
         state.facts = facts;
         for delta in deltas {
-            if state.deltas.len() == MAX_DELTAS
-                && let Some(oldest) = state.deltas.pop_front()
-            {
-                state.floor = oldest.revision;
-            }
-            state.deltas.push_back(Arc::new(delta));
+            state.keep(delta, self.max_deltas);
         }
         state.take_audit(fleet);
         drop(state);
@@ -132,6 +137,19 @@ impl Publisher {
 }
 
 impl State {
+    /// Adds a delta; the oldest ones give way. One is always kept, however large it is.
+    fn keep(&mut self, delta: wire::Delta, max_deltas: usize) {
+        self.delta_bytes += delta.encoded_len();
+        self.deltas.push_back(Arc::new(delta));
+        while self.deltas.len() > 1
+            && (self.deltas.len() > max_deltas || self.delta_bytes > MAX_DELTA_BYTES)
+            && let Some(oldest) = self.deltas.pop_front()
+        {
+            self.delta_bytes -= oldest.encoded_len();
+            self.floor = oldest.revision;
+        }
+    }
+
     fn take_audit(&mut self, fleet: &Fleet) {
         let count = fleet.audit_count();
         if count == self.audit_count {
@@ -146,3 +164,6 @@ impl State {
         self.audit_count = count;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,10 +8,11 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::control::{self, failure::Failure, request::Request, response::Response};
 use forebay_proto::wire::fleet::{self as wire, command::Action};
-use forebay_proto::{Identity, Incarnation, Millis, Revision, Role};
+use forebay_proto::{ClientId, Identity, Incarnation, Millis, Revision, Role};
 use prost::Message;
 use tokio::time::Instant;
 
+use super::callers::{Bounds, Caller};
 use super::leader::Asked;
 use super::lifecycle::{Phase, Running, Shared};
 use super::{bootstrap, watchers};
@@ -23,34 +24,59 @@ use crate::replica::{ProposeError, ReadError};
 const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
 /// No caller waits longer than this for one answer.
 const MAX_DEADLINE: Duration = Duration::from_secs(10);
+/// A renewal waits no longer for a node that was just elected: the next one comes in a second.
+const RENEW_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Answers the streams of one link.
-pub(crate) async fn serve(shared: &Arc<Shared>, link: &Link) {
-    while let Ok((send, recv)) = link.accept().await {
-        let (shared, link) = (shared.clone(), link.clone());
-        tokio::spawn(async move { answer(&shared, &link, send, recv).await });
+pub(crate) async fn serve(shared: &Arc<Shared>, caller: &Caller, link: &Link) {
+    while let Ok((mut send, recv)) = link.accept().await {
+        let Ok(stream) = caller.bounds.streams.clone().try_acquire_owned() else {
+            // Fits the window of a new stream, so it does not wait.
+            let refused = respond(Err(overloaded("streams of this caller")), &mut send);
+            let _ = tokio::time::timeout(Duration::ZERO, refused).await;
+            continue;
+        };
+        let (shared, link, bounds) = (shared.clone(), link.clone(), caller.bounds.clone());
+        tokio::spawn(async move {
+            answer(&shared, &bounds, &link, send, recv).await;
+            drop(stream);
+        });
     }
 }
 
-async fn answer(shared: &Arc<Shared>, link: &Link, mut send: FrameSender, mut recv: FrameReceiver) {
-    let response = match tokio::time::timeout(REQUEST_PATIENCE, recv.recv()).await {
+async fn answer(
+    shared: &Arc<Shared>,
+    bounds: &Bounds,
+    link: &Link,
+    mut send: FrameSender,
+    mut recv: FrameReceiver,
+) {
+    let receive = async {
+        let _turn = bounds.receiving.acquire().await;
+        recv.recv().await
+    };
+    let response = match tokio::time::timeout(REQUEST_PATIENCE, receive).await {
         Ok(Ok(Some(frame))) if frame.kind == Kind::Request => match shared.rpcs.try_acquire() {
-            Ok(_permit) => match authorise(link.peer(), &frame) {
+            Ok(permit) => match authorise(link.peer(), &frame) {
                 Ok((Request::Watch(watch), _)) => {
-                    drop(_permit);
+                    drop((permit, frame));
                     watch_or_fail(shared, link, &watch, &mut send, &mut recv).await
                 }
                 Ok((request, action)) => Some(execute(shared, link, request, action).await),
                 Err(failure) => Some(Err(failure)),
             },
-            Err(_) => Some(Err(Failure::Overloaded(control::Overloaded {
-                what: "requests under way on this node".into(),
-            }))),
+            Err(_) => Some(Err(overloaded("requests under way on this node"))),
         },
         Ok(Ok(Some(_))) => Some(Err(bad("expected a Request frame"))),
         Ok(Ok(None) | Err(_)) | Err(_) => return,
     };
-    let Some(result) = response else { return };
+    if let Some(result) = response {
+        // A caller that does not take its answer holds this stream no longer than any other wait.
+        let _ = tokio::time::timeout(MAX_DEADLINE, respond(result, &mut send)).await;
+    }
+}
+
+async fn respond(result: Result<Response, Failure>, send: &mut FrameSender) {
     let response = result.unwrap_or_else(|failure| {
         Response::Failure(control::Failure {
             failure: Some(failure),
@@ -148,7 +174,9 @@ async fn execute(
             let head = bytes::Bytes::copy_from_slice(&head);
             Ok(Response::Audit(control::AuditTail { entries, head }))
         }
-        (Request::Renew(renew), _) => renewed(shared, link.peer(), &renew).map(Response::Renewed),
+        (Request::Renew(renew), _) => renewed(shared, link.peer(), &renew)
+            .await
+            .map(Response::Renewed),
         (Request::Propose(request), Some(action)) => propose(shared, link, request, &action)
             .await
             .map(Response::Outcome),
@@ -235,8 +263,9 @@ async fn propose(
     action: &Action,
 ) -> Result<wire::Outcome, Failure> {
     let running = member(shared)?;
+    let deadline = deadline(request.deadline_ms);
     // Only the leader's facts are new enough to judge whom a command is about.
-    if !running.leader.is_leader() {
+    if !running.leader.leads(deadline).await {
         let leader = running.replica.status().borrow().leader;
         return Err(not_leader(&running, leader));
     }
@@ -248,6 +277,9 @@ async fn propose(
         Action::Register(register) => Some(register.name.clone()),
         _ => None,
     };
+    if ClientId::from_wire(&request.client).is_err() {
+        return Err(bad("a client's id has 16 bytes"));
+    }
     let asked = Asked {
         actor: wire::Actor {
             identity: link.peer().short(),
@@ -259,10 +291,10 @@ async fn propose(
         reason: request.reason.chars().take(500).collect(),
         registers,
     };
-    let proposed = running
-        .leader
-        .propose_for(asked, deadline(request.deadline_ms))
-        .await;
+    let proposed = running.leader.propose_for(asked, deadline).await;
+    if let (Ok(outcome), Action::Register(register)) = (&proposed, action) {
+        note_registered(&running, &register.name, outcome);
+    }
     proposed.map_err(|error| match error {
         ProposeError::NotLeader { leader } => not_leader(&running, leader),
         ProposeError::Overloaded => overloaded("proposals"),
@@ -274,7 +306,17 @@ async fn propose(
     })
 }
 
-fn renewed(
+/// Who has just registered lives, even if its lease ran out long ago.
+fn note_registered(running: &Running, name: &str, outcome: &wire::Outcome) {
+    if let Some(wire::outcome::Outcome::Done(done)) = &outcome.outcome
+        && let Some(worker) = &done.worker
+        && let Ok(incarnation) = Incarnation::from_wire(worker.incarnation.as_ref())
+    {
+        running.leader.registered(name, incarnation);
+    }
+}
+
+async fn renewed(
     shared: &Shared,
     peer: &Identity,
     renew: &control::Renew,
@@ -283,6 +325,7 @@ fn renewed(
     let incarnation = Incarnation::from_wire(renew.incarnation.as_ref()).ok();
     let (applied, observed) = (Revision(renew.applied_revision), renew.observed());
     let feature_level = renew.feature_level;
+    running.leader.leads(Instant::now() + RENEW_PATIENCE).await;
     let taken = running.leader.renewed(|leases, now| {
         leases.renewed(now, peer, incarnation, applied, observed, feature_level)
     });
@@ -327,17 +370,18 @@ fn note_observed(
     };
     let acknowledges = worker.acknowledged_revision < worker.desired_revision
         && renew.applied_revision >= worker.desired_revision;
-    if worker.observed == renew.observed && !worker.lost && !acknowledges {
-        return;
-    }
-    let leader = running.leader.clone();
-    let observe = Action::Observe(wire::ObserveWorker {
+    // A state that this version does not know changes nothing, but it is a sign of life.
+    let observed = match renew.observed() {
+        wire::Observed::Unspecified => worker.observed,
+        known => known.into(),
+    };
+    let is_news = worker.observed != observed || worker.lost || acknowledges;
+    let said = wire::ObserveWorker {
         incarnation: Some(incarnation.to_wire()),
-        observed: renew.observed,
+        observed,
         acknowledged_revision: renew.applied_revision,
-    });
-    // The next renewal says it again if this one is lost.
-    tokio::spawn(async move { leader.propose(observe, "observed state").await });
+    };
+    running.leader.observe(incarnation.worker, said, is_news);
 }
 
 /// What this node knows of itself; works without a quorum.

@@ -11,8 +11,13 @@ use forebay_proto::{Level, Role};
 use prost::Message;
 use wire::command::Action;
 
-use super::{Config, ControlNode, start};
+use super::{Config, ControlNode, Settings, start_with};
 use crate::replica::ReplicaOptions;
+
+mod crowd;
+mod founding;
+mod leases;
+mod watching;
 
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -24,6 +29,7 @@ struct Cell {
     nodes: Vec<Option<(tokio::runtime::Runtime, tokio::sync::oneshot::Sender<()>)>>,
     runtime: tokio::runtime::Runtime,
     operator: Option<Endpoint>,
+    settings: Settings,
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -41,6 +47,10 @@ fn free_port() -> u16 {
 
 impl Cell {
     fn new(size: usize) -> Self {
+        Self::with(size, Settings::default())
+    }
+
+    fn with(size: usize, settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::create("test", 9).unwrap();
         authority.save(dir.path()).unwrap();
@@ -53,6 +63,7 @@ impl Cell {
             authority,
             runtime: runtime(),
             operator: None,
+            settings,
         };
         for node in 0..size {
             cell.start(node);
@@ -93,7 +104,7 @@ impl Cell {
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let own = runtime();
-        let started: ControlNode = own.block_on(start(config)).unwrap();
+        let started: ControlNode = own.block_on(start_with(config, self.settings)).unwrap();
         own.spawn(started.run(async {
             let _ = stopped.await;
         }));
@@ -183,7 +194,11 @@ impl Cell {
     }
 
     fn initialised(size: usize) -> Self {
-        let mut cell = Self::new(size);
+        Self::initialised_with(size, Settings::default())
+    }
+
+    fn initialised_with(size: usize, settings: Settings) -> Self {
+        let mut cell = Self::with(size, settings);
         let members = cell.members();
         for response in cell.bootstrap(1, &members) {
             assert!(

@@ -1,6 +1,5 @@
 //! Watch streams: a snapshot where it is needed, deltas, heartbeats; acknowledgements come back.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_link::{FrameReceiver, FrameSender};
@@ -33,33 +32,41 @@ pub(crate) async fn feed(
     heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         changes.mark_unchanged();
-        let mut frames = Vec::new();
-        match running.published.since(if started { held } else { 0 }) {
-            Next::Deltas(deltas) if started => {
+        let next = if started {
+            running.published.since(held)
+        } else {
+            Next::Snapshot(running.published.facts())
+        };
+        match next {
+            Next::Deltas(deltas) => {
+                let last = deltas.last().map(|delta| delta.revision);
                 for delta in deltas {
                     held = delta.revision;
-                    frames.push(watch_frame::Frame::Delta(delta_for(consumer, &delta)));
+                    let delta = delta_for(consumer, &delta);
+                    // One that shows this consumer nothing only tells the revision: the last will do.
+                    if delta.changes.is_empty() && Some(held) != last {
+                        continue;
+                    }
+                    if deliver(send, watch_frame::Frame::Delta(delta))
+                        .await
+                        .is_none()
+                    {
+                        return;
+                    }
                 }
             }
-            Next::Deltas(_) => {
-                let facts = running.published.facts();
-                held = facts.revision;
-                frames.push(watch_frame::Frame::Snapshot(facts_for(consumer, &facts)));
-            }
+            // A consumer may be ahead of a node that is catching up: nothing is taken back.
+            Next::Snapshot(facts) if started && facts.revision <= held => {}
             Next::Snapshot(facts) => {
-                // A consumer may be ahead of a node that is catching up: nothing is taken back.
-                if !started || facts.revision > held {
-                    held = facts.revision;
-                    frames.push(watch_frame::Frame::Snapshot(facts_for(consumer, &facts)));
+                held = facts.revision;
+                let snapshot = watch_frame::Frame::Snapshot(facts_for(consumer, &facts));
+                drop(facts);
+                if deliver(send, snapshot).await.is_none() {
+                    return;
                 }
             }
         }
         started = true;
-        for frame in frames {
-            if deliver(send, frame).await.is_none() {
-                return;
-            }
-        }
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             _ = heartbeat.tick() => {
@@ -92,23 +99,40 @@ async fn deliver(send: &mut FrameSender, frame: watch_frame::Frame) -> Option<()
 }
 
 /// Agents see themselves, all others the cell.
+///
+/// What an agent does depends on its own worker and on the configuration alone. Its pool would cost
+/// a cell of a thousand agents a million frames when all of them register or change state once.
 fn sees(consumer: &Identity, worker: &str) -> bool {
     consumer.role != Role::Agent || consumer.name == worker
 }
 
-fn facts_for(consumer: &Identity, facts: &Arc<wire::Facts>) -> wire::Facts {
-    let mut facts = wire::Facts::clone(facts);
-    facts.workers.retain(|worker| sees(consumer, &worker.name));
-    facts
+/// Copies no more than the consumer sees: agents of a whole cell may ask at once.
+fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
+    let workers = facts.workers.iter();
+    let workers = workers.filter(|worker| sees(consumer, &worker.name));
+    wire::Facts {
+        cluster_id: facts.cluster_id.clone(),
+        revision: facts.revision,
+        cell_time_ms: facts.cell_time_ms,
+        workers: workers.cloned().collect(),
+        members: facts.members.clone(),
+        config: facts.config.clone(),
+        config_revision: facts.config_revision,
+        correlated_expiry: facts.correlated_expiry.clone(),
+    }
 }
 
 fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
     use wire::change::Change;
-    let mut delta = delta.clone();
-    delta.changes.retain(|change| match &change.change {
+    let changes = delta.changes.iter();
+    let changes = changes.filter(|change| match &change.change {
         Some(Change::WorkerPut(worker)) => sees(consumer, &worker.name),
         Some(Change::WorkerRemoved(name)) => sees(consumer, name),
         Some(Change::Config(_) | Change::CorrelatedExpiry(_)) | None => true,
     });
-    delta
+    wire::Delta {
+        revision: delta.revision,
+        cell_time_ms: delta.cell_time_ms,
+        changes: changes.cloned().collect(),
+    }
 }
