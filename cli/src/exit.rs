@@ -140,21 +140,21 @@ impl CliError {
             | Self::Settings(_)
             | Self::Document(_)
             | Self::Logs(_)
+            | Self::Credentials(_)
             | Self::Engine(EngineError::Setting { .. })
             | Self::Pki(PkiError::Name(_) | PkiError::Days(_)) => Exit::Usage,
             Self::Pki(PkiError::Exists(_)) => Exit::Conflict,
             Self::Dev(error) => error.exit(),
+            Self::Server(error) => of_server(error),
             Self::Agent(error) => of_agent(error),
             Self::Balancer(error) => of_balancer(error),
             Self::Control(error) => of_client(error),
             Self::Init(error) => of_init(error),
             Self::Replay(error) => of_replay(error),
             Self::Pki(_)
-            | Self::Credentials(_)
             | Self::Engine(_)
             | Self::Trace(_)
             | Self::Admin(_)
-            | Self::Server(_)
             | Self::Hygiene(_)
             | Self::File { .. }
             | Self::System { .. } => Exit::Failed,
@@ -198,15 +198,32 @@ fn of_init(error: &InitError) -> Exit {
     }
 }
 
+fn of_server(error: &forebay_consensus::server::ServerError) -> Exit {
+    use forebay_consensus::server::ServerError;
+    use forebay_consensus::store::StoreError;
+    match error {
+        ServerError::Credentials(_) => Exit::Usage,
+        ServerError::WrongRole { .. } => Exit::Unauthorized,
+        ServerError::OtherNode { .. } | ServerError::Store(StoreError::InUse { .. }) => {
+            Exit::Conflict
+        }
+        ServerError::Bind(_)
+        | ServerError::Store(_)
+        | ServerError::Start(_)
+        | ServerError::Stopped(_) => Exit::Failed,
+    }
+}
+
 fn of_balancer(error: &forebay_balancer::BalancerError) -> Exit {
     use forebay_balancer::BalancerError;
     match error {
-        BalancerError::Keys(_) | BalancerError::NoKeys => Exit::Usage,
+        BalancerError::Keys(_) | BalancerError::NoKeys | BalancerError::Credentials(_) => {
+            Exit::Usage
+        }
         BalancerError::WrongRole(_) => Exit::Unauthorized,
         BalancerError::Taken(_)
         | BalancerError::Listen { .. }
         | BalancerError::Admin(_)
-        | BalancerError::Credentials(_)
         | BalancerError::Bind(_)
         | BalancerError::DataDir { .. } => Exit::Failed,
     }
@@ -215,7 +232,9 @@ fn of_balancer(error: &forebay_balancer::BalancerError) -> Exit {
 fn of_agent(error: &forebay_worker_agent::AgentError) -> Exit {
     use forebay_worker_agent::AgentError;
     match error {
-        AgentError::Option { .. } | AgentError::Engine(_) => Exit::Usage,
+        AgentError::Option { .. } | AgentError::Engine(_) | AgentError::Credentials(_) => {
+            Exit::Usage
+        }
         AgentError::Identity { .. } => Exit::Unauthorized,
         AgentError::Refused { refusal, .. } => of_refusal(refusal),
         AgentError::Control { error, .. } => of_client(error),
@@ -225,8 +244,7 @@ fn of_agent(error: &forebay_worker_agent::AgentError) -> Exit {
         | AgentError::MixedControl { .. }
         | AgentError::DirectoryTaken { .. } => Exit::Conflict,
         AgentError::Removed { .. } => Exit::NotFound,
-        AgentError::Credentials(_)
-        | AgentError::Bind(_)
+        AgentError::Bind(_)
         | AgentError::Admin(_)
         | AgentError::Disk { .. }
         | AgentError::Record { .. } => Exit::Failed,
@@ -239,6 +257,7 @@ fn of_replay(error: &forebay_sim::replay::ReplayError) -> Exit {
         ReplayError::Model { .. } => Exit::Unreachable,
         ReplayError::NoTarget
         | ReplayError::Target(_)
+        | ReplayError::Tls(_)
         | ReplayError::Speed(_)
         | ReplayError::NoneInFlight
         | ReplayError::NoRequests

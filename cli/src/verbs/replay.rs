@@ -14,23 +14,23 @@ use crate::output::{OutputArgs, say, table};
 /// Options of `forebay replay`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  forebay replay --limit 200\n  forebay replay trace.jsonl.gz --target http://10.0.0.5:8080 --speed 2 --output json\n\nExits with 1 when a request had an error."
+    after_help = "Examples:\n  forebay replay --limit 200\n  forebay replay trace.jsonl.gz --target http://10.0.0.5:8080 --speed 2 --output json\n\nWhat is measured: every request has an intended start, the trace's own divided by --speed, and is sent then, whether or not earlier ones were answered. \"first token\" and \"end to end\" count from that intended start, so that a slow fleet cannot hide by delaying the generator; \"between tokens\" is each request's mean after its first token; \"send lag\" is how much later than intended requests were sent, which is this machine's doing, not the fleet's. All are of good answers only, in milliseconds.\n\nThe shipped sample is the first 400 requests (141 s) of the conversation trace of Mooncake (Qin et al., FAST 2025), Apache-2.0: lengths, times and shared blocks, no text. The texts sent are made up to match.\n\nExits with 1 when a request had an error, with 7 when the target does not answer."
 )]
 pub(crate) struct ReplayArgs {
     /// JSON lines, gzipped or not; default: the sample of a real trace that ships with Forebay.
     #[arg(value_name = "TRACE")]
     trace: Option<PathBuf>,
-    /// Base URL to send to; give it again and requests take turns.
+    /// Base URL to send to, without TLS; give it again and requests take turns.
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
     target: Vec<String>,
     /// Send the first N requests only.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     limit: Option<u32>,
-    /// How many times faster than recorded.
+    /// How many times faster than recorded: 2 is twice the requests a second.
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     speed: f64,
     /// The model to ask for; default: the first that the target lists.
-    #[arg(long)]
+    #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// Sent as the bearer token.
     #[arg(
@@ -173,7 +173,7 @@ fn page(report: &Report) -> String {
             row("between tokens", &report.tpot_ms),
             row("end to end", &report.e2e_ms),
             [
-                "sent late".into(),
+                "send lag".into(),
                 String::new(),
                 String::new(),
                 ms(report.send_lag_ms.p99),
@@ -181,10 +181,13 @@ fn page(report: &Report) -> String {
         ],
     );
     if !report.workers.is_empty() {
+        let named: u64 = report.workers.values().sum();
+        let unnamed = report.requests.saturating_sub(named);
         let rows = report
             .workers
             .iter()
-            .map(|(w, n)| [w.clone(), n.to_string()]);
+            .map(|(w, n)| [w.clone(), n.to_string()])
+            .chain((unnamed > 0).then(|| ["(not named)".into(), unnamed.to_string()]));
         text += &format!("\n\n{}", table(["WORKER", "REQUESTS"], rows));
     }
     if !report.errors_by.is_empty() {

@@ -33,6 +33,9 @@ impl Target {
             .trim_end_matches("/v1")
             .to_owned();
         let uri: Uri = base.parse().map_err(|_| bad())?;
+        if uri.scheme() == Some(&Scheme::HTTPS) {
+            return Err(ReplayError::Tls(text.to_owned()));
+        }
         let http = uri.scheme() == Some(&Scheme::HTTP) && uri.authority().is_some();
         if !http || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
             return Err(bad());
@@ -251,13 +254,15 @@ mod tests {
         for bad in [
             "",
             "h:1",
-            "https://h:1",
             "http://h:1/x",
             "http://h:1/?a=b",
             "http://",
             "\n",
         ] {
             assert!(matches!(base(bad), Err(ReplayError::Target(_))), "{bad:?}");
+        }
+        for tls in ["https://h", "HTTPS://h:1/v1"] {
+            assert!(matches!(base(tls), Err(ReplayError::Tls(_))), "{tls:?}");
         }
     }
 }

@@ -98,6 +98,11 @@ pub enum ReplayError {
     /// A target is not a base URL.
     #[error("the target {0:?} is not of the form http://HOST:PORT")]
     Target(String),
+    /// A target behind TLS, which is not spoken here.
+    #[error(
+        "the target {0:?} wants TLS, which a replay does not speak: give the plain http://HOST:PORT of a balancer, or of a proxy beside you that adds TLS"
+    )]
+    Tls(String),
     /// The speed makes no sense.
     #[error("the speed is {0}, but must be a number greater than 0")]
     Speed(f64),
