@@ -11,6 +11,8 @@ pub(super) struct Hints<'a> {
     pub(super) listen: &'a [SocketAddr],
     /// The model that is served.
     pub(super) model: &'a str,
+    /// How a shell finds this program.
+    pub(super) program: &'a str,
 }
 
 impl Hints<'_> {
@@ -39,12 +41,13 @@ print(answer.choices[0].message.content)
 
 In another terminal:
   export FOREBAY_CONTEXT={context}
-  forebay status
-  forebay replay {targets} --limit 200
+  {program} status
+  {program} replay {targets} --limit 200
 
 Processes: {run}; logs: {logs}
-Kill some and watch; `forebay dev start --data-dir {dir}` starts the dead again.
+Kill some and watch; `{program} dev start --data-dir {dir}` starts the dead again.
 "#,
+            program = self.program,
             run = self.dir.join("run.json").display(),
             logs = self.dir.join("logs").display(),
             dir = quoted(&self.dir.display().to_string()),
@@ -65,6 +68,30 @@ fn base_url(at: SocketAddr) -> String {
     }
     format!("http://{at}")
 }
+
+/// How a shell finds this program: by its name where that leads to it, else by its path, so that
+/// what is printed works for those who run it from where it was built.
+pub(super) fn program() -> String {
+    let Ok(own) = std::env::current_exe().and_then(|path| path.canonicalize()) else {
+        return NAME.into();
+    };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .map(|dir| dir.join(NAME))
+        .find(|file| file.is_file());
+    if found.and_then(|file| file.canonicalize().ok()).as_ref() == Some(&own) {
+        return NAME.into();
+    }
+    // From where the user stands it may be shorter.
+    let here = std::env::current_dir().and_then(|dir| dir.canonicalize());
+    let near = here.ok().and_then(|here| own.strip_prefix(here).ok());
+    quoted(&match near {
+        Some(near) => format!("./{}", near.display()),
+        None => own.display().to_string(),
+    })
+}
+
+const NAME: &str = "forebay";
 
 /// A word for the shell.
 fn quoted(text: &str) -> String {
@@ -89,9 +116,14 @@ mod tests {
                 "0.0.0.0:8081".parse().unwrap(),
             ],
             model: "emulated",
+            program: "./target/debug/forebay",
         };
         let text = hints.text();
         assert!(text.contains("http://127.0.0.1:8081/v1\n"), "{text}");
+        assert!(
+            text.contains("\n  ./target/debug/forebay status\n"),
+            "{text}"
+        );
         assert!(
             text.contains(r"export FOREBAY_CONTEXT='/tmp/it'\''s here/context.toml'"),
             "{text}"

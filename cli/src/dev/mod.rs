@@ -32,7 +32,7 @@ use supervise::{Supervisor, Until};
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
-    after_help = "Examples:\n  forebay dev\n  forebay dev --control 3 --balancers 2 --workers 4\n\nIt prints how to send requests. Processes, with their ids and addresses, are in run.json in the\ndata directory, logs in logs/. A process that died stays dead, so that its absence can be watched:\n`forebay dev start NAME` (or SIGHUP to the supervisor, for all) starts it again, and --restart makes\nit do so by itself. The same data directory resumes the same cluster."
+    after_help = "Examples:\n  forebay dev\n  forebay dev --control 3 --balancers 2 --workers 4\n\nIt prints how to send requests. Processes, with their ids and addresses, are in run.json in the data directory, logs in logs/. A process that died stays dead, so that its absence can be watched: `forebay dev start NAME` (or SIGHUP to the supervisor, for all) starts it again, and --restart makes it do so by itself. The same data directory resumes the same cluster.\n\nFOREBAY_LOG and FOREBAY_LOG_FORMAT are passed on to the processes."
 )]
 pub(crate) struct DevArgs {
     /// Control nodes: 1, or 3 to survive the loss of one. Default: 1, or what the data directory
@@ -107,6 +107,17 @@ pub(crate) enum DevError {
         dir: PathBuf,
         /// Its process, in parentheses, if it said so.
         who: String,
+    },
+    /// The data directory cannot be used.
+    #[error(
+        "cannot write in the data directory {dir}: {error}; make it writable and free some space, or give another one by --data-dir",
+        dir = dir.display()
+    )]
+    DataDir {
+        /// The data directory.
+        dir: PathBuf,
+        /// What the system says.
+        error: std::io::Error,
     },
     /// A client port is not free.
     #[error(
@@ -199,6 +210,7 @@ impl DevError {
             Self::Ports(..) => Exit::Usage,
             Self::NotReady { .. } => Exit::TimedOut,
             Self::Listen { .. }
+            | Self::DataDir { .. }
             | Self::ControlPort { .. }
             | Self::NoPort
             | Self::Layout { .. }
@@ -227,9 +239,10 @@ pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
     let mut fleet = layout::Fleet::open(&dir, &asked)?;
     let plans = material::prepare(&dir, &fleet, &listen, &args.engine)?;
     fleet.save(&dir)?;
+    let program = hints::program();
     // The children die with the thread that starts them: this one, which lives as long as we do.
     crate::roles::thread()?.block_on(async {
-        let mut supervisor = Supervisor::new(&dir, plans, args.restart)?;
+        let mut supervisor = Supervisor::new(&dir, plans, args.restart, &program)?;
         let up = come_up(&mut supervisor, &dir, &mut fleet, &listen).await;
         match up {
             Ok(Until::Done(())) => {
@@ -237,6 +250,7 @@ pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
                     dir: &dir,
                     listen: &listen,
                     model: &args.engine.model,
+                    program: &program,
                 };
                 result(&hints.text());
                 say("the fleet is up; Ctrl-C stops it");
@@ -261,10 +275,10 @@ async fn come_up(
     listen: &[SocketAddr],
 ) -> Result<Until<()>, CliError> {
     say(&format!(
-        "starting {} control nodes, {} balancers and {} workers in {}",
-        fleet.control.len(),
-        listen.len(),
-        fleet.workers_asked(),
+        "starting {}, {} and {} in {}",
+        counted(fleet.control.len(), "control node"),
+        counted(listen.len(), "balancer"),
+        counted(fleet.workers_asked(), "worker"),
         dir.display()
     ));
     let first = |role: &str| matches!(role, "control" | "engine");
@@ -278,7 +292,11 @@ async fn come_up(
         fleet.initialised = true;
         fleet.save(dir)?;
     }
-    supervisor.start_all(|plan| !first(plan.role))?;
+    supervisor.start_all(|plan| plan.role == "balancer")?;
+    if let Until::AskedToStop = in_order(supervisor, dir, fleet).await? {
+        return Ok(Until::AskedToStop);
+    }
+    supervisor.start_all(|_| true)?;
     let wanted = start::Wanted {
         balancers: fleet.balancer_admins(listen.len()),
         workers: fleet.worker_names(),
@@ -288,23 +306,56 @@ async fn come_up(
         .await
 }
 
+/// Starts agents that the cluster does not know yet one after the other: ids are given in the order
+/// of registration, and `w2` should not be the worker whose incarnations are called `w1.…`. It is
+/// for the reader's eyes only, so whoever is late is not waited for.
+async fn in_order(
+    supervisor: &mut Supervisor,
+    dir: &Path,
+    fleet: &layout::Fleet,
+) -> Result<Until<()>, CliError> {
+    let until = tokio::time::Instant::now() + ORDER_TIME;
+    let registry = start::Registry::open(dir)?;
+    for name in fleet.worker_names() {
+        match supervisor.meanwhile(registry.has(&name)).await? {
+            Until::Done(true) => continue,
+            Until::Done(false) => {}
+            Until::AskedToStop => return Ok(Until::AskedToStop),
+        }
+        supervisor.start_all(|plan| plan.role == "agent" && plan.name == name)?;
+        match supervisor.meanwhile(registry.gets(&name, until)).await? {
+            Until::Done(true) => {}
+            Until::Done(false) => break,
+            Until::AskedToStop => return Ok(Until::AskedToStop),
+        }
+    }
+    Ok(Until::Done(()))
+}
+
+fn counted(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
 fn data_dir(dir: &Path) -> Result<PathBuf, CliError> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
         .and_then(|()| dir.canonicalize())
-        .map_err(|error| CliError::File {
-            path: dir.into(),
-            error,
+        .map_err(|error| {
+            DevError::DataDir {
+                dir: dir.into(),
+                error,
+            }
+            .into()
         })
 }
 
 /// Held as long as the supervisor lives; the kernel gives it up with the process.
 fn lock(dir: &Path) -> Result<File, CliError> {
     let path = dir.join("dev.lock");
-    let wrong = |error| CliError::File {
-        path: path.clone(),
+    let wrong = |error| DevError::DataDir {
+        dir: dir.into(),
         error,
     };
     let mut file = OpenOptions::new()
@@ -325,7 +376,7 @@ fn lock(dir: &Path) -> Result<File, CliError> {
             let dir = dir.into();
             return Err(DevError::Locked { dir, who }.into());
         }
-        Err(TryLockError::Error(error)) => return Err(wrong(error)),
+        Err(TryLockError::Error(error)) => return Err(wrong(error).into()),
     }
     file.set_len(0)
         .and_then(|()| file.rewind())
@@ -356,4 +407,6 @@ fn write_whole(path: &Path, text: &str) -> Result<(), CliError> {
 }
 
 const FOUNDING_TIME: Duration = Duration::from_secs(30);
+/// Many times what 64 agents need to register one by one.
+const ORDER_TIME: Duration = Duration::from_secs(10);
 const READY_TIME: Duration = Duration::from_secs(60);

@@ -57,6 +57,33 @@ async fn is_founded(client: &ControlClient) -> bool {
     clusters.iter().all(|id| id.is_some() && *id == clusters[0])
 }
 
+/// Who is registered, as far as the control plane answers.
+pub(super) struct Registry(ControlClient);
+
+impl Registry {
+    /// Asks the control plane of a data directory.
+    pub(super) fn open(dir: &Path) -> Result<Self, CliError> {
+        Ok(Self(client(dir)?))
+    }
+
+    /// Whether a worker was ever registered; no answer is a no.
+    pub(super) async fn has(&self, name: &str) -> Result<bool, CliError> {
+        let facts = self.0.read(ASK).await;
+        Ok(facts.is_ok_and(|facts| facts.workers.contains_key(name)))
+    }
+
+    /// Waits until a worker is registered; false when it is not in time.
+    pub(super) async fn gets(&self, name: &str, until: Instant) -> Result<bool, CliError> {
+        while Instant::now() < until {
+            if self.has(name).await? {
+                return Ok(true);
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+        Ok(false)
+    }
+}
+
 /// Waits until every worker and every balancer is ready.
 pub(super) async fn ready(dir: &Path, wanted: Wanted, patience: Duration) -> Result<(), CliError> {
     let client = client(dir)?;
@@ -143,6 +170,8 @@ fn client(dir: &Path) -> Result<ControlClient, CliError> {
 }
 
 const ASK: Duration = Duration::from_secs(2);
+/// A start of an agent takes a few of these.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const PAUSE: Duration = Duration::from_millis(100);
 const TELL_EVERY: Duration = Duration::from_secs(3);
 const MAX_ANSWER: u64 = 64 << 10;

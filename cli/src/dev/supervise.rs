@@ -27,6 +27,8 @@ pub(super) struct Supervisor {
     int: Signals,
     hup: Signals,
     terminal: bool,
+    /// How a shell finds this program.
+    program: String,
 }
 
 /// One process, dead or alive.
@@ -76,7 +78,12 @@ enum Event {
 
 impl Supervisor {
     /// Prepares to run these; none is started yet.
-    pub(super) fn new(dir: &Path, plans: Vec<Plan>, restart: bool) -> Result<Self, CliError> {
+    pub(super) fn new(
+        dir: &Path,
+        plans: Vec<Plan>,
+        restart: bool,
+        program: &str,
+    ) -> Result<Self, CliError> {
         let system = |what| move |error| CliError::System { what, error };
         let listen = |kind| signal(kind).map_err(system("cannot listen to signals"));
         let (tell, ended) = mpsc::channel(plans.len().max(1));
@@ -97,6 +104,7 @@ impl Supervisor {
             int: listen(SignalKind::interrupt())?,
             hup: listen(SignalKind::hangup())?,
             terminal: has_terminal(),
+            program: program.into(),
         })
     }
 
@@ -258,9 +266,9 @@ impl Supervisor {
         let child = &mut self.children[index];
         let what = format!("{} {} (pid {pid}) {how}", child.plan.role, child.plan.name);
         if !self.restart {
-            let (name, dir) = (&child.plan.name, self.dir.display());
+            let (name, dir, program) = (&child.plan.name, self.dir.display(), &self.program);
             say(&format!(
-                "{what}; start it again: forebay dev start {name} --data-dir {dir}"
+                "{what}; start it again: {program} dev start {name} --data-dir {dir}"
             ));
             return;
         }

@@ -114,10 +114,9 @@ fn page(facts: &Facts) -> String {
             worker.spec.pool.clone(),
             desired(worker.desired).to_owned(),
             state(worker).to_owned(),
-            worker.spec.advertise.clone(),
-            worker.spec.engine.clone(),
-            worker.spec.models.join(","),
             worker.spec.slots.to_string(),
+            worker.spec.advertise.clone(),
+            worker.spec.models.join(","),
         ]
     });
     table(
@@ -127,10 +126,9 @@ fn page(facts: &Facts) -> String {
             "POOL",
             "DESIRED",
             "STATE",
-            "ADDRESS",
-            "ENGINE",
-            "MODELS",
             "SLOTS",
+            "ADDRESS",
+            "MODELS",
         ],
         rows,
     )
