@@ -29,9 +29,11 @@ Examples:
   forebay replay --limit 200          a real trace through it
   forebay status                      what it is doing and what is wrong
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 timed out, 4 refused by a guard, 5 not found,
-6 unauthorized, 7 no quorum or unreachable, 8 conflict, 9 partial.
-Logs: FOREBAY_LOG=info,forebay_link=debug";
+Exit codes: 0 done, 1 failed, 2 usage, 3 timed out, 4 refused by a guard, 5 not found, 6 unauthorized, \
+7 no quorum or unreachable, 8 conflict, 9 partial.
+
+Results go to stdout, all else to stderr. Logs: FOREBAY_LOG=info,forebay_link=debug chooses lines, \
+FOREBAY_LOG_FORMAT=json makes them JSON.";
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -62,4 +64,7 @@ pub(crate) enum Verb {
     Config(verbs::config::ConfigArgs),
     /// Send a real trace to an endpoint and measure what its users would see.
     Replay(verbs::replay::ReplayArgs),
+    /// Print a page of the documentation that follows from the code.
+    #[command(hide = true)]
+    Docs(verbs::docs::DocsArgs),
 }

@@ -58,5 +58,9 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Status(args) => verbs::status::run(&args),
         Verb::Config(args) => verbs::config::run(args),
         Verb::Replay(args) => verbs::replay::run(args),
+        Verb::Docs(args) => {
+            verbs::docs::run(&args);
+            Ok(())
+        }
     }
 }

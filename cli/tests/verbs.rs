@@ -72,6 +72,16 @@ fn every_verb_has_help_on_stdout() {
 }
 
 #[test]
+fn the_page_on_the_command_line_is_what_help_says() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/cli.md");
+    let page = forebay(&["docs", "cli"]).stdout;
+    assert!(
+        std::fs::read(file).unwrap_or_default() == page,
+        "docs/cli.md is not what --help says; write it anew: cargo run -q -- docs cli > docs/cli.md"
+    );
+}
+
+#[test]
 fn without_a_context_a_verb_says_how_to_get_one() {
     for verb in [
         &["status"][..],
@@ -209,6 +219,12 @@ fn a_roles_options_that_are_wrong_are_named_with_their_source() {
     with("agent", "control = ['h:1']\n", 2, &["--engine is missing"]);
     with("engine", "slots = 0\n", 2, &["slots"]);
     with("engine", "[[broken", 2, &["role.toml", "TOML"]);
+    with(
+        "control",
+        "data-dir = 'x'\nca = 'ca'\ncert = '/no/c.pem'\nkey = 'k'\nadmin = '127.0.0.1:0'\n",
+        2,
+        &["/no/c.pem"],
+    );
     check(
         &["engine", "--config", "/nonexistent.toml"],
         2,
@@ -264,6 +280,11 @@ fn dev_refuses_what_it_cannot_do_before_it_starts_anything() {
         5,
         &["no `forebay dev` runs"],
     );
+    check(
+        &["dev", "--data-dir", "/proc/forebay-data"],
+        1,
+        &["/proc/forebay-data", "another one by --data-dir"],
+    );
     drop(taken);
     std::fs::write(data.join("dev.json"), "{}").unwrap();
     check(
@@ -286,6 +307,11 @@ fn a_replay_without_a_server_says_what_it_asked() {
         &["/nonexistent.jsonl"],
     );
     check(
+        &["replay", "--target", "https://127.0.0.1:9"],
+        2,
+        &["TLS", "http://HOST:PORT"],
+    );
+    check(
         &["replay", "--speed", "0", "--target", "http://127.0.0.1:9"],
         2,
         &["speed"],
@@ -303,7 +329,7 @@ fn an_engine_serves_until_it_is_told_to_stop_and_dies_with_its_parent() {
     let mut line = String::new();
     std::io::BufRead::read_line(&mut stderr, &mut line).unwrap();
     assert!(
-        line.starts_with("engine ready: emulated on http://127.0.0.1:"),
+        line.contains("engine ready: emulated on http://127.0.0.1:"),
         "{line}"
     );
     let pid = rustix::process::Pid::from_child(&child);

@@ -59,7 +59,7 @@ impl Plan {
         // Our environment is not theirs: their options come from their files.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if text.starts_with("FOREBAY_") && text != forebay_admin::logs::FILTER_VARIABLE {
+            if text.starts_with("FOREBAY_") && !PASSED_ON.contains(&&*text) {
                 command.env_remove(name);
             }
         }
@@ -115,6 +115,11 @@ pub(super) fn tail(path: &Path) -> String {
     shown.join("\n")
 }
 
+/// What is for all of them.
+const PASSED_ON: [&str; 2] = [
+    forebay_admin::logs::FILTER_VARIABLE,
+    crate::roles::LOG_FORMAT_VARIABLE,
+];
 const MAX_LOG_BYTES: u64 = 16 << 20;
 const TAIL_BYTES: u64 = 8 << 10;
 const TAIL_LINES: usize = 20;

@@ -12,18 +12,18 @@ use forebay_admin::prometheus_client::metrics::MetricType;
 use forebay_admin::prometheus_client::registry::Registry;
 use forebay_admin::{Admin, Page};
 use forebay_consensus::replica::ReplicaOptions;
-use forebay_consensus::server::{self, Config, Leader};
+use forebay_consensus::server::{self, Config, ControlNode, Leader};
+use forebay_proto::wire::control::NodeStatus;
 
 use super::ProcessArgs;
 use crate::context::CertificateArgs;
 use crate::exit::CliError;
-use crate::output::say;
 use crate::settings::required;
 
 /// Options of `forebay control`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  forebay control --data-dir /var/lib/forebay --ca ca.pem --cert c1.pem --key c1-key.pem\n\nA node with an empty disk waits until `forebay init` makes it a member; its address is the one\ngiven there. Its name is the one in its certificate."
+    after_help = "Example:\n  forebay control --data-dir /var/lib/forebay --ca ca.pem --cert c1.pem --key c1-key.pem\n\nA node with an empty disk waits until `forebay init` makes it a member; its address is the one given there. Its name is the one in its certificate."
 )]
 pub(crate) struct ControlArgs {
     /// Its disk: log, snapshots, identity. Losing it means joining anew as another node.
@@ -68,34 +68,40 @@ pub(crate) fn run(args: ControlArgs) -> Result<(), CliError> {
         let admin = forebay_admin::serve(args.admin, pages(&member)).await?;
         let node = server::start(config).await?;
         let name = node.name();
-        say(&format!(
-            "control {name} ready: on {}, admin http://{admin}",
+        member.node.get_or_init(|| node.clone());
+        tracing::info!(
+            "control {name} answers: on {}, admin http://{admin}",
             args.listen
-        ));
+        );
         let leader = tokio::select! {
             leader = node.leader() => leader,
             () = &mut stop => return Ok(node.run(std::future::ready(())).await?),
         };
         if let Some(leader) = leader {
-            let leader = member.0.get_or_init(|| leader).clone();
+            let leader = member.leader.get_or_init(|| leader).clone();
             tokio::spawn(forebay_controller::run(Arc::new(leader)));
         }
         Ok(node.run(stop).await?)
     })
 }
 
-/// The node as a member; empty while it waits for `forebay init`.
+/// The node: what it says of itself, and its side of leading.
 #[derive(Default)]
-struct Member(OnceLock<Leader>);
+struct Member {
+    /// Empty until its disk is open.
+    node: OnceLock<ControlNode>,
+    /// Empty while it waits for `forebay init`.
+    leader: OnceLock<Leader>,
+}
 
 fn pages(member: &Arc<Member>) -> Admin {
     let mut registry = Registry::with_prefix("forebay_control");
     registry.register_collector(Box::new(member.clone()));
     let mut admin = Admin::new("control node", registry);
     let ready = member.clone();
-    admin.ready = Box::new(move || match ready.0.get() {
-        Some(_) => Ok(()),
-        None => Err(vec!["belongs to no cluster yet: run `forebay init`".into()]),
+    admin.ready = Box::new(move || match ready.node.get() {
+        Some(node) => readiness(&node.status()),
+        None => Err(vec!["its disk is being opened".into()]),
     });
     let facts = member.clone();
     admin.pages.push(Page {
@@ -106,9 +112,36 @@ fn pages(member: &Arc<Member>) -> Admin {
     admin
 }
 
+/// Whether a node takes part, else every reason why not.
+fn readiness(status: &NodeStatus) -> Result<(), Vec<String>> {
+    let mut reasons = vec![];
+    if !status.problem.is_empty() {
+        reasons.push(status.problem.clone());
+    }
+    if !status.initialised {
+        // One that says why it stopped was a member.
+        if status.problem.is_empty() {
+            reasons.push("belongs to no cluster yet: run `forebay init`".into());
+        }
+    } else if status.leader != status.node_id && status.leader_heard_ms > LEADERLESS_MS {
+        reasons.push(format!(
+            "no leader was heard for {} ms: look at the other control nodes and the network between",
+            status.leader_heard_ms
+        ));
+    }
+    if reasons.is_empty() {
+        Ok(())
+    } else {
+        Err(reasons)
+    }
+}
+
+/// Longer than an election takes.
+const LEADERLESS_MS: u64 = 2_000;
+
 impl Member {
     fn json(&self) -> serde_json::Value {
-        let Some(leader) = self.0.get() else {
+        let Some(leader) = self.leader.get() else {
             return serde_json::json!({"member": false});
         };
         let facts = leader.facts();
@@ -125,13 +158,13 @@ impl Member {
 
 impl fmt::Debug for Member {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Member({})", self.0.get().is_some())
+        write!(f, "Member({})", self.leader.get().is_some())
     }
 }
 
 impl Collector for Member {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let leader = self.0.get();
+        let leader = self.leader.get();
         let facts = leader.map(Leader::facts);
         let lost = facts.iter().flat_map(|facts| &facts.workers);
         let lost = lost.filter(|worker| worker.lost).count();
@@ -162,5 +195,46 @@ impl Collector for Member {
                 .encode_gauge(&value)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(change: impl FnOnce(&mut NodeStatus), says: &[&str]) {
+        let mut status = NodeStatus {
+            initialised: true,
+            node_id: 1,
+            leader: 2,
+            leader_heard_ms: 100,
+            ..NodeStatus::default()
+        };
+        change(&mut status);
+        let reasons = readiness(&status).err().unwrap_or_default();
+        assert_eq!(reasons.len(), says.len(), "{reasons:?}");
+        for (reason, text) in reasons.iter().zip(says) {
+            assert!(reason.contains(text), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_node_is_ready_while_it_takes_part_and_hears_a_leader() {
+        check(|_| {}, &[]);
+        check(|s| s.initialised = false, &["forebay init"]);
+        // An election is no reason yet.
+        check(|s| (s.leader, s.leader_heard_ms) = (0, 2_000), &[]);
+        check(
+            |s| (s.leader, s.leader_heard_ms) = (0, 2_001),
+            &["no leader was heard for 2001 ms"],
+        );
+        check(|s| s.leader_heard_ms = 9_000, &["no leader"]);
+        check(|s| (s.leader, s.leader_heard_ms) = (1, 0), &[]);
+        check(|s| s.problem = "lost its disk".into(), &["lost its disk"]);
+        let stopped = |s: &mut NodeStatus| {
+            s.initialised = false;
+            s.problem = "the disk is full".into();
+        };
+        check(stopped, &["the disk is full"]);
     }
 }

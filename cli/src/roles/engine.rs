@@ -7,7 +7,6 @@ use forebay_sim::engine::{self, Config};
 
 use super::ProcessArgs;
 use crate::exit::CliError;
-use crate::output::say;
 
 /// Options of `forebay engine`.
 #[derive(Debug, Args)]
@@ -89,7 +88,7 @@ pub(crate) fn run(args: EngineArgs) -> Result<(), CliError> {
     super::threads()?.block_on(async {
         let stop = super::asked_to_stop()?;
         let models = config.models.join(", ");
-        let ready = |at| say(&format!("engine ready: {models} on http://{at}"));
+        let ready = |at| tracing::info!("engine ready: {models} on http://{at}");
         Ok(engine::serve(config, ready, stop).await?)
     })
 }

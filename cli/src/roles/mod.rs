@@ -1,6 +1,6 @@
 //! The processes of a fleet, in the foreground: one file a role, from options to its shell.
 //!
-//! A role writes one line to stderr when it is up, nothing to stdout, and stops gracefully on
+//! A role logs one line at `info` when it is up, writes nothing to stdout, and stops gracefully on
 //! SIGTERM or SIGINT.
 
 pub(crate) mod agent;
@@ -16,7 +16,9 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::exit::{CliError, Exit};
-use crate::output::say;
+
+/// The environment variable with the form of log lines.
+pub(crate) const LOG_FORMAT_VARIABLE: &str = "FOREBAY_LOG_FORMAT";
 
 /// What every role takes.
 #[derive(Debug, Args)]
@@ -26,8 +28,10 @@ pub(crate) struct ProcessArgs {
     #[arg(id = crate::settings::FILE, long = "config", value_name = "FILE", env = "FOREBAY_CONFIG")]
     #[allow(dead_code)] // read by `settings` before the options are built
     file: Option<PathBuf>,
-    /// The form of log lines on stderr.
-    #[arg(long, value_enum, default_value_t = LogFormat::Human, env = "FOREBAY_LOG_FORMAT")]
+    /// The form of log lines on stderr. Which lines there are is up to FOREBAY_LOG: a level or
+    /// targets, such as warn or info,forebay_link=debug; default: info. That a process is ready is
+    /// told at info, so warn hides it: ask /readyz on --admin instead.
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = LogFormat::Human, env = LOG_FORMAT_VARIABLE)]
     log_format: LogFormat,
     /// Die when the process with this id, our parent, dies.
     #[arg(long, hide = true, env = "FOREBAY_PARENT_PID")]
@@ -114,6 +118,6 @@ pub(crate) fn asked_to_stop() -> Result<impl Future<Output = ()> + Send + 'stati
             _ = term.recv() => {}
             _ = int.recv() => {}
         }
-        say("stopping");
+        tracing::info!("stopping");
     })
 }

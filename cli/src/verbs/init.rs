@@ -13,7 +13,7 @@ use crate::output::{OutputArgs, table};
 /// Options of `forebay init`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  forebay init --control c1:7400,c2:7400,c3:7400 --ca ca.pem --cert alice.pem --key alice-key.pem\n\nThe certificate needs the role operator/admin. An init that was interrupted is finished by the\nsame command."
+    after_help = "Example:\n  forebay init --control c1:7400,c2:7400,c3:7400 --ca ca.pem --cert alice.pem --key alice-key.pem\n\nThe certificate needs the role operator/admin. An init that was interrupted is finished by the same command."
 )]
 pub(crate) struct InitArgs {
     #[command(flatten)]

@@ -90,7 +90,7 @@ pub(crate) fn run(args: &MembersArgs) -> Result<(), CliError> {
         Err(CliError::because(
             Exit::Unreachable,
             format!(
-                "no control node answers at {}: start them, or check the context",
+                "no control node answers at {}: start them, or check addresses and certificates of the context",
                 asked.control().join(", ")
             ),
         ))

@@ -3,6 +3,7 @@
 pub(crate) mod ask;
 pub(crate) mod ca;
 pub(crate) mod config;
+pub(crate) mod docs;
 pub(crate) mod init;
 pub(crate) mod keys;
 pub(crate) mod members;
