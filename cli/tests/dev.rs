@@ -34,7 +34,7 @@ impl Dev {
     fn up(dir: &Path, listen: &str, more: &[&str]) -> Self {
         let out = dir.join("out");
         let mut child = forebay()
-            .args(["dev", "--workers", "1", "--listen", listen, "--data-dir"])
+            .args(["dev", "--listen", listen, "--data-dir"])
             .arg(dir.join("data"))
             .args(more)
             .stdout(std::fs::File::create(&out).unwrap())
@@ -101,7 +101,7 @@ fn a_fleet_dies_with_its_supervisor_and_resumes_from_its_directory() {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         free.local_addr().unwrap().to_string()
     };
-    let first = Dev::up(dir, &listen, &[]);
+    let first = Dev::up(dir, &listen, &["--workers", "1"]);
     let names: Vec<String> = run(dir).into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["c1", "e1", "w1", "b1"]);
     let cluster = json(dir, "status")["cluster_id"].clone();
@@ -143,7 +143,7 @@ fn a_fleet_dies_with_its_supervisor_and_resumes_from_its_directory() {
     assert_eq!(size.status.code(), Some(8));
 
     // The same directory is the same cluster and the same worker.
-    let mut again = Dev::up(dir, &listen, &["--restart"]);
+    let mut again = Dev::up(dir, &listen, &["--workers", "1", "--restart"]);
     assert_eq!(json(dir, "status")["cluster_id"], cluster);
     let workers = json(dir, "workers");
     assert_eq!(workers["workers"].as_array().unwrap().len(), 1, "{workers}");
@@ -159,4 +159,118 @@ fn a_fleet_dies_with_its_supervisor_and_resumes_from_its_directory() {
     assert!(again.0.wait().unwrap().success());
     assert!(all.iter().all(|(_, pid)| is_gone(*pid)));
     assert!(!dir.join("data/run.json").exists());
+}
+
+#[test]
+fn workers_are_registered_in_the_order_of_their_names_and_every_metric_is_documented() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path();
+    let listen = {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap().to_string()
+    };
+    let fleet = Dev::up(dir, &listen, &["--workers", "3"]);
+    let workers = json(dir, "workers");
+    let workers = workers["workers"].as_array().unwrap();
+    assert_eq!(workers.len(), 3);
+    for worker in workers {
+        let name = worker["name"].as_str().unwrap();
+        let incarnation = worker["incarnation"].as_str().unwrap();
+        assert!(incarnation.starts_with(&format!("{name}.")), "{worker}");
+    }
+    let program = std::fs::read_to_string(dir.join("out")).unwrap();
+    let program = program
+        .lines()
+        .find_map(|line| line.trim().strip_suffix(" status"));
+    assert!(Path::new(program.unwrap()).exists(), "{program:?}");
+
+    // Metrics with labels show themselves with their first number.
+    let sent = forebay()
+        .args(["replay", "--limit", "1", "--target"])
+        .arg(format!("http://{listen}"))
+        .output()
+        .unwrap();
+    assert!(sent.status.success());
+    let mut page = String::from(METRICS_HEAD);
+    for (name, role) in [("b1", "Balancer"), ("w1", "Agent"), ("c1", "Control node")] {
+        page += &format!("\n## {role}\n\n| metric | type | labels | what |\n|---|---|---|---|\n");
+        page += &metrics(&get(&admin(dir, name), "/metrics"));
+    }
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
+    if std::env::var_os("FOREBAY_WRITE_DOCS").is_some() {
+        std::fs::write(&file, &page).unwrap();
+    }
+    assert!(
+        std::fs::read_to_string(&file).unwrap_or_default() == page,
+        "docs/metrics.md is not what the roles export; write it anew: \
+         FOREBAY_WRITE_DOCS=1 cargo test -p forebay --test dev every_metric\n{page}"
+    );
+    drop(fleet);
+}
+
+const METRICS_HEAD: &str = "\
+# Metrics
+
+What each role exports on `/metrics` of its admin address (OpenMetrics). The samples of a counter end in
+`_total`. Latencies are in milliseconds, counted since the process started: quantiles as gauges, and
+`_sum` and `_count`, which only grow. A metric with labels shows itself with its first number. Written by `FOREBAY_WRITE_DOCS=1 cargo test -p forebay --test dev every_metric`; the
+test fails when the page differs from a live fleet.
+";
+
+/// The address of a process's admin pages.
+fn admin(dir: &Path, name: &str) -> String {
+    let text = std::fs::read_to_string(dir.join("data/run.json")).unwrap();
+    let run: Value = serde_json::from_str(&text).unwrap();
+    let mut processes = run["processes"].as_array().unwrap().iter();
+    let process = processes.find(|process| process["name"] == name).unwrap();
+    process["addresses"]["admin"].as_str().unwrap().to_owned()
+}
+
+fn get(address: &str, path: &str) -> String {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    )
+    .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// A row for each metric of a scrape.
+fn metrics(scrape: &str) -> String {
+    let mut rows = std::collections::BTreeMap::new();
+    for line in scrape.lines() {
+        let Some((name, help)) = line
+            .strip_prefix("# HELP ")
+            .and_then(|line| line.split_once(' '))
+        else {
+            continue;
+        };
+        let kind = format!("# TYPE {name} ");
+        let kind = scrape.lines().find_map(|line| line.strip_prefix(&kind));
+        let sample = scrape.lines().filter_map(|line| line.strip_prefix(name));
+        let labels: std::collections::BTreeSet<&str> = sample
+            .filter_map(|line| {
+                let (suffix, labels) = line.split_once('{')?;
+                let labels = labels.split_once('}')?.0;
+                (!suffix.contains(' ') && !labels.starts_with("le=")).then(|| {
+                    labels
+                        .split(',')
+                        .filter_map(|label| Some(label.split_once('=')?.0))
+                })
+            })
+            .flatten()
+            .collect();
+        let labels: Vec<String> = labels.iter().map(|label| format!("`{label}`")).collect();
+        let row = format!(
+            "| `{name}` | {} | {} | {help} |\n",
+            kind.unwrap(),
+            labels.join(", ")
+        );
+        rows.insert(name.to_owned(), row);
+    }
+    rows.into_values().collect()
 }

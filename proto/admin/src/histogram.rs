@@ -48,7 +48,8 @@ impl Histogram {
     pub fn register(&self, registry: &mut Registry, name: &str, help: &str) {
         registry.register_collector(Box::new(Exported {
             name: format!("{name}_ms"),
-            help: help.to_owned(),
+            // As the registry ends the help of all other metrics.
+            help: format!("{help}."),
             histogram: self.clone(),
         }));
     }
