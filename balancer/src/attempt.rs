@@ -24,8 +24,6 @@ const HELD_BACK_BYTES: usize = 1 << 20;
 const LONGEST_ANSWER_MS: u32 = 3_600_000;
 /// How long an agent may take to accept or refuse.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a client may take no byte.
-const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a placement ended.
 pub(crate) enum Ended {
@@ -44,14 +42,17 @@ pub(crate) enum Ended {
 /// Where events go. Knows whether anything went.
 pub(crate) struct Sink {
     events: mpsc::Sender<Event>,
+    /// How long the client may take no event.
+    patience: Duration,
     begun: bool,
     stalled: bool,
 }
 
 impl Sink {
-    pub(crate) const fn new(events: mpsc::Sender<Event>) -> Self {
+    pub(crate) const fn new(events: mpsc::Sender<Event>, patience: Duration) -> Self {
         Self {
             events,
+            patience,
             begun: false,
             stalled: false,
         }
@@ -82,7 +83,7 @@ impl Sink {
 
     async fn send(&mut self, event: Event) -> Result<(), Ended> {
         self.begun |= matches!(event, Event::Head(_));
-        match timeout(STALL_TIMEOUT, self.events.send(event)).await {
+        match timeout(self.patience, self.events.send(event)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(Ended::Broken(died())),
             Err(_) => {

@@ -13,8 +13,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::core::error::{ApiError, Code};
 use crate::shared::{BodyBudget, Shared};
 
-/// Longest wait for the next byte of a body, and for all of it.
-const PIECE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for all of a body.
 const WHOLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A body and the memory it takes.
@@ -47,7 +46,7 @@ pub(crate) async fn read(shared: &Arc<Shared>, mut body: Incoming) -> Result<Rea
     let mut only: Option<Bytes> = None;
     let until = Instant::now() + WHOLE_TIMEOUT;
     loop {
-        let soon = (Instant::now() + PIECE_TIMEOUT).min(until);
+        let soon = (Instant::now() + shared.settings.limits.body_pause).min(until);
         let frame = timeout_at(soon, body.frame()).await.map_err(|_| slow())?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|_| broken())?;

@@ -67,7 +67,7 @@ pub(crate) struct Exchange {
 impl Exchange {
     /// Serves the request. Its events end with `End` or `Failed` unless nobody listens.
     pub(crate) async fn run(mut self, events: mpsc::Sender<Event>) {
-        let mut sink = Sink::new(events);
+        let mut sink = Sink::new(events, self.shared.settings.limits.stall);
         let served = self.serve(&mut sink).await;
         // Before the last event: once that is taken, this task may be dropped.
         let outcome = match &served {

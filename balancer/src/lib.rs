@@ -25,4 +25,4 @@ mod socket;
 
 pub use crate::core::auth::KeysError;
 pub use fleet::Fleet;
-pub use run::{BalancerError, Bound, Config, Settings, run, serve};
+pub use run::{BalancerError, Bound, Config, Limits, Settings, run, serve};

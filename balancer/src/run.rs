@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use forebay_link::{BindError, CredentialPaths, Credentials, CredentialsError, Endpoint};
 use forebay_proto::{Identity, Role};
@@ -16,6 +17,30 @@ use crate::core::auth::{Keys, KeysError};
 use crate::fleet::Fleet;
 use crate::links::Links;
 use crate::shared::Shared;
+
+/// What bounds a client, whatever it does. The defaults are those of the manual.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections; those beyond are told so and closed.
+    pub connections: usize,
+    /// From the connection to enough bytes to know the protocol.
+    pub first_bytes: Duration,
+    /// Longest wait for the next byte of a body.
+    pub body_pause: Duration,
+    /// How long a client may take no byte.
+    pub stall: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 16_384,
+            first_bytes: Duration::from_secs(10),
+            body_pause: Duration::from_secs(10),
+            stall: Duration::from_secs(30),
+        }
+    }
+}
 
 /// How clients are treated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,12 +59,14 @@ pub struct Settings {
     pub hold_headers_ms: u64,
     /// How long requests may take to finish once the process is told to stop.
     pub drain_timeout_ms: u64,
+    /// What bounds a client.
+    pub limits: Limits,
 }
 
 impl Settings {
     /// The defaults, with nobody allowed to ask yet: set `keys` or `any_key_tenant`.
     #[must_use]
-    pub const fn on(listen: SocketAddr) -> Self {
+    pub fn on(listen: SocketAddr) -> Self {
         Self {
             listen,
             admin: None,
@@ -48,6 +75,7 @@ impl Settings {
             max_body_bytes: 32 << 20,
             hold_headers_ms: 15_000,
             drain_timeout_ms: 30_000,
+            limits: Limits::default(),
         }
     }
 }
@@ -87,6 +115,7 @@ impl Config {
             max_body_bytes: self.max_body_bytes,
             hold_headers_ms: self.hold_headers_ms,
             drain_timeout_ms: self.drain_timeout_ms,
+            limits: Limits::default(),
         }
     }
 }

@@ -10,20 +10,20 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
+use rand::Rng;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::core::error::{ApiError, Code};
+use crate::core::request_id;
 use crate::fleet::Fleet;
 use crate::http;
 use crate::links::{self, Links, Task};
 use crate::shared::Shared;
 use crate::socket::Socket;
 
-/// Connections of clients.
-const MAX_CONNECTIONS: usize = 16_384;
 /// Connections beyond those that are told so, at once.
 const MAX_TURNED_AWAY: usize = 256;
 /// From one request's end to the next one's head, and for that head.
@@ -77,7 +77,7 @@ pub(crate) async fn serve(
 }
 
 async fn accept(shared: &Arc<Shared>, listener: &TcpListener, graceful: &GracefulShutdown) {
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let room = Arc::new(Semaphore::new(shared.settings.limits.connections));
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     loop {
         let (stream, _) = match listener.accept().await {
@@ -95,10 +95,8 @@ async fn accept(shared: &Arc<Shared>, listener: &TcpListener, graceful: &Gracefu
                 let connection = talk(shared, stream, graceful);
                 let shared = shared.clone();
                 tokio::spawn(async move {
-                    let _place = place;
-                    shared.metrics.connections.inc();
+                    let _open = Open::new(&shared, place);
                     connection.await;
-                    shared.metrics.connections.dec();
                 });
             }
             Err(_) => {
@@ -110,6 +108,26 @@ async fn accept(shared: &Arc<Shared>, listener: &TcpListener, graceful: &Gracefu
                 }
             }
         }
+    }
+}
+
+/// A connection that is open, given back when dropped.
+struct Open<'a> {
+    shared: &'a Shared,
+    _place: OwnedSemaphorePermit,
+}
+
+impl<'a> Open<'a> {
+    fn new(shared: &'a Shared, place: OwnedSemaphorePermit) -> Self {
+        shared.metrics.connections.inc();
+        let _place = place;
+        Self { shared, _place }
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.shared.metrics.connections.dec();
     }
 }
 
@@ -138,7 +156,10 @@ fn talk(
         service_fn(move |request| http::answer(shared.clone(), request))
     };
     let connection = builder
-        .serve_connection(TokioIo::new(Socket::new(stream)), service)
+        .serve_connection(
+            TokioIo::new(Socket::new(stream, shared.settings.limits)),
+            service,
+        )
         .into_owned();
     let connection = graceful.watch(connection);
     async move {
@@ -154,11 +175,17 @@ async fn turn_away(mut stream: TcpStream) {
         Code::NoCapacity,
         "this balancer has as many connections as it can serve: try again soon",
     );
+    let row = error.code.row();
+    let after = row.retry_after.unwrap_or_default();
+    let (seconds, millis) = (after.as_secs(), after.as_millis());
+    let id = request_id::choose(None, rand::rng().random());
     let body = error.object().to_string();
+    let length = body.len();
     let answer = format!(
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n\
-         connection: close\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
+        "HTTP/1.1 {} Service Unavailable\r\ncontent-type: application/json\r\n\
+         x-request-id: {id}\r\nretry-after: {seconds}\r\nretry-after-ms: {millis}\r\n\
+         connection: close\r\ncontent-length: {length}\r\n\r\n{body}",
+        row.status
     );
     let telling = async {
         stream.write_all(answer.as_bytes()).await?;

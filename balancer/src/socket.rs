@@ -15,10 +15,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// From the connection to enough bytes to know the protocol.
-pub(crate) const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a client may take no byte.
-const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::Limits;
+
 /// How long, and how much, is read after the last answer.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 4 << 20;
@@ -29,17 +27,20 @@ pub(crate) struct Socket {
     /// Until the protocol is known.
     opening: Option<Pin<Box<Sleep>>>,
     preface_seen: usize,
+    /// How long the client may take no byte.
+    patience: Duration,
     /// While the client takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
     lingering: Option<(Pin<Box<Sleep>>, usize)>,
 }
 
 impl Socket {
-    pub(crate) fn new(inner: TcpStream) -> Self {
+    pub(crate) fn new(inner: TcpStream, limits: Limits) -> Self {
         Self {
             inner,
-            opening: Some(Box::pin(sleep(FIRST_BYTES_TIMEOUT))),
+            opening: Some(Box::pin(sleep(limits.first_bytes))),
             preface_seen: 0,
+            patience: limits.stall,
             stalled: None,
             lingering: None,
         }
@@ -68,9 +69,10 @@ impl Socket {
             self.stalled = None;
             return written;
         }
+        let patience = self.patience;
         let stalled = self
             .stalled
-            .get_or_insert_with(|| Box::pin(sleep(STALL_TIMEOUT)));
+            .get_or_insert_with(|| Box::pin(sleep(patience)));
         ready!(stalled.as_mut().poll(context));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }

@@ -104,7 +104,9 @@ async fn a_body_over_the_limit_is_not_read_on() {
 
 #[tokio::test]
 async fn a_body_that_stops_coming_is_refused_and_holds_no_memory() {
-    let world = World::with(1).await;
+    let mut setup = Setup::default();
+    setup.settings.limits.body_pause = Duration::from_millis(300);
+    let world = World::new(setup).await;
     let mut client = world.client().await;
     client
         .send("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"model\":")

@@ -62,7 +62,11 @@ async fn a_failure_before_the_first_byte_is_not_seen() {
 
 #[tokio::test]
 async fn a_failure_after_the_first_byte_is_told_and_never_done() {
-    for act in [Act::BreakAfterFirst, Act::EndAfterFirst(End::EngineFailed)] {
+    for act in [
+        Act::BreakAfterFirst,
+        Act::EndAfterFirst(End::EngineFailed),
+        Act::GarbageAfterFirst,
+    ] {
         let world = World::with(2).await;
         world.next(&[act]);
         let answer = world.chat(true).await;
@@ -72,6 +76,9 @@ async fn a_failure_after_the_first_byte_is_told_and_never_done() {
         assert!(rest.contains("\"code\":\"upstream_error\""), "{rest}");
         assert!(!answer.body.contains("[DONE]"));
         world.settles().await;
+        let (_, metrics) = world.page("/metrics").await;
+        let retries = "forebay_balancer_retries_total 0\n";
+        assert!(metrics.contains(retries), "nothing is retried after it");
     }
 }
 
@@ -361,4 +368,62 @@ async fn an_engines_refusal_after_an_early_head_is_an_event_with_its_words() {
     let answer = world.chat(true).await;
     assert_eq!(answer.status, 200);
     assert!(answer.body.ends_with("data: {\"error\":\"own words\"}\n\n"));
+}
+
+#[tokio::test]
+async fn an_adapter_is_listed_and_asked_for_like_a_model() {
+    let world = World::with(2).await;
+    let mut fleet = (**world.fleet.borrow().as_ref().unwrap()).clone();
+    fleet.workers[1].spec.adapters = vec!["org/tuned".into()];
+    world.fleet.send_replace(Some(std::sync::Arc::new(fleet)));
+    let mut client = world.client().await;
+    for (path, has) in [
+        ("/v1/models", "\"id\":\"org/tuned\""),
+        ("/v1/models/org%2Ftuned", "\"id\":\"org/tuned\""),
+    ] {
+        client
+            .send(&format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n"))
+            .await;
+        let answer = client.answer().await;
+        assert_eq!(answer.status, 200, "{path}");
+        assert!(answer.body.contains(has), "{path}: {}", answer.body);
+    }
+    for _ in 0..5 {
+        let body = "{\"model\":\"org/tuned\",\"messages\":[]}";
+        client.post("/v1/chat/completions", "", body).await;
+        let answer = client.answer().await;
+        assert_eq!(answer.body, WHOLE);
+        assert!(answer.head.has("x-forebay-worker: w2\r\n"));
+    }
+    world.settles().await;
+}
+
+#[tokio::test]
+async fn all_who_wait_for_a_model_are_told_together_that_nobody_is_left() {
+    let mut setup = Setup {
+        slots: 1,
+        ..Setup::default()
+    };
+    setup.pool.queue_timeout_ms = 60_000;
+    let mut world = World::new(setup).await;
+    world.next(&[Act::Hang]);
+    let mut running = world.client().await;
+    running.chat(true).await;
+    world.agents[0].is_placed().await;
+    let mut waiting = Vec::new();
+    for _ in 0..4 {
+        let mut client = world.client().await;
+        client.chat(true).await;
+        waiting.push(client);
+    }
+    let all_wait = |_, text: &str| text.contains("\"queued\":4");
+    world.until("/debug/bookings", all_wait).await;
+    world.agents[0].closes();
+    let began = Instant::now();
+    for client in &mut waiting {
+        let answer = client.answer().await;
+        assert_eq!(answer.code(), (503, "no_capacity".into()));
+    }
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(4), "{took:?}");
 }

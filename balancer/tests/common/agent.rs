@@ -37,6 +37,8 @@ pub enum Act {
     BreakAfterFirst,
     /// Sends the first part of its answer, then ends like this.
     EndAfterFirst(work::End),
+    /// Sends the first part of its answer, then a trailer that cannot be read.
+    GarbageAfterFirst,
     /// The engine's status, with this body.
     Status(u16, &'static str),
     /// The same after a while.
@@ -247,6 +249,7 @@ impl Inside {
             Act::Answer
             | Act::BreakAfterFirst
             | Act::EndAfterFirst(_)
+            | Act::GarbageAfterFirst
             | Act::HangAfterFirst
             | Act::Flood => {}
         }
@@ -264,6 +267,11 @@ impl Inside {
                 None
             }
             Act::EndAfterFirst(end) => Some(end),
+            Act::GarbageAfterFirst => {
+                let garbage = Frame::new(Kind::Trailer, Bytes::from_static(b"\xff\xff"));
+                let _ = send.send(&garbage).await;
+                std::future::pending().await
+            }
             Act::HangAfterFirst => std::future::pending().await,
             Act::Flood => {
                 let event = format!("data: {}\n\n", "x".repeat(60_000));
