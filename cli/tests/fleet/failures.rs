@@ -124,6 +124,16 @@ fn twenty_leaders_are_killed_and_no_request_notices() {
         let killed = Instant::now();
         writer.write();
         back.push(killed.elapsed());
+        if std::env::var_os("FOREBAY_TEST_KEEP_LOGS").is_some() {
+            let since = std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap();
+            eprintln!(
+                "{leader} {:?} back at {:.3}",
+                killed.elapsed(),
+                since.as_secs_f64() % 1000.0
+            );
+        }
         fleet.start_again(&[&leader]);
     }
     assert!(
@@ -320,4 +330,20 @@ fn a_killed_agents_unstarted_requests_go_elsewhere_and_started_ones_end_typed() 
         (page["bookings"] == 0).then_some(())
     });
     assert!(metric(&fleet.admin("b1"), "forebay_balancer_inflight") < 0.5);
+
+    // Its lease runs out: an alarm, which its return clears.
+    let lost = |wanted: bool| {
+        within(Duration::from_secs(20), "lost, or not any more", || {
+            let json = fleet.json(&["workers"]);
+            let w1 = json["workers"]
+                .as_array()?
+                .iter()
+                .find(|worker| worker["name"] == "w1")?
+                .clone();
+            (w1["lost"] == wanted).then_some(())
+        });
+    };
+    lost(true);
+    fleet.start_again(&["w1"]);
+    lost(false);
 }

@@ -230,6 +230,17 @@ impl Fleet {
 
 impl Drop for Fleet {
     fn drop(&mut self) {
+        if let Some(keep) = std::env::var_os("FOREBAY_TEST_KEEP_LOGS") {
+            let keep = PathBuf::from(keep);
+            let _ = std::fs::create_dir_all(&keep);
+            for entry in std::fs::read_dir(self.data().join("logs"))
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
+                let _ = std::fs::copy(entry.path(), keep.join(entry.file_name()));
+            }
+        }
         if std::thread::panicking() {
             eprintln!("---- dev.log\n{}", self.dev_log());
             for entry in std::fs::read_dir(self.data().join("logs"))
