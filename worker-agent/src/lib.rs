@@ -17,4 +17,4 @@ pub use error::AgentError;
 pub use rim::config::Config;
 pub use rim::engine::{EngineAddress, EngineAddressError};
 pub use rim::run::run;
-pub use rim::work::{Setup, Status, Work};
+pub use rim::work::{Patience, Setup, Status, Work};

@@ -10,7 +10,7 @@ use forebay_scheduler::Load;
 use crate::core::{Admitted, End, Ending, Offer, RefusalReason, Refused};
 
 /// What may be asked of an engine.
-const PATHS: [&str; 1] = ["/v1/chat/completions"];
+const PATHS: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
 const MAX_MODEL_BYTES: usize = 256;
 const MAX_REQUEST_ID_BYTES: usize = 128;
 /// No placement runs longer, whatever its balancer says.
@@ -139,6 +139,8 @@ mod tests {
     #[test]
     fn a_header_says_who_what_where_and_how_much() {
         assert!(check(|_| {}));
+        assert!(check(|p| p.path = "/v1/completions".into()));
+        assert!(check(|p| p.path = "/v1/embeddings".into()));
         assert!(!check(|p| p.request_id.clear()));
         assert!(!check(|p| p.request_id = "a\r\nx: y".into()));
         assert!(!check(|p| p.request_id = "a".repeat(129)));

@@ -356,6 +356,44 @@ async fn a_stop_says_goodbye_and_a_start_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_outlasts_the_drain_timeout_is_cut_off_and_not_passed_off_as_complete() {
+    let mut world = World::new().await;
+    world.engine = Engine::start(ANYWHERE.into(), |config| config.speed = 0.2).await;
+    let mut process = Process::start(Config {
+        drain_timeout_ms: 300,
+        ..world.config()
+    });
+    world.until(|w| w.observed == Observed::Ready).await;
+    let (link, _endpoint) = world.balancer(&process).await;
+    let body = chat(true, 10_000);
+    let mut offer = place(body.len());
+    offer.incarnation = Some(hello(&link).to_wire());
+    let (mut sender, mut receiver) = link.open().unwrap();
+    for frame in [
+        Frame::message(Kind::Place, &offer),
+        Frame::new(Kind::Body, body.into()),
+        Frame::new(Kind::BodyEnd, Default::default()),
+    ] {
+        sender.send(&frame).await.unwrap();
+    }
+    while receiver.recv().await.unwrap().unwrap().kind != Kind::Data {}
+    let told = Instant::now();
+    process.stop.take().unwrap().send(()).unwrap();
+    process.end().await.unwrap();
+    let took = told.elapsed();
+    assert!(took >= Duration::from_millis(300) && took < Duration::from_secs(5));
+    let end = loop {
+        match timeout(PATIENCE, receiver.recv()).await.unwrap() {
+            Ok(Some(frame)) => assert_eq!(frame.kind, Kind::Data),
+            end => break end,
+        }
+    };
+    assert!(end.is_err(), "a stream that was cut off has no clean end");
+    world.engine.until_open(0, PATIENCE).await;
+    world.until(|w| w.departed).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_superseded_process_stops_and_says_why() {
     let world = World::new().await;
     let mut first = world.start();

@@ -43,9 +43,11 @@ async fn slow_world(slots: u32, queue: u32) -> (Engine, Agent) {
 /// What differs from answer to answer.
 fn without_id(text: &str) -> String {
     let mut text = text.to_owned();
-    while let Some(at) = text.find("\"created\":") {
-        let end = text[at..].find([',', '}']).unwrap();
-        text.replace_range(at..at + end, "");
+    for key in ["\"created\":", "\"id\":\"chatcmpl-r1"] {
+        while let Some(at) = text.find(key) {
+            let end = text[at..].find([',', '}']).unwrap();
+            text.replace_range(at..at + end, "");
+        }
     }
     text
 }

@@ -11,15 +11,11 @@ use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::pool::{CallError, Text};
-use super::work::{Call, Shared, Ticket};
+use super::work::{Call, Patience, Shared, Ticket};
 use crate::core::{End, Offer};
 use crate::wire;
 
-/// For the header, and between two pieces of a body.
-const PEER_PATIENCE: Duration = Duration::from_secs(10);
 const END_PATIENCE: Duration = Duration::from_secs(1);
-/// A balancer that takes nothing for so long is cancelled.
-const SLOW_READER: Duration = Duration::from_secs(30);
 
 /// Carries one placement.
 pub(super) async fn carry(
@@ -28,7 +24,8 @@ pub(super) async fn carry(
     mut receiver: FrameReceiver,
 ) {
     let _carrying = shared.carrying();
-    let header = match timeout(PEER_PATIENCE, receiver.recv()).await {
+    let patience = shared.patience;
+    let header = match timeout(patience.peer, receiver.recv()).await {
         Ok(Ok(Some(frame))) if frame.kind == Kind::Place => frame,
         Ok(Ok(_)) | Err(_) => return give_up(&mut sender, &mut receiver, Code::Protocol),
         Ok(Err(_)) => return,
@@ -37,22 +34,27 @@ pub(super) async fn carry(
     match (shared.place(offer.as_ref()), offer) {
         (Ok((admitted, ticket)), Some(offer)) => {
             let deadline = Instant::now() + offer.deadline;
+            let engine_id = ticket.engine_id(&offer);
             let mut carried = Carried {
                 shared,
+                patience,
                 sender,
                 receiver,
                 offer,
+                engine_id,
                 at_end: false,
                 inside_a_frame: false,
             };
             let accepted = wire::accepted(&admitted);
-            if carried.sender.send(&accepted).await.is_ok() {
+            // Other streams may have used the connection's window up.
+            let sent = timeout(patience.peer, carried.sender.send(&accepted)).await;
+            if let Ok(Ok(())) = sent {
                 carried.run(ticket, deadline).await;
             }
         }
         (Err(refused), _) => {
             // A balancer that is gone needs no answer.
-            let sent = timeout(PEER_PATIENCE, sender.send(&wire::refused(&refused))).await;
+            let sent = timeout(patience.peer, sender.send(&wire::refused(&refused))).await;
             if let Ok(Ok(())) = sent {
                 finish(&mut sender).await;
             }
@@ -75,9 +77,12 @@ async fn finish(sender: &mut FrameSender) {
 
 struct Carried {
     shared: Arc<Shared>,
+    patience: Patience,
     sender: FrameSender,
     receiver: FrameReceiver,
     offer: Offer,
+    /// Under which the engine knows it.
+    engine_id: String,
     /// The balancer has nothing more to say.
     at_end: bool,
     /// A frame was begun and is not sent whole: no other may follow.
@@ -119,7 +124,7 @@ impl Carried {
         if self.inside_a_frame {
             return give_up(&mut self.sender, &mut self.receiver, Code::Cancelled);
         }
-        if let Ok(Ok(())) = timeout(SLOW_READER, self.sender.send(&trailer)).await {
+        if let Ok(Ok(())) = timeout(self.patience.slow_reader, self.sender.send(&trailer)).await {
             finish(&mut self.sender).await;
         }
     }
@@ -130,7 +135,7 @@ impl Carried {
             Err(over) => return Ok(over),
         };
         let shared = self.shared.clone();
-        let (path, request_id) = (self.offer.path.clone(), self.offer.request_id.clone());
+        let (path, request_id) = (self.offer.path.clone(), self.engine_id.clone());
         let asked = tokio::select! {
             asked = shared.engine.post(&path, &request_id, body) => asked,
             gone = self.abandoned() => return Err(gone),
@@ -210,7 +215,7 @@ impl Carried {
                     Err(_) => return Err(Gone(Code::Cancelled)),
                 },
                 _ = self.sender.stopped() => return Err(Gone(Code::Cancelled)),
-                () = tokio::time::sleep_until(last_piece + PEER_PATIENCE), if !whole => {
+                () = tokio::time::sleep_until(last_piece + self.patience.peer), if !whole => {
                     return Err(Gone(Code::Cancelled));
                 }
             }
@@ -221,6 +226,7 @@ impl Carried {
     /// Sends a frame unless the balancer goes, or takes nothing for too long.
     async fn send(&mut self, frame: &Frame) -> Result<(), Gone> {
         let Self {
+            patience,
             sender,
             receiver,
             at_end,
@@ -230,7 +236,7 @@ impl Carried {
         *inside_a_frame = true;
         tokio::select! {
             biased;
-            sent = timeout(SLOW_READER, sender.send(frame)) => match sent {
+            sent = timeout(patience.slow_reader, sender.send(frame)) => match sent {
                 Ok(Ok(())) => {
                     *inside_a_frame = false;
                     Ok(())

@@ -9,13 +9,10 @@ use rand::rngs::StdRng;
 
 use super::engine::{Engine, models};
 use super::pool::CallError;
-use super::work::Shared;
+use super::work::{Patience, Shared};
 
-/// Between two looks at an engine that answers.
-const EVERY: Duration = Duration::from_secs(1);
 /// The models are read again at each such look, and whenever the engine came back.
 const MODELS_EVERY: u32 = 10;
-const PATIENCE: Duration = Duration::from_secs(2);
 /// A busy engine may be late; so many times in a row it is down.
 const LATE_IN_A_ROW: u32 = 3;
 
@@ -23,27 +20,35 @@ const LATE_IN_A_ROW: u32 = 3;
 pub(super) async fn keep_probing(shared: Arc<Shared>) {
     let mut rng = StdRng::from_os_rng();
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
+    let look = shared.patience.look;
     loop {
-        let names = match read_models(&shared.engine).await {
-            Ok(names) => names,
-            Err(problem) => {
-                shared.engine_down(&problem);
-                tokio::time::sleep(backoff.next(&mut rng)).await;
-                continue;
+        match read_models(&shared.engine, look).await {
+            Ok(names) => {
+                backoff.reset();
+                shared.engine_up(&names);
+                watch_health(&shared).await;
             }
-        };
-        backoff.reset();
-        shared.engine_up(&names);
-        watch_health(&shared).await;
+            Err(problem) => {
+                shared.engine_down(&problem.to_string());
+                tokio::time::sleep(backoff.next(&mut rng)).await;
+            }
+        }
     }
 }
 
-/// Returns when the models are to be read again: from time to time, or when the engine fails.
+/// Returns when the engine failed, so that its models are to be read anew.
 async fn watch_health(shared: &Shared) {
+    let Patience { look, looks, .. } = shared.patience;
     let mut late = 0;
-    for _ in 0..MODELS_EVERY {
-        tokio::time::sleep(EVERY).await;
-        match look(&shared.engine).await {
+    for turn in 1_u32.. {
+        tokio::time::sleep(looks).await;
+        let looked = if turn.is_multiple_of(MODELS_EVERY) {
+            let names = read_models(&shared.engine, look).await;
+            names.map(|names| shared.engine_up(&names))
+        } else {
+            ask_health(&shared.engine, look).await
+        };
+        match looked {
             Ok(()) => late = 0,
             Err(CallError::NotStarted(problem)) => return shared.engine_down(&problem),
             Err(CallError::Failed(problem)) => {
@@ -60,12 +65,12 @@ async fn watch_health(shared: &Shared) {
 }
 
 /// `/health` where there is one, else the list of models.
-async fn look(engine: &Engine) -> Result<(), CallError> {
+async fn ask_health(engine: &Engine, patience: Duration) -> Result<(), CallError> {
     let mut page = "/health";
-    let mut status = engine.get(page, PATIENCE).await?.status;
+    let mut status = engine.get(page, patience).await?.status;
     if matches!(status, 404 | 405) {
         page = "/v1/models";
-        status = engine.get(page, PATIENCE).await?.status;
+        status = engine.get(page, patience).await?.status;
     }
     if (200..300).contains(&status) {
         Ok(())
@@ -74,13 +79,16 @@ async fn look(engine: &Engine) -> Result<(), CallError> {
     }
 }
 
-async fn read_models(engine: &Engine) -> Result<Vec<String>, String> {
-    let document = engine.get("/v1/models", PATIENCE).await;
-    let document = document.map_err(|error| error.to_string())?;
-    match document.status {
-        200 => models(&document.body).map_err(ToOwned::to_owned),
-        status => Err(format!("/v1/models answers {status}")),
-    }
+async fn read_models(engine: &Engine, patience: Duration) -> Result<Vec<String>, CallError> {
+    let document = engine.get("/v1/models", patience).await?;
+    let problem = match document.status {
+        200 => match models(&document.body) {
+            Ok(names) => return Ok(names),
+            Err(problem) => problem.to_owned(),
+        },
+        status => format!("/v1/models answers {status}"),
+    };
+    Err(CallError::Failed(problem))
 }
 
 /// The engine's models, as soon as it answers.
@@ -89,11 +97,11 @@ pub(super) async fn first_models(engine: &Engine) -> Vec<String> {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
     let mut said = false;
     loop {
-        match read_models(engine).await {
+        match read_models(engine, Patience::default().look).await {
             Ok(names) => return names,
             Err(problem) if !said => {
                 said = true;
-                tracing::warn!(problem, "waiting for the engine");
+                tracing::warn!(%problem, "waiting for the engine");
             }
             Err(_) => {}
         }

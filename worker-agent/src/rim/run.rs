@@ -21,7 +21,7 @@ use super::engine::Engine;
 use super::metrics::Metrics;
 use super::probe::first_models;
 use super::register::{Registered, Registrar};
-use super::work::{Setup, Status, Work};
+use super::work::{Patience, Setup, Status, Work};
 use crate::core::{Standing, standing};
 use crate::error::AgentError;
 
@@ -128,6 +128,7 @@ impl Agent {
             incarnation,
             settings: checked.settings,
             engine: checked.engine.clone(),
+            patience: Patience::default(),
         };
         let work = Work::start_with(&endpoint, setup, metrics);
         shown.show(work.status());

@@ -31,6 +31,30 @@ const SPARE_CONNECTIONS: usize = 2;
 /// For the last frames of what just ended to arrive.
 const TELLING: Duration = Duration::from_secs(1);
 
+/// How long others may keep the agent waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// A balancer with its header, and between two pieces of a body.
+    pub peer: Duration,
+    /// A balancer that takes nothing; then its placement is cancelled.
+    pub slow_reader: Duration,
+    /// Between two looks at an engine that answers.
+    pub looks: Duration,
+    /// The engine with a small page; so late three times in a row, it is down.
+    pub look: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            peer: Duration::from_secs(10),
+            slow_reader: Duration::from_secs(30),
+            looks: Duration::from_secs(1),
+            look: Duration::from_secs(2),
+        }
+    }
+}
+
 /// What the work side is started with.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -40,6 +64,8 @@ pub struct Setup {
     pub settings: Settings,
     /// The engine beside this agent.
     pub engine: EngineAddress,
+    /// How long it waits for others.
+    pub patience: Patience,
 }
 
 /// What the agent says of itself.
@@ -78,6 +104,7 @@ impl Work {
             incarnation,
             settings,
             engine,
+            patience,
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
         let slots = usize::try_from(settings.slots).unwrap_or(usize::MAX);
@@ -89,6 +116,7 @@ impl Work {
                 core,
                 waiting: HashMap::new(),
             }),
+            patience,
             changed: Notify::new(),
             status,
             engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS)),
@@ -149,6 +177,7 @@ impl Work {
 pub(super) struct Shared {
     origin: Instant,
     inner: Mutex<Inner>,
+    pub(super) patience: Patience,
     /// A report may be due earlier than was thought.
     pub(super) changed: Notify,
     status: watch::Sender<Status>,
@@ -326,6 +355,15 @@ pub(super) struct Ticket {
 }
 
 impl Ticket {
+    /// The id under which the engine knows the request: the client's, made unique, since clients
+    /// may use one twice and engines take the second for the first.
+    pub(super) fn engine_id(&self, offer: &Offer) -> String {
+        format!(
+            "{}-{}-{}",
+            offer.request_id, offer.incarnation.start, self.id
+        )
+    }
+
     /// The engine's answer began.
     pub(super) fn first_byte(&self) {
         self.shared.with(|core, now| core.first_byte(now, self.id));

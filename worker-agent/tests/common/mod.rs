@@ -15,7 +15,7 @@ use forebay_proto::wire::work::{Accepted, End, Head, Place, Refused, Trailer};
 use forebay_proto::{Incarnation, Revision, Role, WorkerId};
 use forebay_sim::engine;
 use forebay_worker_agent::core::Settings;
-use forebay_worker_agent::{Setup, Work};
+use forebay_worker_agent::{Patience, Setup, Work};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -163,6 +163,11 @@ pub struct Agent {
 impl Agent {
     /// Ready, beside this engine.
     pub async fn start(engine: &Engine, slots: u32, queue_limit: u32) -> Self {
+        Self::at(engine.address, slots, queue_limit, Patience::default()).await
+    }
+
+    /// Ready, beside the engine at this address.
+    pub async fn at(engine: SocketAddr, slots: u32, queue_limit: u32, patience: Patience) -> Self {
         let cell = Cell::new();
         let endpoint = Endpoint::bind(
             ([127, 0, 0, 1], 0).into(),
@@ -178,7 +183,8 @@ impl Agent {
                 queue_limit,
                 body_budget_bytes: 1 << 20,
             },
-            engine: format!("http://{}", engine.address).parse().unwrap(),
+            engine: format!("http://{engine}").parse().unwrap(),
+            patience,
         };
         let work = Work::start(&endpoint, setup);
         work.apply(Desired::Ready, Revision(9));
