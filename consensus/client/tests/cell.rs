@@ -254,3 +254,26 @@ async fn a_process_with_facts_of_one_cluster_does_not_speak_to_another() {
     assert!(error.contains("another data directory"), "{error}");
     assert_eq!(watching.first().await.cluster_id, held.cluster_id);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_inits_at_once_found_one_cluster() {
+    let mut cell = Cell::start(3).await;
+    let mut one = cell.addresses();
+    let founders = [[5; 16], [6; 16]].map(|id| {
+        one.reverse();
+        let credentials = Credentials::load(&cell.issue(Role::Operator(Level::Admin), "alice"));
+        let endpoint = Endpoint::client(&credentials.unwrap()).unwrap();
+        let client = ControlClient::new(endpoint, one.clone(), ClientId(id), id[0].into());
+        tokio::spawn(async move { client.init(ClusterId(id), DEADLINE).await })
+    });
+    let mut founded = vec![];
+    for founder in founders {
+        founded.extend(founder.await.unwrap());
+    }
+    assert_eq!(founded.len(), 1, "one of them");
+    let admin = cell.client(Role::Operator(Level::Admin), "alice");
+    for (address, status) in admin.probe_all(DEADLINE).await {
+        let found = ClusterId::from_wire(&status.unwrap().cluster_id).unwrap();
+        assert_eq!(found, founded[0].cluster_id, "{address}");
+    }
+}

@@ -80,7 +80,9 @@ pub struct Founding {
     pub cluster_id: ClusterId,
     /// Its members, numbered in the order they were given.
     pub members: Vec<Member>,
-    /// Addresses that have yet to take their place.
+    /// Addresses that have yet to take their place, to be asked one after the other. Every `init` of
+    /// these nodes has the same order, so that of two at once one fails at its first node, having
+    /// changed nothing, instead of each taking some.
     pub missing: Vec<String>,
 }
 
@@ -136,8 +138,12 @@ pub fn plan(drawn: ClusterId, probed: &[Probed]) -> Result<Founding, InitError> 
         };
         cluster_id = Some(unfinished.ok_or_else(initialised)?);
     }
-    let empty = statuses.iter().filter(|(_, status)| !status.initialised);
-    let missing: Vec<String> = empty.map(|(address, _)| (*address).clone()).collect();
+    let mut empty: Vec<_> = statuses.iter().filter(|(_, s)| !s.initialised).collect();
+    empty.sort_by_key(|(_, status)| status.store_id.clone());
+    let missing: Vec<String> = empty
+        .iter()
+        .map(|(address, _)| (*address).clone())
+        .collect();
     if let (true, Some(id), Some((address, _))) = (missing.is_empty(), cluster_id, statuses.first())
     {
         return Err(InitError::Initialised {
@@ -234,6 +240,16 @@ mod tests {
         let founding = plan(DRAWN, &probed).unwrap();
         assert_eq!(founding.cluster_id, ClusterId([8; 16]));
         assert_eq!(founding.missing, ["h2:7400", "h3:7400"]);
+    }
+
+    #[test]
+    fn every_init_asks_the_nodes_in_the_same_order_however_they_were_listed() {
+        let mut probed = three();
+        for _ in 0..probed.len() {
+            probed.rotate_left(1);
+            let missing = plan(DRAWN, &probed).unwrap().missing;
+            assert_eq!(missing, ["h1:7400", "h2:7400", "h3:7400"]);
+        }
     }
 
     #[test]
