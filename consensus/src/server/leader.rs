@@ -278,21 +278,10 @@ impl Leader {
     pub(crate) async fn follow(self) {
         let mut status = self.0.replica.status();
         let mut changes = self.0.published.changes();
-        // The term this node was elected in, and where its log ended when that was first seen.
-        let mut election: Option<(u64, u64)> = None;
+        let mut election = None;
         loop {
             changes.mark_unchanged();
-            let leads = {
-                let status = status.borrow_and_update();
-                election = elected(&status).map(|term| match election {
-                    Some(known) if known.0 == term => known,
-                    Some(_) | None => (term, status.last_index),
-                });
-                // Its first entry is in that log, and with it all that was agreed before. The facts
-                // are published before the status says that they are applied.
-                let begun = election.filter(|(_, end)| status.applied >= *end);
-                begun.map(|(term, _)| term)
-            };
+            let leads = begun(&mut election, &status.borrow_and_update());
             self.settle(leads);
             tokio::select! {
                 changed = status.changed() => if changed.is_err() { return },
@@ -337,6 +326,22 @@ fn elected(status: &Status) -> Option<u64> {
     (status.role == Role::Leader).then_some(status.term)
 }
 
+/// The term in which this node leads and has applied all that was agreed before.
+///
+/// `election` keeps the term it was elected in and where its log ended when that was first seen: its
+/// first entry is in that log, and all that was agreed before lies ahead of it. The facts are
+/// published before the status says that they are applied.
+fn begun(election: &mut Option<(u64, u64)>, status: &Status) -> Option<u64> {
+    let known = elected(status).map(|term| match *election {
+        Some(known) if known.0 == term => known,
+        Some(_) | None => (term, status.last_index),
+    });
+    *election = known;
+    known
+        .filter(|(_, end)| status.applied >= *end)
+        .map(|(term, _)| term)
+}
+
 /// Workers whose agents should be heard.
 fn alive(facts: &wire::Facts) -> impl Iterator<Item = (String, Incarnation)> {
     facts
@@ -355,4 +360,35 @@ fn wall_clock() -> Millis {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reign_begins_when_the_entries_before_it_and_its_own_first_one_are_applied() {
+        let mut election = None;
+        for (role, term, last_index, applied, reigns) in [
+            (Role::Follower, 3, 10, 8, None),
+            (Role::Leader, 4, 11, 8, None),
+            (Role::Leader, 4, 11, 10, None),
+            (Role::Leader, 4, 11, 11, Some(4)),
+            (Role::Leader, 4, 20, 15, Some(4)),
+            (Role::Follower, 5, 20, 15, None),
+            (Role::Leader, 6, 21, 20, None),
+            (Role::Leader, 6, 21, 21, Some(6)),
+            (Role::Leader, 8, 23, 21, None),
+            (Role::Leader, 8, 23, 23, Some(8)),
+        ] {
+            let status = Status {
+                role,
+                term,
+                last_index,
+                applied,
+                ..Status::default()
+            };
+            assert_eq!(begun(&mut election, &status), reigns, "{status:?}");
+        }
+    }
 }
