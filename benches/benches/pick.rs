@@ -1,0 +1,100 @@
+//! Question: what does picking a worker cost as the fleet grows, and how much of it is more than
+//! looking at every load once?
+//!
+//! Workload: N workers of 64 slots, random loads, 8 own bookings on each; one model. Reference: the
+//! least of N loads in a plain vector. Machine and ratio are printed; `cargo bench -p forebay-benches
+//! --bench pick`.
+
+#![allow(clippy::print_stdout)] // a benchmark's result
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use forebay_benches::Timed;
+use forebay_proto::fleet::WorkerSpec;
+use forebay_proto::wire::fleet::Desired;
+use forebay_proto::{Incarnation, Now, Revision, WorkerId};
+use forebay_scheduler::{Acceptance, Known, Load, View};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+const PICKS: usize = 20_000;
+
+fn incarnation(worker: u32) -> Incarnation {
+    Incarnation {
+        worker: WorkerId(worker),
+        grant: 1,
+        start: 1,
+    }
+}
+
+fn known(worker: u32) -> Known {
+    Known {
+        name: format!("w{worker}"),
+        incarnation: incarnation(worker),
+        spec: WorkerSpec {
+            pool: "default".into(),
+            advertise: "10.0.0.1:7420".into(),
+            engine: "vllm".into(),
+            models: vec!["m".into()],
+            revision: String::new(),
+            gpu_type: String::new(),
+            gpu_count: 1,
+            kv_tokens: 0,
+            max_context_tokens: 0,
+            adapters: vec![],
+            zone: String::new(),
+            labels: std::collections::BTreeMap::new(),
+            slots: 64,
+        },
+        desired: Desired::Ready,
+        departed: false,
+    }
+}
+
+fn world(workers: u32, rng: &mut StdRng) -> View {
+    let mut view = View::default();
+    view.set_known((1..=workers).map(known));
+    for worker in 1..=workers {
+        view.connected(Now::default(), incarnation(worker));
+        let load = Load {
+            incarnation: incarnation(worker),
+            seq: 1,
+            acceptance: Acceptance::Open,
+            running: rng.random_range(0..56),
+            queued: 0,
+            slots: 64,
+            queue_limit: 64,
+            service: Duration::from_secs(2),
+            facts_revision: Revision(1),
+            interval: Duration::from_millis(250),
+        };
+        view.report(Now::default(), load);
+        for _ in 0..8 {
+            view.book(WorkerId(worker));
+        }
+    }
+    view
+}
+
+fn main() {
+    println!(
+        "{:>8} {:>12} {:>12} {:>12} {:>8}",
+        "workers", "p50", "p99", "plain p50", "ratio"
+    );
+    for workers in [10, 100, 1_000] {
+        let mut rng = StdRng::seed_from_u64(1);
+        let view = world(workers, &mut rng);
+        let picked = Timed::run(PICKS, || {
+            black_box(view.pick(Now::default(), "m", &[], &mut rng)).expect("all are open");
+        });
+        let loads: Vec<(u32, u64)> = (0..workers).map(|_| rng.random()).collect();
+        let plain = Timed::run(PICKS, || {
+            black_box(black_box(&loads).iter().min());
+        });
+        let (p50, p99) = (picked.quantile(0.5), picked.quantile(0.99));
+        let reference = plain.quantile(0.5);
+        let ratio = p50.as_secs_f64() / reference.as_secs_f64();
+        println!("{workers:>8} {p50:>12?} {p99:>12?} {reference:>12?} {ratio:>8.1}");
+    }
+}
