@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use forebay_control_client::{ControlClient, NodeError};
+use forebay_control_client::{ClientError, ControlClient, Facts, NodeError};
 use forebay_link::{BindError, Endpoint};
 use forebay_proto::wire::control::NodeStatus;
 use forebay_proto::wire::fleet::{Desired, Observed};
@@ -50,6 +50,16 @@ impl Asked {
             endpoint,
             control: context.control,
         })
+    }
+
+    /// The facts as a majority has them.
+    ///
+    /// # Errors
+    ///
+    /// Says what each node answered. Nothing can have happened: a read changes nothing.
+    pub(crate) async fn read(&self) -> Result<Facts, CliError> {
+        let facts = self.client.read(self.timeout).await;
+        facts.map_err(of_read)
     }
 
     /// Every node that the context or any node names; works without a quorum.
@@ -125,6 +135,34 @@ impl Node {
         self.status
             .as_ref()
             .is_ok_and(|status| status.initialised && status.leader == status.node_id)
+    }
+}
+
+/// What a read's failure means: whoever leads would have answered.
+pub(crate) fn of_read(error: ClientError) -> CliError {
+    let (ClientError::NoQuorum { tried } | ClientError::DeadlineExceeded { tried }) = &error else {
+        return error.into();
+    };
+    let said: Vec<String> = tried
+        .0
+        .iter()
+        .map(|(address, error)| format!("{address} {}", without_address(address, error)))
+        .collect();
+    CliError::because(
+        Exit::Unreachable,
+        format!(
+            "no control node leads with a majority behind it: start the missing ones, or check addresses and certificates of the context ({})",
+            said.join("; ")
+        ),
+    )
+}
+
+/// A node's problem for a place that names its address already.
+pub(crate) fn without_address(address: &str, error: &NodeError) -> String {
+    let problem = error.to_string();
+    match problem.strip_prefix(address) {
+        Some(rest) => rest.trim_start().to_owned(),
+        None => problem,
     }
 }
 

@@ -103,7 +103,7 @@ fn show(args: &ShowArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;
-        let facts = asked.client.read(asked.timeout).await?;
+        let facts = asked.read().await?;
         let shown = Shown {
             schema_version: 1,
             revision: facts.config_revision,
@@ -129,7 +129,7 @@ fn apply(args: &ApplyArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;
-        let facts = asked.client.read(asked.timeout).await?;
+        let facts = asked.read().await?;
         let expected = args.expected_revision.unwrap_or(facts.config_revision.0);
         let action = Action::ApplyConfig(ApplyConfig {
             config: document.to_wire(),

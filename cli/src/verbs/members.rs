@@ -4,7 +4,7 @@ use clap::Args;
 use forebay_proto::{NodeId, StoreId};
 use serde::Serialize;
 
-use super::ask::{Asked, Node};
+use super::ask::{Asked, Node, without_address};
 use crate::context::ContextArgs;
 use crate::exit::{CliError, Exit};
 use crate::output::{OutputArgs, table};
@@ -66,7 +66,7 @@ impl Row {
                 .or(known_store),
             build: status.map(|status| status.build.clone()),
             error: match &node.status {
-                Err(error) => Some(error.to_string()),
+                Err(error) => Some(without_address(&node.address, error)),
                 Ok(_) => problem.filter(|problem| !problem.is_empty()),
             },
         }

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
-use forebay_control_client::{ClientError, Facts};
+use forebay_control_client::Facts;
 use forebay_proto::wire::fleet::Observed;
 use forebay_proto::{ClusterId, Revision};
 use serde::Serialize;
 
-use super::ask::Asked;
+use super::ask::{Asked, of_read};
 use super::members::Row;
 use super::workers::state;
 use crate::context::ContextArgs;
-use crate::exit::{CliError, Exit};
+use crate::exit::CliError;
 use crate::output::{OutputArgs, table};
 
 /// Options of `forebay status`.
@@ -80,22 +80,19 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), CliError> {
         let asked = Asked::new(context)?;
         // In this order: a read waits for an election, and the nodes then know who won it.
         let facts = asked.client.read(asked.timeout.min(READ_TIME)).await;
+        let facts = facts.map_err(of_read);
         let nodes = asked.nodes().await;
         let rows: Vec<Row> = nodes.iter().map(Row::of).collect();
         let status = status(rows, &facts);
         args.output.print(&status, || page(&status));
-        match facts {
-            Ok(_) => Ok(()),
-            // Whoever leads would have answered.
-            Err(error @ ClientError::DeadlineExceeded { .. }) => {
-                Err(CliError::because(Exit::Unreachable, error.to_string()))
-            }
-            Err(error) => Err(error.into()),
-        }
+        // The page has said why; a script that reads none of it sees the exit code.
+        facts.map(drop).map_err(|error| {
+            CliError::because(error.exit(), "the facts cannot be read: see the problems")
+        })
     })
 }
 
-fn status(nodes: Vec<Row>, facts: &Result<Facts, ClientError>) -> Status {
+fn status(nodes: Vec<Row>, facts: &Result<Facts, CliError>) -> Status {
     let leader = nodes
         .iter()
         .filter(|row| row.leader)
@@ -141,7 +138,7 @@ fn status(nodes: Vec<Row>, facts: &Result<Facts, ClientError>) -> Status {
     status
 }
 
-fn of_control(nodes: &[Row], facts: &Result<Facts, ClientError>) -> Vec<Problem> {
+fn of_control(nodes: &[Row], facts: &Result<Facts, CliError>) -> Vec<Problem> {
     let mut problems = vec![];
     if let Err(error) = facts {
         problems.push(Problem::new(
@@ -150,21 +147,19 @@ fn of_control(nodes: &[Row], facts: &Result<Facts, ClientError>) -> Vec<Problem>
         ));
     }
     for row in nodes {
+        // Nobody who answers knows the name of a node that does not.
         let name = if row.name.is_empty() {
-            &row.address
+            format!("control node at {}", row.address)
         } else {
-            &row.name
+            format!("control node {} at {}", row.name, row.address)
         };
         match (&row.error, row.reachable) {
             (Some(error), false) => problems.push(Problem::new(
-                format!(
-                    "control node {name} at {} is not reachable: {error}",
-                    row.address
-                ),
-                "start it, or look at its logs and the network between",
+                format!("{name} is not reachable: {error}"),
+                "start it, or look at its logs, the network between, and our certificate",
             )),
             (Some(problem), true) => problems.push(Problem::new(
-                format!("control node {name} does not take part"),
+                format!("{name} does not take part"),
                 problem.clone(),
             )),
             (None, _) => {}

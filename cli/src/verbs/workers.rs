@@ -91,7 +91,7 @@ pub(crate) fn run(args: &WorkersArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;
-        let facts = asked.client.read(asked.timeout).await?;
+        let facts = asked.read().await?;
         let workers = Workers {
             schema_version: 1,
             revision: facts.revision,
