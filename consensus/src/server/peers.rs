@@ -21,11 +21,16 @@ use crate::store::{ClusterFile, MemberRecord};
 
 /// Messages that wait for one peer; more are dropped, which Raft takes as loss.
 const MAX_WAITING: usize = 1_024;
+/// Of them, places that only snapshots may take: one that is lost without a report leaves its peer
+/// without any message for ever, and Raft makes no second one before the report.
+const KEPT_FOR_SNAPSHOTS: usize = 4;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 const LEAST_BACKOFF: Duration = Duration::from_millis(50);
 const MOST_BACKOFF: Duration = Duration::from_millis(500);
 /// A peer that takes nothing for so long is taken for gone.
 const SEND_PATIENCE: Duration = Duration::from_secs(2);
+/// And one that has not taken a snapshot by then gets another.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(60);
 
 type Replica = ReplicaHandle<Applied>;
 
@@ -52,7 +57,9 @@ impl Peers {
             queues.push((member.clone(), receiver));
         }
         let outbound = move |to: NodeId, message: Message| {
-            if let Some(queue) = senders.get(&to) {
+            if let Some(queue) = senders.get(&to)
+                && (message.has_snapshot() || queue.capacity() > KEPT_FOR_SNAPSHOTS)
+            {
                 // Full: the peer's task reports it unreachable, and Raft sends again.
                 let _ = queue.try_send(message);
             }
@@ -179,9 +186,9 @@ impl PeerTask {
                 // Read to its end by the peer: `None`.
                 stream.stopped().await.is_none().then_some(())
             };
-            let report = match sent.await {
-                Some(()) => SnapshotReport::Delivered,
-                None => SnapshotReport::Failed,
+            let report = match tokio::time::timeout(SNAPSHOT_PATIENCE, sent).await {
+                Ok(Some(())) => SnapshotReport::Delivered,
+                Ok(None) | Err(_) => SnapshotReport::Failed,
             };
             replica.report_snapshot(peer, report).await;
         });
@@ -300,5 +307,33 @@ fn lost_disk(shared: &Shared, hello: &Hello) {
              history could begin. Put the old disk back; see docs/operators.md, \"A lost disk\"",
             shared.name, shared.store_id
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_finds_room_in_a_queue_that_is_full_of_other_messages() {
+        let member = |id| MemberRecord {
+            id: NodeId(id),
+            name: format!("c{id}"),
+            address: String::new(),
+            store_id: StoreId([1; 16]),
+        };
+        let members = vec![member(1), member(2)];
+        let cluster = ClusterFile::new(ClusterId([1; 16]), NodeId(1), "c1".into(), members);
+        let (mut peers, mut outbound) = Peers::new(&cluster);
+        for _ in 0..2 * MAX_WAITING {
+            outbound(NodeId(2), Message::default());
+        }
+        let mut snapshot = Message::default();
+        snapshot.mut_snapshot().data = vec![1].into();
+        outbound(NodeId(2), snapshot);
+        let queue = &mut peers.queues[0].1;
+        assert!(queue.len() < MAX_WAITING);
+        let waiting: Vec<Message> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+        assert!(waiting.last().is_some_and(Message::has_snapshot));
     }
 }
