@@ -187,6 +187,11 @@ fn a_ca_is_made_once_and_issues_what_a_context_needs() {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
+    check(
+        &flags("workers"),
+        7,
+        &["(127.0.0.1:9 does not answer)", "context"],
+    );
     let output = forebay(&flags("status"));
     assert_eq!(output.status.code(), Some(7));
     assert!(String::from_utf8_lossy(&output.stdout).contains("quorum    no"));
