@@ -326,6 +326,24 @@ async fn a_failed_sync_ends_the_replica_with_the_reason_and_acknowledges_nothing
     assert!(matches!(*reason, StopReason::Store(_)), "{reason}");
 }
 
+#[tokio::test]
+async fn the_state_on_disk_is_shown_before_the_replica_can_be_asked() {
+    let temp = tempfile::tempdir().unwrap();
+    let (store, mut restored) = open(temp.path(), 1, 1, StoreOptions::default());
+    restored.snapshot.data = "kept".into();
+    let shown = Shown::default();
+    let seen = shown.clone();
+    let hook = move |machine: &Lines, _: u64, _: &[Applied<usize>]| {
+        // As slow as a publication may be.
+        std::thread::sleep(Duration::from_millis(50));
+        seen.lock().clone_from(&machine.0);
+    };
+    let opened = (store, restored);
+    let handle = start(options(), opened, Lines::default(), |_, _| (), hook).unwrap();
+    assert_eq!(*shown.lock(), ["kept"]);
+    handle.stop().await;
+}
+
 struct Bomb;
 
 impl Machine for Bomb {

@@ -53,9 +53,21 @@ struct Reign {
     /// The term, while this node leads.
     term: Option<u64>,
     leases: Leases,
+    /// Revision of the facts that the leases follow.
+    followed: u64,
     /// Cell time when the reign began, and when that was.
     cell_time: Millis,
     began: Now,
+}
+
+impl Reign {
+    /// Keeps the leases with the facts; most of what wakes the leader changes no fact.
+    fn follow(&mut self, now: Now, facts: &wire::Facts) {
+        if self.followed != facts.revision {
+            self.leases.follow(now, alive(facts));
+            self.followed = facts.revision;
+        }
+    }
 }
 
 struct Observing {
@@ -219,8 +231,7 @@ impl Leader {
             return Some(taken);
         }
         // Registered a moment ago, perhaps.
-        let facts = self.0.published.facts();
-        reign.leases.follow(now, alive(&facts));
+        reign.follow(now, &self.0.published.facts());
         Some(renew(&mut reign.leases, now))
     }
 
@@ -298,6 +309,7 @@ impl Leader {
         if reign.term != leads {
             reign.term = leads;
             reign.leases.became_leader(now, alive(&facts));
+            reign.followed = facts.revision;
             reign.cell_time = Millis(facts.cell_time_ms);
             reign.began = now;
             if facts.cell_time_ms == 0 {
@@ -307,7 +319,7 @@ impl Leader {
             }
             self.0.reigns.send_replace(leads);
         } else if leads.is_some() {
-            reign.leases.follow(now, alive(&facts));
+            reign.follow(now, &facts);
         }
     }
 
