@@ -82,13 +82,7 @@ pub(super) fn program() -> String {
     if found.and_then(|file| file.canonicalize().ok()).as_ref() == Some(&own) {
         return NAME.into();
     }
-    // From where the user stands it may be shorter.
-    let here = std::env::current_dir().and_then(|dir| dir.canonicalize());
-    let near = here.ok().and_then(|here| own.strip_prefix(here).ok());
-    quoted(&match near {
-        Some(near) => format!("./{}", near.display()),
-        None => own.display().to_string(),
-    })
+    quoted(&own.display().to_string())
 }
 
 const NAME: &str = "forebay";
