@@ -17,6 +17,7 @@ use crate::replica::ReplicaOptions;
 mod crowd;
 mod founding;
 mod leases;
+mod strangers;
 mod watching;
 
 const PATIENCE: Duration = Duration::from_secs(3);
