@@ -16,7 +16,7 @@ use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::command::Action;
 use forebay_proto::wire::fleet::{self, Observed};
 use forebay_proto::{ClientId, ClusterId, Incarnation, Level, Role};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -27,6 +27,8 @@ struct Cell {
     directory: tempfile::TempDir,
     authority: Authority,
     nodes: Vec<ControlNode>,
+    /// Stops the node of the same number when it is dropped.
+    stops: Vec<Option<oneshot::Sender<()>>>,
     clients: AtomicU8,
 }
 
@@ -36,6 +38,7 @@ impl Cell {
             directory: tempfile::tempdir().unwrap(),
             authority: Authority::create("test", 1).unwrap(),
             nodes: vec![],
+            stops: vec![],
             clients: AtomicU8::new(1),
         };
         for number in 0..nodes {
@@ -51,7 +54,9 @@ impl Cell {
                 ..Settings::default()
             };
             let node = start_with(config, settings).await.unwrap();
-            tokio::spawn(node.clone().run(std::future::pending()));
+            let (stop, stopped) = oneshot::channel::<()>();
+            tokio::spawn(node.clone().run(async move { drop(stopped.await) }));
+            cell.stops.push(Some(stop));
             let member = node.clone();
             tokio::spawn(async move {
                 let leader = member.leader().await.unwrap();
@@ -210,4 +215,27 @@ async fn a_pool_that_falls_silent_at_once_is_an_alarm_and_nobody_is_lost() {
         back.push(cell.agent(name, Some((incarnation, 1))).await);
     }
     until(&mut watching, &[], &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_leader_counts_silence_from_its_own_beginning() {
+    let mut cell = Cell::start(3).await;
+    let admin = cell.client(Role::Operator(Level::Admin), "alice");
+    admin.init(ClusterId([5; 16]), DEADLINE).await.unwrap();
+    let mut watching = cell.client(Role::Balancer, "b1").spawn_watch(None);
+    let _living = cell.agent("w1", None).await;
+    let silent = cell.agent("w2", None).await;
+    until(&mut watching, &[], &[]).await;
+    let at = watching.first().await.cell_time;
+
+    drop(silent);
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let leads = cell.nodes.iter().map(|node| node.status().role == "leader");
+    let leader = leads.collect::<Vec<_>>().iter().position(|leads| *leads);
+    drop(cell.stops[leader.unwrap()].take());
+    let after = until(&mut watching, &["w2"], &[]).await;
+    assert!(after >= Duration::from_millis(2_500), "{after:?}");
+    // Cell time went on over the change of leaders, at the pace of the leases.
+    let passed = watching.first().await.cell_time.0 - at.0;
+    assert!(passed >= 4 * 2_500, "{passed} ms");
 }
