@@ -82,6 +82,9 @@ pub(crate) struct Worker {
     heard: Now,
     pub(crate) load: Option<Load>,
     bookings: BTreeMap<u64, Booking>,
+    /// What the bookings add to the report that is held; kept by [`Worker::settle`], because every
+    /// pick asks every worker.
+    beyond: i64,
 }
 
 impl Worker {
@@ -109,17 +112,11 @@ impl Worker {
 
     /// What a new request would find: the last report and what is known beyond it.
     pub(crate) fn queueing(&self) -> Queueing {
-        let seq = self.load.map_or(0, |load| load.seq);
         let reported = self
             .load
             .map_or(0, |load| i64::from(load.running) + i64::from(load.queued));
-        let beyond: i64 = self
-            .bookings
-            .values()
-            .map(|booking| booking.beyond(seq))
-            .sum();
         Queueing {
-            present: u32::try_from((reported + beyond).max(0)).unwrap_or(u32::MAX),
+            present: u32::try_from((reported + self.beyond).max(0)).unwrap_or(u32::MAX),
             slots: self.load.map_or(self.known.spec.slots, |load| load.slots),
             service: self.load.map_or(Duration::ZERO, |load| load.service),
         }
@@ -132,10 +129,16 @@ impl Worker {
         queueing.present >= queueing.slots.saturating_add(queue_limit)
     }
 
+    /// After any change of bookings or report: forgets what is over and counts the rest.
     fn settle(&mut self) {
         let seq = self.load.map_or(0, |load| load.seq);
         self.bookings
             .retain(|_, booking| booking.released.is_none_or(|released| released > seq));
+        self.beyond = self
+            .bookings
+            .values()
+            .map(|booking| booking.beyond(seq))
+            .sum();
     }
 }
 
@@ -163,6 +166,7 @@ impl View {
                         heard: Now::default(),
                         load: None,
                         bookings: BTreeMap::new(),
+                        beyond: 0,
                     };
                     self.workers.insert(id, worker);
                 }
@@ -188,6 +192,7 @@ impl View {
         if worker.connected != Some(incarnation) {
             worker.load = None;
             worker.bookings.clear();
+            worker.settle();
         }
         worker.connected = Some(incarnation);
         worker.heard = now;
@@ -201,6 +206,7 @@ impl View {
         {
             worker.connected = None;
             worker.load = None;
+            worker.settle();
         }
     }
 
@@ -236,15 +242,20 @@ impl View {
         let number = self.next_booking;
         if let Some(worker) = self.workers.get_mut(&worker) {
             worker.bookings.insert(number, Booking::default());
+            worker.settle();
         }
         BookingId { worker, number }
     }
 
     /// The agent took it; reports from `report_seq` on contain it.
     pub fn accepted(&mut self, id: BookingId, report_seq: u64) {
-        if let Some(booking) = self.booking(id) {
+        let Some(worker) = self.workers.get_mut(&id.worker) else {
+            return;
+        };
+        if let Some(booking) = worker.bookings.get_mut(&id.number) {
             booking.accepted = Some(report_seq);
         }
+        worker.settle();
     }
 
     /// It is over. With the trailer's `report_seq` it is taken off until a report says so; without
@@ -256,19 +267,12 @@ impl View {
         match (worker.bookings.get_mut(&id.number), report_seq) {
             (Some(booking), Some(seq)) if booking.accepted.is_some() => {
                 booking.released = Some(seq);
-                worker.settle();
             }
             _ => {
                 worker.bookings.remove(&id.number);
             }
         }
-    }
-
-    fn booking(&mut self, id: BookingId) -> Option<&mut Booking> {
-        self.workers
-            .get_mut(&id.worker)?
-            .bookings
-            .get_mut(&id.number)
+        worker.settle();
     }
 
     /// Bookings that are not released, of one worker or of all.
