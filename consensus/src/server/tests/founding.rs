@@ -103,3 +103,52 @@ fn a_disk_that_fails_at_init_ends_the_node_with_the_reason() {
         assert_eq!(watcher.status().role, "stopped");
     });
 }
+
+#[test]
+fn a_disk_that_fails_at_work_ends_the_node_with_the_reason() {
+    let cell = Cell::new(0);
+    let config = Config {
+        data_dir: cell.disk(0),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        credentials: cell.paths(Role::Control, "c1"),
+        replica: ReplicaOptions {
+            snapshot_entries: 5,
+            ..ReplicaOptions::default()
+        },
+    };
+    let snapshots = config.data_dir.join("snapshots");
+    cell.runtime.block_on(async {
+        let node = start_with(config, Settings::default()).await.unwrap();
+        let member = wire::Member {
+            id: 1,
+            name: "c1".into(),
+            address: node.local_addr().unwrap().to_string(),
+            store_id: node.status().store_id,
+        };
+        let request = control::Bootstrap {
+            cluster_id: vec![1; 16].into(),
+            members: vec![member],
+        };
+        let founded = super::super::bootstrap::bootstrap(&node.shared, &request).await;
+        assert!(founded.is_ok(), "{founded:?}");
+        let leader = node.leader().await.unwrap();
+        std::fs::remove_dir_all(&snapshots).unwrap();
+        std::fs::write(&snapshots, "in the way").unwrap();
+        let proposer = leader.clone();
+        tokio::spawn(async move {
+            let nobody = wire::RemoveWorker::default();
+            while !proposer.leads(tokio::time::Instant::now()).await {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            while proposer
+                .propose(Action::Remove(nobody.clone()), "")
+                .await
+                .is_ok()
+            {}
+        });
+        let ended = tokio::time::timeout(PATIENCE, node.run(std::future::pending())).await;
+        let reason = ended.expect("it ends").unwrap_err().to_string();
+        assert!(reason.contains("snapshots"), "{reason}");
+        assert!(!leader.is_leader(), "it does not go on as a leader");
+    });
+}
