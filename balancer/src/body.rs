@@ -30,17 +30,39 @@ impl Read {
     }
 }
 
-pub(crate) async fn read(shared: &Arc<Shared>, mut body: Incoming) -> Result<Read, ApiError> {
+/// Why there is no body.
+pub(crate) enum Unread {
+    Refused(ApiError),
+    /// It ended early; its client has most likely left.
+    BrokeOff,
+}
+
+impl From<ApiError> for Unread {
+    fn from(error: ApiError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl Unread {
+    pub(crate) fn error(self) -> ApiError {
+        match self {
+            Self::Refused(error) => error,
+            Self::BrokeOff => broken(),
+        }
+    }
+}
+
+pub(crate) async fn read(shared: &Arc<Shared>, mut body: Incoming) -> Result<Read, Unread> {
     let limit = shared.settings.max_body_bytes;
     let mut budget = shared.hold_body();
     let hint = body.size_hint();
     if hint.lower() > limit {
-        return Err(too_large(limit));
+        return Err(too_large(limit).into());
     }
     // What is announced is taken at once, so that bodies do not fail half way.
     let mut held = hint.lower();
     if !budget.take(held) {
-        return Err(no_memory());
+        return Err(no_memory().into());
     }
     let mut text = BytesMut::new();
     let mut only: Option<Bytes> = None;
@@ -49,17 +71,17 @@ pub(crate) async fn read(shared: &Arc<Shared>, mut body: Incoming) -> Result<Rea
         let soon = (Instant::now() + shared.settings.limits.body_pause).min(until);
         let frame = timeout_at(soon, body.frame()).await.map_err(|_| slow())?;
         let Some(frame) = frame else { break };
-        let frame = frame.map_err(|_| broken())?;
+        let frame = frame.map_err(|_| Unread::BrokeOff)?;
         let Ok(piece) = frame.into_data() else {
             continue;
         };
         let size = (text.len() + only.as_ref().map_or(0, Bytes::len) + piece.len()) as u64;
         if size > limit {
-            return Err(too_large(limit));
+            return Err(too_large(limit).into());
         }
         if size > held {
             if !budget.take(size - held) {
-                return Err(no_memory());
+                return Err(no_memory().into());
             }
             held = size;
         }

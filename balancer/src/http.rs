@@ -17,7 +17,7 @@ use rand::Rng;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use crate::body;
+use crate::body::{self, Unread};
 use crate::core::auth::Principal;
 use crate::core::error::{ApiError, Code};
 use crate::core::{head, request_id};
@@ -139,10 +139,13 @@ async fn place(
     };
     let (body, head, facts, model, pool_name) = match prepared.await {
         Ok(prepared) => prepared,
-        Err(error) => {
-            let error: ApiError = error;
-            tracked.ended(Outcome::Error(error.code.row().code));
-            return Err(error);
+        Err(unread) => {
+            let unread: Unread = unread;
+            // Who left in the middle has given no wrong body.
+            if let Unread::Refused(error) = &unread {
+                tracked.ended(Outcome::Error(error.code.row().code));
+            }
+            return Err(unread.error());
         }
     };
     tracked.asks_for(&model);

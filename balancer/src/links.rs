@@ -12,6 +12,7 @@ use forebay_proto::{Incarnation, Role, WorkerId};
 use forebay_scheduler::Load;
 use tokio::task::JoinHandle;
 
+use crate::core::dispatch::LinkNumber;
 use crate::fleet::Fleet;
 use crate::shared::Shared;
 
@@ -144,14 +145,10 @@ impl Keeper {
             link.close(Code::Identity, "that is another worker's id");
             return;
         }
-        let serves = self
-            .shared
-            .change(|dispatch, now| dispatch.connected(now, incarnation, &self.name, link.clone()));
-        if !serves {
+        let Some(standing) = Standing::new(self, incarnation, link) else {
             link.close(Code::Superseded, "a later start of this worker is known");
             return;
-        }
-        let _standing = Standing::new(self, incarnation);
+        };
         self.shared.tried.lock().insert(self.name.to_string());
         tracing::info!(worker = %self.name, %incarnation, "connected");
         let closed = loop {
@@ -165,6 +162,7 @@ impl Keeper {
                 Err(closed) => break closed,
             }
         };
+        drop(standing);
         tracing::info!(worker = %self.name, %incarnation, %closed, "disconnected");
     }
 
@@ -181,15 +179,21 @@ impl Keeper {
 struct Standing<'a> {
     keeper: &'a Keeper,
     incarnation: Incarnation,
+    number: LinkNumber,
 }
 
 impl<'a> Standing<'a> {
-    fn new(keeper: &'a Keeper, incarnation: Incarnation) -> Self {
-        keeper.shared.metrics.links.inc();
-        Self {
+    /// None: a later start is known.
+    fn new(keeper: &'a Keeper, incarnation: Incarnation, link: &Link) -> Option<Self> {
+        let Keeper { shared, name, .. } = keeper;
+        let number = shared
+            .change(|dispatch, now| dispatch.connected(now, incarnation, name, link.clone()))?;
+        shared.metrics.links.inc();
+        Some(Self {
             keeper,
             incarnation,
-        }
+            number,
+        })
     }
 }
 
@@ -197,7 +201,7 @@ impl Drop for Standing<'_> {
     fn drop(&mut self) {
         let shared = &self.keeper.shared;
         shared.metrics.links.dec();
-        shared.change(|dispatch, _| dispatch.disconnected(self.incarnation));
+        shared.change(|dispatch, _| dispatch.disconnected(self.incarnation, self.number));
     }
 }
 

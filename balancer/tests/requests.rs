@@ -427,3 +427,20 @@ async fn all_who_wait_for_a_model_are_told_together_that_nobody_is_left() {
     let took = began.elapsed();
     assert!(took < Duration::from_secs(4), "{took:?}");
 }
+
+#[tokio::test]
+async fn a_client_that_leaves_while_it_sends_counts_as_cancelled_not_as_wrong() {
+    let world = World::with(1).await;
+    let mut client = world.client().await;
+    client
+        .send("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        .await;
+    world
+        .until("/debug/bookings", |_, text| text.contains("\"inflight\":1"))
+        .await;
+    drop(client);
+    world.settles().await;
+    let (_, metrics) = world.page("/metrics").await;
+    assert!(metrics.contains("requests_total{outcome=\"cancelled_queued\"} 1\n"));
+    assert!(!metrics.contains("invalid_json"));
+}

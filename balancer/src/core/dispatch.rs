@@ -44,7 +44,12 @@ struct Waiter<W> {
     wake: W,
 }
 
+/// One link of all that ever stood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LinkNumber(u64);
+
 struct Connected<L> {
+    number: LinkNumber,
     incarnation: Incarnation,
     name: Arc<str>,
     link: L,
@@ -55,6 +60,7 @@ pub(crate) struct Dispatch<L, W> {
     links: BTreeMap<WorkerId, Connected<L>>,
     queues: BTreeMap<Arc<str>, VecDeque<Waiter<W>>>,
     arrivals: u64,
+    links_made: u64,
     rng: StdRng,
 }
 
@@ -65,6 +71,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             links: BTreeMap::new(),
             queues: BTreeMap::new(),
             arrivals: 0,
+            links_made: 0,
             rng,
         }
     }
@@ -94,33 +101,36 @@ impl<L: Clone, W> Dispatch<L, W> {
         self.links.iter().filter_map(dead).collect()
     }
 
-    /// A link stands. Returns whether it may serve.
+    /// A link stands. Returns its number if it may serve.
     pub(crate) fn connected(
         &mut self,
         now: Now,
         incarnation: Incarnation,
         name: &Arc<str>,
         link: L,
-    ) -> bool {
-        let serves = self.view.connected(now, incarnation);
-        if serves {
-            let name = name.clone();
-            let connected = Connected {
-                incarnation,
-                name,
-                link,
-            };
-            self.links.insert(incarnation.worker, connected);
+    ) -> Option<LinkNumber> {
+        if !self.view.connected(now, incarnation) {
+            return None;
         }
-        serves
+        self.links_made += 1;
+        let number = LinkNumber(self.links_made);
+        let connected = Connected {
+            number,
+            incarnation,
+            name: name.clone(),
+            link,
+        };
+        self.links.insert(incarnation.worker, connected);
+        Some(number)
     }
 
-    pub(crate) fn disconnected(&mut self, incarnation: Incarnation) {
-        self.view.disconnected(incarnation);
+    /// A link is gone; unless another took its place meanwhile, so is the worker.
+    pub(crate) fn disconnected(&mut self, incarnation: Incarnation, number: LinkNumber) {
         if let Some(connected) = self.links.get(&incarnation.worker)
-            && connected.incarnation == incarnation
+            && connected.number == number
         {
             self.links.remove(&incarnation.worker);
+            self.view.disconnected(incarnation);
         }
     }
 

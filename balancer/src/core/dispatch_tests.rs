@@ -64,12 +64,12 @@ impl World {
         world
     }
 
-    fn connect(&mut self, id: u32, start: u32) {
+    fn connect(&mut self, id: u32, start: u32) -> LinkNumber {
         let name = format!("w{id}").into();
-        assert!(
-            self.dispatch
-                .connected(NOW, incarnation(id, start), &name, id)
-        );
+        let number = self
+            .dispatch
+            .connected(NOW, incarnation(id, start), &name, id)
+            .unwrap();
         self.seq += 1;
         let load = Load {
             incarnation: incarnation(id, start),
@@ -84,6 +84,7 @@ impl World {
             interval: Duration::from_secs(1),
         };
         assert!(self.dispatch.report(NOW, load));
+        number
     }
 
     fn ask(&mut self, model: &str, tried: &[Incarnation]) -> Ask {
@@ -199,7 +200,19 @@ fn who_waits_behind_others_is_told_at_once_when_nobody_is_left_to_wait_for() {
     let second = world.wait("second", "m");
     let why = world.dispatch.place(NOW, &second).err();
     assert_eq!(why, Some(NoChoice::Busy));
-    world.dispatch.disconnected(incarnation(1, 1));
+    let number = world.connect(1, 1);
+    world.dispatch.disconnected(incarnation(1, 1), number);
     let why = world.dispatch.place(NOW, &second).err();
     assert_eq!(why, Some(NoChoice::NoCapacity));
+}
+
+#[test]
+fn an_end_that_comes_late_does_not_take_the_next_link_down() {
+    let mut world = World::new(&["m"]);
+    let first = world.connect(1, 1);
+    let second = world.connect(1, 1);
+    world.dispatch.disconnected(incarnation(1, 1), first);
+    assert!(world.place("m").is_some());
+    world.dispatch.disconnected(incarnation(1, 1), second);
+    assert!(world.place("m").is_none());
 }
