@@ -47,6 +47,8 @@ pub(crate) struct ReplyHead {
 pub(crate) const EVENTS_AHEAD: usize = 8;
 /// How long a model without any reachable worker is waited for.
 const GRACE: Duration = Duration::from_secs(2);
+/// Until those that refused are asked once more.
+const AFTER_REFUSALS: Duration = Duration::from_millis(10);
 /// A waiting request looks for itself this often, for changes that are no events.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -157,12 +159,21 @@ impl Exchange {
             self.shared.metrics.decided(began.elapsed());
             return Ok(placement);
         }
-        // All that may be asked have been: from here on, refusals are forgotten.
-        line.refused.clear();
-        let ask = line.ask(self, false);
         let _queued = Queued::new(&self.shared);
+        let queue_limit = self.pool.queue_limit;
+        if !line.refused.is_empty() {
+            // Those that can be asked have refused. They are asked again, but not in a tight loop:
+            // some reasons, such as memory for bodies, are not seen in a report.
+            let avoiding = line.ask(self, true);
+            let mut place = Waiting::join(&self.shared, &avoiding, queue_limit)?;
+            if let Ok(Ok(placement)) = timeout(AFTER_REFUSALS, &mut place.woken).await {
+                return Ok(placement);
+            }
+            line.refused.clear();
+        }
+        let ask = line.ask(self, false);
         let mut without_capacity: Option<Instant> = None;
-        let mut place = Waiting::join(&self.shared, &ask, self.pool.queue_limit)?;
+        let mut place = Waiting::join(&self.shared, &ask, queue_limit)?;
         loop {
             let left = line.until.saturating_duration_since(Instant::now());
             match timeout(left.min(LOOK), &mut place.woken).await {

@@ -444,3 +444,15 @@ async fn a_client_that_leaves_while_it_sends_counts_as_cancelled_not_as_wrong() 
     assert!(metrics.contains("requests_total{outcome=\"cancelled_queued\"} 1\n"));
     assert!(!metrics.contains("invalid_json"));
 }
+
+#[tokio::test]
+async fn a_worker_that_keeps_refusing_is_not_asked_in_a_tight_loop() {
+    let world = World::with(1).await;
+    let refusals = [const { Act::Refuse(RefusalReason::RefusalBodyBudget) }; 20];
+    world.agents[0].will(&refusals);
+    let began = Instant::now();
+    assert_eq!(world.chat(false).await.body, WHOLE);
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(190), "{took:?}");
+    world.settles().await;
+}
