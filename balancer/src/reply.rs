@@ -34,8 +34,7 @@ pub(crate) struct Relayed {
     _exchange: Task,
     /// The client reads events: it can be told of failures, and be pinged.
     streaming: bool,
-    /// The last byte that went out ended an event.
-    between_events: bool,
+    at: Place,
     /// The client has got the head of a 200 before the engine's own came.
     early: bool,
     ping: Pin<Box<Sleep>>,
@@ -54,7 +53,7 @@ impl Relayed {
             events,
             _exchange: exchange,
             streaming,
-            between_events: true,
+            at: Place::default(),
             early,
             ping: Box::pin(tokio::time::sleep(first)),
             over: false,
@@ -72,7 +71,7 @@ impl Relayed {
             }
             Some(Event::Head(_)) => None,
             Some(Event::Data(piece)) => {
-                self.between_events = piece.ends_with(b"\n\n") || piece.ends_with(b"\r\n\r\n");
+                self.at.advance(&piece);
                 self.ping.as_mut().reset(Instant::now() + PING_INTERVAL);
                 Some(Ok(piece))
             }
@@ -82,13 +81,34 @@ impl Relayed {
             }
             Some(Event::Failed(error)) if self.streaming => {
                 self.over = true;
-                Some(Ok(error_event(&error, self.between_events)))
+                Some(Ok(error_event(&error, self.at.between_events())))
             }
             Some(Event::Failed(_)) | None => {
                 self.over = true;
                 Some(Err(BrokeOff))
             }
         }
+    }
+}
+
+/// Where in a stream of events the client is: only between two may anything of ours be said.
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    /// The last bytes; an end of an event may come in pieces. All zero: nothing came.
+    last: [u8; 4],
+}
+
+impl Place {
+    fn advance(&mut self, piece: &[u8]) {
+        let from = piece.len().saturating_sub(self.last.len());
+        for byte in &piece[from..] {
+            self.last.rotate_left(1);
+            self.last[3] = *byte;
+        }
+    }
+
+    fn between_events(self) -> bool {
+        self.last == [0; 4] || self.last.ends_with(b"\n\n") || self.last == *b"\r\n\r\n"
     }
 }
 
@@ -130,7 +150,7 @@ impl Body for Reply {
                 }
                 Poll::Pending => {
                     if relayed.streaming
-                        && relayed.between_events
+                        && relayed.at.between_events()
                         && relayed.ping.as_mut().poll(context).is_ready()
                     {
                         let next = Instant::now() + PING_INTERVAL;
@@ -159,6 +179,28 @@ impl Body for Reply {
                 SizeHint::with_exact(body.as_ref().map_or(0, |body| body.len() as u64))
             }
             Self::Relayed(_) => SizeHint::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_an_event_is_known_in_whatever_pieces_it_comes() {
+        for text in ["data: 1\n\n", "data: 1\r\n\r\n", "data: 1\n\n: note\n\n"] {
+            for size in 1..=text.len() {
+                let mut at = Place::default();
+                assert!(at.between_events(), "at the start");
+                for piece in text.as_bytes().chunks(size) {
+                    at.advance(piece);
+                }
+                assert!(at.between_events(), "{text:?} by {size}");
+            }
+            let mut at = Place::default();
+            at.advance(&text.as_bytes()[..text.len() - 1]);
+            assert!(!at.between_events(), "{text:?} is not over");
         }
     }
 }
