@@ -186,6 +186,15 @@ impl Decoder {
     ///
     /// Returns what is wrong with the frame; the decoder must not be used after that.
     pub fn pop(&mut self) -> Result<Option<Frame>, FrameError> {
+        self.pop_at_most(usize::MAX)
+    }
+
+    /// As [`Decoder::pop`], with a tighter bound than the kind's own.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::pop`].
+    pub fn pop_at_most(&mut self, bytes: usize) -> Result<Option<Frame>, FrameError> {
         if self.buffer.len() < HEADER_BYTES {
             return Ok(None);
         }
@@ -193,7 +202,7 @@ impl Decoder {
         let number = self.buffer[4];
         let size = counted.checked_sub(1).ok_or(FrameError::Empty)?;
         let kind = Kind::from_number(number).ok_or(FrameError::UnknownKind { number })?;
-        let max = kind.max_bytes();
+        let max = kind.max_bytes().min(bytes);
         if size > max {
             return Err(FrameError::TooLarge { kind, size, max });
         }
@@ -282,6 +291,11 @@ mod tests {
                 ..
             })
         ));
+        let mut decoder = Decoder::default();
+        decoder.push(&[0, 0, 0, 11, Kind::Request as u8]);
+        assert_eq!(decoder.pop(), Ok(None), "ten bytes are to come");
+        let tighter = decoder.pop_at_most(9);
+        assert!(matches!(tighter, Err(FrameError::TooLarge { max: 9, .. })));
         let frame = Frame::new(Kind::BodyEnd, Bytes::from_static(b"x"));
         assert!(matches!(frame.header(), Err(FrameError::TooLarge { .. })));
     }

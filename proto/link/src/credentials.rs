@@ -97,12 +97,22 @@ impl Credentials {
     pub fn load(paths: &CredentialPaths) -> Result<Self, CredentialsError> {
         let read = |path: &Path, error: rustls_pki_types::pem::Error| CredentialsError::Read {
             path: path.into(),
-            error: error.to_string(),
+            error: match error {
+                rustls_pki_types::pem::Error::NoItemsFound => {
+                    "there is no such PEM section in it; `forebay ca issue` writes what is needed"
+                        .into()
+                }
+                other => other.to_string(),
+            },
         };
         let certificates = |path: &Path| {
-            CertificateDer::pem_file_iter(path)
+            let found = CertificateDer::pem_file_iter(path)
                 .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-                .map_err(|error| read(path, error))
+                .map_err(|error| read(path, error))?;
+            if found.is_empty() {
+                return Err(read(path, rustls_pki_types::pem::Error::NoItemsFound));
+            }
+            Ok(found)
         };
         let broken = |path: &Path, error| CredentialsError::Certificate {
             path: path.into(),

@@ -377,22 +377,43 @@ async fn accept_loop(endpoint: quinn::Endpoint, shared: Arc<Shared>, accepted: m
                     // The receiver lives as long as the endpoint.
                     let _ = accepted.send(link).await;
                 }
-                Ok(Err(problem)) => tracing::info!(%remote, problem, "turned a peer away"),
+                Ok(Err(NotWelcome::TurnedAway(problem))) => {
+                    tracing::info!(%remote, problem, "turned a peer away");
+                }
+                Ok(Err(NotWelcome::Left(why))) => {
+                    tracing::debug!(%remote, why, "a peer left during its handshake");
+                }
                 Err(_) => tracing::info!(%remote, "a peer did not finish its handshake"),
             }
         });
     }
 }
 
-async fn welcome(incoming: quinn::Incoming, shared: &Shared) -> Result<Link, String> {
-    let connection = incoming
-        .accept()
-        .map_err(|error| error.to_string())?
-        .await
-        .map_err(|error| printable(error.to_string().as_bytes()))?;
+/// Why there is no link to somebody who knocked.
+enum NotWelcome {
+    /// We do not trust it, or it does not speak as it must.
+    TurnedAway(String),
+    /// It went away by itself: callers that hedge do.
+    Left(String),
+}
+
+impl From<quinn::ConnectionError> for NotWelcome {
+    fn from(error: quinn::ConnectionError) -> Self {
+        let said = printable(error.to_string().as_bytes());
+        match error {
+            quinn::ConnectionError::TransportError(_) | quinn::ConnectionError::VersionMismatch => {
+                Self::TurnedAway(said)
+            }
+            _ => Self::Left(said),
+        }
+    }
+}
+
+async fn welcome(incoming: quinn::Incoming, shared: &Shared) -> Result<Link, NotWelcome> {
+    let connection = incoming.accept()?.await?;
     let turn_away = |code: Code, problem: String| {
         connection.close(code.var(), problem.as_bytes());
-        problem
+        NotWelcome::TurnedAway(problem)
     };
     let alpn =
         spoken(&connection).ok_or_else(|| turn_away(Code::Protocol, "no protocol".into()))?;
@@ -407,17 +428,14 @@ async fn welcome(incoming: quinn::Incoming, shared: &Shared) -> Result<Link, Str
         );
         return Err(turn_away(Code::Identity, problem));
     }
-    let (send, recv) = connection
-        .accept_bi()
-        .await
-        .map_err(|error| error.to_string())?;
+    let (send, recv) = connection.accept_bi().await?;
     let (mut send, mut recv) = (FrameSender::new(send), FrameReceiver::new(recv));
     let hello = receive_hello(&mut recv)
         .await
         .ok_or_else(|| turn_away(Code::Protocol, "the first frame is not a Hello".into()))?;
     send.send(&shared.hello())
         .await
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| NotWelcome::Left(error.to_string()))?;
     send.finish();
     if !compatible(&hello) {
         let problem = format!("no protocol version in common: I speak {}", versions());

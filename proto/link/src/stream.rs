@@ -122,8 +122,17 @@ impl FrameReceiver {
     ///
     /// Returns why the stream is over.
     pub async fn recv(&mut self) -> Result<Option<Frame>, RecvError> {
+        self.recv_at_most(usize::MAX).await
+    }
+
+    /// As [`FrameReceiver::recv`], with a tighter bound on the payload than its kind's own.
+    ///
+    /// # Errors
+    ///
+    /// As [`FrameReceiver::recv`].
+    pub async fn recv_at_most(&mut self, bytes: usize) -> Result<Option<Frame>, RecvError> {
         loop {
-            if let Some(frame) = self.decoder.pop()? {
+            if let Some(frame) = self.decoder.pop_at_most(bytes)? {
                 return Ok(Some(frame));
             }
             let chunk =

@@ -89,11 +89,11 @@ async fn frames_arrive_both_ways_and_an_end_is_an_end() {
     let (mut answer, mut asked) = inward.accept().await.unwrap();
     assert_eq!(asked.recv().await.unwrap().unwrap().payload, "hello");
     assert_eq!(asked.recv().await, Ok(None));
-    answer
-        .send(&Frame::new(Kind::Data, Bytes::from(vec![7; 200_000])))
-        .await
-        .unwrap();
-    assert_eq!(recv.recv().await.unwrap().unwrap().payload.len(), 200_000);
+    // More than a stream's window: it arrives as it is read.
+    let large = Frame::new(Kind::Data, Bytes::from(vec![7; 200_000]));
+    let (sent, received) = tokio::join!(answer.send(&large), recv.recv());
+    sent.unwrap();
+    assert_eq!(received.unwrap().unwrap().payload.len(), 200_000);
     drop(answer);
     assert!(
         matches!(recv.recv().await, Err(RecvError::Reset(_))),
