@@ -120,7 +120,10 @@ impl Node {
         }
         let before = self.position();
         self.raw.tick();
-        self.leader_heard_ticks = self.leader_heard_ticks.saturating_add(1);
+        self.leader_heard_ticks = match self.raw.raft.state {
+            StateRole::Leader => 0,
+            _ => self.leader_heard_ticks.saturating_add(1),
+        };
         let stood = self.raw.raft.election_elapsed == 0;
         self.settle(before, stood);
         self.stand_again();

@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::callers::Callers;
 use super::leader::Leader;
-use super::peers::{self, Peers};
+use super::peers::{self, Boots, Peers};
 use super::publish::Publisher;
 use super::{Config, ServerError, Settings, rpc};
 use crate::fleet::{Applied, Fleet};
@@ -28,6 +28,7 @@ pub(crate) struct Running {
     pub(crate) replica: ReplicaHandle<Applied>,
     pub(crate) published: Arc<Publisher>,
     pub(crate) leader: Leader,
+    pub(crate) boots: Boots,
 }
 
 /// What a node is in.
@@ -164,7 +165,7 @@ pub(crate) fn run_member(
     let published = Arc::new(published);
     let fleet = Fleet::bootstrap(cluster.cluster_id, members);
     let (peers, outbound) = Peers::new(&cluster);
-    let hook = published.clone();
+    let (hook, boots) = (published.clone(), peers.boots());
     let replica = replica::start(
         shared.options,
         (store, restored),
@@ -187,6 +188,7 @@ pub(crate) fn run_member(
         replica: replica.clone(),
         published,
         leader,
+        boots,
     };
     tracing::info!(
         name = shared.name,

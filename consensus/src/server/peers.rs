@@ -11,7 +11,8 @@ use forebay_link::{Alpn, Backoff, Code, ConnectError, Expect, Link, LinkClosed};
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::Hello;
 use forebay_proto::{ClusterId, NodeId, Role, StoreId};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use super::lifecycle::Shared;
 use crate::fleet::Applied;
@@ -34,10 +35,36 @@ const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(60);
 
 type Replica = ReplicaHandle<Applied>;
 
+/// A link that ended sooner than this was refused rather than lost.
+const LEAST_LIFE: Duration = Duration::from_millis(100);
+
 /// The peers of one member, before their tasks run.
 pub(crate) struct Peers {
     cluster: ClusterFile,
     queues: Vec<(MemberRecord, mpsc::Receiver<Message>)>,
+    boots: Boots,
+}
+
+/// Which start of each peer dialled us last, by its Hello.
+///
+/// A peer that was killed and started again leaves our link to it dead without a sign; its own new
+/// link is that sign. Without it the first votes of the next election would be lost.
+#[derive(Clone, Default)]
+pub(crate) struct Boots(Arc<BTreeMap<NodeId, watch::Sender<u64>>>);
+
+impl Boots {
+    fn seen(&self, peer: NodeId, boot: u64) {
+        if let Some(sender) = self.0.get(&peer) {
+            sender.send_replace(boot);
+        }
+    }
+
+    fn of(&self, peer: NodeId) -> watch::Receiver<u64> {
+        let unknown = || watch::Sender::new(0).subscribe();
+        self.0
+            .get(&peer)
+            .map_or_else(unknown, watch::Sender::subscribe)
+    }
 }
 
 impl Peers {
@@ -47,6 +74,7 @@ impl Peers {
     ) -> (Self, impl FnMut(NodeId, Message) + Send + 'static + use<>) {
         let mut senders = BTreeMap::new();
         let mut queues = Vec::new();
+        let mut boots = BTreeMap::new();
         for member in cluster
             .members
             .iter()
@@ -54,6 +82,7 @@ impl Peers {
         {
             let (sender, receiver) = mpsc::channel(MAX_WAITING);
             senders.insert(member.id, sender);
+            boots.insert(member.id, watch::Sender::new(0));
             queues.push((member.clone(), receiver));
         }
         let outbound = move |to: NodeId, message: Message| {
@@ -64,13 +93,20 @@ impl Peers {
                 let _ = queue.try_send(message);
             }
         };
+        let (cluster, boots) = (cluster.clone(), Boots(Arc::new(boots)));
         (
             Self {
-                cluster: cluster.clone(),
+                cluster,
                 queues,
+                boots,
             },
             outbound,
         )
+    }
+
+    /// Where inbound links are noted.
+    pub(crate) fn boots(&self) -> Boots {
+        self.boots.clone()
     }
 
     /// Starts a task for each peer.
@@ -80,6 +116,7 @@ impl Peers {
                 shared: shared.clone(),
                 replica: replica.clone(),
                 cluster_id: self.cluster.cluster_id,
+                boot: self.boots.of(member.id),
                 member,
                 backoff: Backoff::new(LEAST_BACKOFF, MOST_BACKOFF),
                 trouble: String::new(),
@@ -94,6 +131,8 @@ struct PeerTask {
     replica: Replica,
     cluster_id: ClusterId,
     member: MemberRecord,
+    /// The start of it that dialled us last.
+    boot: watch::Receiver<u64>,
     backoff: Backoff,
     /// What was last logged, so that it is said once.
     trouble: String,
@@ -104,12 +143,18 @@ impl PeerTask {
         loop {
             match self.connect().await {
                 Ok(link) => {
-                    self.backoff.reset();
                     self.say(String::new());
+                    let connected = Instant::now();
                     if self.carry(&link, &mut queue).await.is_none() {
                         return;
                     }
                     link.close(Code::Normal, "reconnecting");
+                    self.replica.report_unreachable(self.member.id);
+                    if connected.elapsed() >= LEAST_LIFE {
+                        // At once, and with what waits: a vote is not sent twice.
+                        self.backoff.reset();
+                        continue;
+                    }
                 }
                 Err(trouble) => self.say(trouble),
             }
@@ -153,7 +198,7 @@ impl PeerTask {
     }
 
     /// Sends what comes until the link fails; `None` when the replica has ended.
-    async fn carry(&self, link: &Link, queue: &mut mpsc::Receiver<Message>) -> Option<()> {
+    async fn carry(&mut self, link: &Link, queue: &mut mpsc::Receiver<Message>) -> Option<()> {
         let Ok(mut stream) = link.open_one_way() else {
             return Some(());
         };
@@ -161,6 +206,13 @@ impl PeerTask {
             let message = tokio::select! {
                 message = queue.recv() => message?,
                 _ = link.closed() => return Some(()),
+                // The watch lives as long as the node.
+                Ok(()) = self.boot.changed() => {
+                    if *self.boot.borrow_and_update() == link.hello().boot {
+                        continue;
+                    }
+                    return Some(());
+                }
             };
             let is_snapshot = !message.get_snapshot().data.is_empty();
             let frame = Frame::message(Kind::Raft, &wire::to_wire(message));
@@ -273,6 +325,7 @@ pub(crate) async fn receive(shared: &Arc<Shared>, link: &Link) {
             return;
         }
     };
+    running.boots.seen(member.id, link.hello().boot);
     while let Ok(mut stream) = link.accept_one_way().await {
         let (replica, from, link) = (running.replica.clone(), member.id, link.clone());
         tokio::spawn(async move {

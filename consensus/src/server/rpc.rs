@@ -27,6 +27,14 @@ const MAX_DEADLINE: Duration = Duration::from_secs(10);
 /// A renewal waits no longer for a node that was just elected: the next one comes in a second.
 const RENEW_PATIENCE: Duration = Duration::from_millis(500);
 
+/// Largest request of a peer: whole documents come from operators only.
+const fn most_bytes(role: Role) -> usize {
+    match role {
+        Role::Operator(_) => Kind::Request.max_bytes(),
+        Role::Control | Role::Balancer | Role::Agent => 64 << 10,
+    }
+}
+
 /// Answers the streams of one link.
 pub(crate) async fn serve(shared: &Arc<Shared>, caller: &Caller, link: &Link) {
     while let Ok((mut send, recv)) = link.accept().await {
@@ -53,7 +61,7 @@ async fn answer(
 ) {
     let receive = async {
         let _turn = bounds.receiving.acquire().await;
-        recv.recv().await
+        recv.recv_at_most(most_bytes(link.peer().role)).await
     };
     let response = match tokio::time::timeout(REQUEST_PATIENCE, receive).await {
         Ok(Ok(Some(frame))) if frame.kind == Kind::Request => match shared.rpcs.try_acquire() {
