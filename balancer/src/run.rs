@@ -168,7 +168,7 @@ pub enum BalancerError {
     },
     /// The certificate is somebody else's.
     #[error(
-        "the certificate names {}, not a balancer: issue one with `forebay ca issue balancer NAME`",
+        "the certificate names {}, not a balancer: issue one with `forebay ca issue --role balancer --name NAME`",
         .0.short()
     )]
     WrongRole(Identity),

@@ -240,19 +240,19 @@ fn a_roles_options_that_are_wrong_are_named_with_their_source() {
 #[test]
 fn a_key_is_hashed_from_stdin() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_forebay"))
-        .args(["keys", "hash"])
+        .args(["keys", "hash", "--tenant", "team-a"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     child.stdin.take().unwrap().write_all(b"abc\n").unwrap();
     let output = child.wait_with_output().unwrap();
-    let line = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        line.starts_with("sha256 = \"ba7816bf8f01cfea414140de5dae2223b00361a3"),
-        "{line}"
-    );
-    check(&["keys", "hash"], 2, &["no key"]);
+    let entry = String::from_utf8(output.stdout).unwrap();
+    let begins = "[[keys]]\nsha256 = \"ba7816bf8f01cfea414140de5dae2223b00361a3";
+    assert!(entry.starts_with(begins), "{entry}");
+    assert!(entry.ends_with("\ntenant = \"team-a\"\n"), "{entry}");
+    check(&["keys", "hash", "--tenant", "team-a"], 2, &["no key"]);
+    check(&["keys", "hash", "--tenant", "a/b"], 2, &["tenant"]);
 }
 
 #[test]

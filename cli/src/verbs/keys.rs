@@ -3,6 +3,7 @@
 use std::io::Read as _;
 
 use clap::{Args, Subcommand};
+use forebay_proto::ids::check_name;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
@@ -18,15 +19,16 @@ pub(crate) struct KeysArgs {
 
 #[derive(Debug, Subcommand)]
 enum KeysVerb {
-    /// Read one key from stdin and print its line for the balancers' keys file.
-    #[command(
-        after_help = "Example:\n  (echo '[[keys]]'; forebay keys hash < key.txt; echo 'tenant = \"team-a\"') >> keys.toml"
-    )]
+    /// Read one key from stdin and print its entry for the balancers' keys file.
+    #[command(after_help = "Example:\n  forebay keys hash --tenant team-a < key.txt >> keys.toml")]
     Hash(HashArgs),
 }
 
 #[derive(Debug, Args)]
 struct HashArgs {
+    /// The tenant whose key it is.
+    #[arg(long, value_name = "NAME")]
+    tenant: String,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -35,11 +37,13 @@ struct HashArgs {
 struct Hashed {
     schema_version: u32,
     sha256: String,
+    tenant: String,
 }
 
 /// Runs `forebay keys`.
 pub(crate) fn run(args: KeysArgs) -> Result<(), CliError> {
     let KeysVerb::Hash(args) = args.verb;
+    check_name("tenant", &args.tenant).map_err(|error| CliError::usage(error.to_string()))?;
     let mut text = String::new();
     std::io::stdin()
         .take(MAX_KEY_BYTES + 1)
@@ -48,9 +52,12 @@ pub(crate) fn run(args: KeysArgs) -> Result<(), CliError> {
     let hashed = Hashed {
         schema_version: 1,
         sha256: hash(&text).map_err(CliError::usage)?,
+        tenant: args.tenant,
     };
-    args.output
-        .print(&hashed, || format!("sha256 = \"{}\"", hashed.sha256));
+    args.output.print(&hashed, || {
+        let Hashed { sha256, tenant, .. } = &hashed;
+        format!("[[keys]]\nsha256 = \"{sha256}\"\ntenant = \"{tenant}\"")
+    });
     Ok(())
 }
 
