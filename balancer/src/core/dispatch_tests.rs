@@ -1,3 +1,5 @@
+//! The queues and bookings of `dispatch` as claims, without sockets.
+
 use std::time::Duration;
 
 use forebay_proto::Revision;

@@ -1,3 +1,5 @@
+//! The request parser against `serde_json`, on valid, mutated and hostile bodies.
+
 use proptest::prelude::*;
 use serde_json::Value as Tree;
 
