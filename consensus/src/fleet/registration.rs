@@ -150,7 +150,8 @@ impl Worker {
     }
 
     /// The incarnation of an agent whose disk holds an earlier one: higher than the registered one,
-    /// or the registered one itself while nothing of it changed.
+    /// or the registered one itself, whose process may declare another spec (an engine that loaded
+    /// an adapter) without dying for it.
     fn restarted(&self, held: Incarnation, asked: &Registration) -> Result<Incarnation, Refusal> {
         if held.worker != self.id {
             let problem = format!(
@@ -170,8 +171,7 @@ impl Worker {
             start: asked.start,
             ..held
         };
-        let again =
-            next == self.incarnation && !self.departed && asked.spec_bytes == self.spec_bytes;
+        let again = next == self.incarnation && !self.departed;
         if next > self.incarnation || again {
             Ok(next)
         } else {

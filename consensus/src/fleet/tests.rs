@@ -26,8 +26,18 @@ fn a_start_counted_on_the_workers_own_disk_must_be_higher() {
          register w1 held=1.1.0 start=1 renewed=100 -> done 1.1.1
          register w1 held=1.1.0 start=0 -> superseded
          register w1 held=1.1.0 start=1 -> unchanged 1.1.1
-         register w1 held=1.1.0 start=1 spec=other -> superseded
          register w1 held=1.1.1 start=2 spec=other -> done 1.1.2",
+    );
+}
+
+#[test]
+fn a_start_may_declare_another_spec_without_dying_for_it() {
+    check(
+        "register w1 -> done 1.1.0
+         register w1 held=1.1.0 start=0 spec=other -> done 1.1.0
+         register w1 held=1.1.0 start=0 spec=other -> unchanged 1.1.0
+         register w1 held=1.1.0 start=1 -> done 1.1.1
+         register w1 held=1.1.0 start=0 spec=other -> superseded",
     );
 }
 

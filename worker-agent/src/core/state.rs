@@ -253,12 +253,6 @@ impl Core {
         self.leave_if_draining(now);
     }
 
-    /// A later start of the same process was registered; placements on the one before are refused.
-    pub const fn succeed(&mut self, incarnation: Incarnation) {
-        self.incarnation = incarnation;
-        self.seq += 1;
-    }
-
     /// The engine's answer began: its body is with the engine.
     pub fn first_byte(&mut self, now: Now, id: PlacementId) {
         if let Some(placement) = self.placements.get_mut(&id) {

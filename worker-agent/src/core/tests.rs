@@ -271,20 +271,3 @@ fn an_engine_that_fails_fast_does_not_look_fast() {
         assert_eq!(core.load().service, ms(service));
     }
 }
-
-#[test]
-fn a_later_start_fences_placements_on_the_one_before() {
-    let mut core = open();
-    let id = taken(&mut core, 0);
-    let next = Incarnation { start: 4, ..OWN };
-    let seq = core.load().seq;
-    core.succeed(next);
-    assert!(core.load().seq > seq);
-    let refused = core.place(at(1), &offer()).unwrap_err();
-    assert_eq!(refused.reason, RefusalReason::Fenced);
-    assert_eq!(refused.load.incarnation, next);
-    assert!(
-        core.end(at(2), id, End::Complete).is_some(),
-        "what runs goes on"
-    );
-}

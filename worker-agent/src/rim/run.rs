@@ -58,7 +58,7 @@ struct Agent {
     work: Work,
     advertise: String,
     /// The newest start that is counted on disk.
-    own: watch::Sender<Incarnation>,
+    own: Incarnation,
     /// When that was registered.
     registered: watch::Sender<Option<Revision>>,
     cluster: Option<ClusterId>,
@@ -148,7 +148,7 @@ impl Agent {
             watching,
             work,
             advertise,
-            own: watch::Sender::new(incarnation),
+            own: incarnation,
             registered: watch::Sender::new(registered),
             cluster,
             declared,
@@ -178,15 +178,14 @@ impl Agent {
             config: &config,
             name,
             dir: &mut dir,
-            endpoint: &endpoint,
             client: &client,
             work: &work,
             advertise: &advertise,
-            own: &own,
+            own,
             registered: &registered,
             cluster,
         };
-        let facts = follow(&mut watching.facts, &work, name, &own, &registered);
+        let facts = follow(&mut watching.facts, &work, name, own, &registered);
         let background = async {
             tokio::select! {
                 error = facts => error,
@@ -211,7 +210,6 @@ impl Agent {
             }
         };
         if stopped.is_ok() && registered.borrow().is_some() {
-            let own = *own.borrow();
             say_goodbye(&client, own).await;
         }
         work.told().await;
@@ -238,7 +236,7 @@ async fn follow(
     facts: &mut watch::Receiver<Option<Arc<Facts>>>,
     work: &Work,
     name: &str,
-    own: &watch::Sender<Incarnation>,
+    own: Incarnation,
     registered: &watch::Sender<Option<Revision>>,
 ) -> AgentError {
     let mut registration = registered.subscribe();
@@ -246,7 +244,6 @@ async fn follow(
         let newest = facts.borrow_and_update().clone();
         let at = *registration.borrow_and_update();
         if let Some(newest) = newest {
-            let own = *own.borrow();
             match standing(&newest, name, own, at) {
                 Standing::NotYet => {}
                 Standing::Wanted(desired) => work.apply(desired, newest.revision),
@@ -273,11 +270,10 @@ struct Lease<'a> {
     config: &'a Config,
     name: &'a str,
     dir: &'a mut DataDir,
-    endpoint: &'a Endpoint,
     client: &'a ControlClient,
     work: &'a Work,
     advertise: &'a str,
-    own: &'a watch::Sender<Incarnation>,
+    own: Incarnation,
     registered: &'a watch::Sender<Option<Revision>>,
     cluster: Option<ClusterId>,
 }
@@ -305,12 +301,7 @@ impl Lease<'_> {
         };
         loop {
             declared = self.renew_until_other(&declared).await?;
-            // A start is registered with one spec: another spec is another start.
-            if let Some(record) = self.dir.count_start()? {
-                self.own.send_replace(record.incarnation());
-            }
             self.register(&declared).await?;
-            self.work.succeed(self.endpoint, *self.own.borrow());
         }
     }
 
@@ -367,7 +358,7 @@ impl Lease<'_> {
             models = other_models(self.work, declared) => Ok(models),
             current = superseded => Err(AgentError::Superseded {
                 name: self.name.into(),
-                own: *self.own.borrow(),
+                own: self.own,
                 current,
             }),
             () = tell => std::future::pending().await,

@@ -146,12 +146,6 @@ impl Work {
         self.shared.with(Core::stop);
     }
 
-    /// A later start of this process was registered.
-    pub fn succeed(&self, endpoint: &Endpoint, incarnation: Incarnation) {
-        endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
-        self.shared.with(|core, _| core.succeed(incarnation));
-    }
-
     /// What the agent says of itself, kept up to date.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<Status> {
