@@ -136,10 +136,6 @@ fn twenty_leaders_are_killed_and_no_request_notices() {
         }
         fleet.start_again(&[&leader]);
     }
-    assert!(
-        load.running() || kills > 20,
-        "the requests ended before the kills did"
-    );
     // Then each node in turn, so that those which the balancers and agents watch are among them.
     for node in ["c1", "c2", "c3"] {
         fleet.wait_for_control(3);
@@ -147,6 +143,7 @@ fn twenty_leaders_are_killed_and_no_request_notices() {
         std::thread::sleep(Duration::from_millis(300));
         fleet.start_again(&[node]);
     }
+    assert!(load.running(), "the requests ended before the kills did");
     let report = load.without_errors();
     back.sort();
     let (p50, max) = (percentile(&back, 50), back[back.len() - 1]);

@@ -71,16 +71,17 @@ fn a_marker_sent_through_every_path_is_found_nowhere() {
             400,
         ),
     ];
-    let mut ids = Vec::new();
     for (path, body, expected) in &paths {
         let (status, answer) = post(&url, body);
         assert_eq!(status, *expected, "{path}: {answer}");
-        ids.push(answer);
+        assert!(!answer.contains(MARKER), "{path} quotes the request");
     }
     // One that dies in the middle: the worker is killed under it.
     let long = format!(r#"{{"model":"{model}","stream":true,{message},"max_tokens":100000}}"#);
     let streaming = std::thread::spawn(move || post(&url, &long));
     std::thread::sleep(std::time::Duration::from_millis(500));
+    // While it runs, and every process is there to ask.
+    pages_are_clean(&fleet);
     fleet.kill("w1");
     fleet.kill("w2");
     let (_, broken) = streaming.join().unwrap();
@@ -93,22 +94,36 @@ fn a_marker_sent_through_every_path_is_found_nowhere() {
     let mut found = Vec::new();
     files_with(MARKER, fleet.dir.path(), &mut found);
     assert!(found.is_empty(), "on disk: {found:?}");
-    for process in fleet.processes() {
+    pages_are_clean(&fleet);
+}
+
+/// Asks every process that runs for every page of its admin side.
+fn pages_are_clean(fleet: &Fleet) {
+    let mut asked = 0;
+    for process in fleet
+        .processes()
+        .into_iter()
+        .filter(|process| process.running)
+    {
         let Some(admin) = process.addresses.get("admin") else {
             continue;
         };
-        if process.role == "agent" {
-            continue; // killed above
-        }
         for page in [
             "/metrics",
             "/readyz",
             "/livez",
             "/debug/requests",
             "/debug/bookings",
+            "/debug/workers",
         ] {
             let (_, text) = get(&format!("http://{admin}{page}"));
+            assert!(!text.is_empty(), "{} {page}", process.name);
             assert!(!text.contains(MARKER), "{} {page}", process.name);
+            asked += 1;
         }
     }
+    assert!(
+        asked >= 12,
+        "a control node and a balancer at least: {asked}"
+    );
 }
