@@ -150,10 +150,11 @@ impl Exchange {
                 .pool
                 .first_byte_timeout_ms
                 .saturating_add(LONGEST_ANSWER_MS),
-            expected_wait_ms: Millis::from_duration(placement.choice.rank.wait).wire(),
+            expected_wait_ms: Some(Millis::from_duration(placement.choice.rank.wait).wire()),
             attempt,
             must_queue,
             facts_revision: self.revision,
+            ..work::Place::default()
         };
         Frame::message(Kind::Place, &place)
     }

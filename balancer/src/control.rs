@@ -75,5 +75,6 @@ fn fleet(facts: &Facts) -> Fleet {
         revision: facts.revision,
         workers: workers.collect(),
         config: (*facts.config).clone(),
+        keys: facts.keys.clone(),
     }
 }

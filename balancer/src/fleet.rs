@@ -1,7 +1,7 @@
 //! The facts as far as a balancer uses them: who may serve, and how each pool is treated.
 
-use forebay_proto::Revision;
 use forebay_proto::config::{Config, Pool};
+use forebay_proto::{FingerprintKey, Revision};
 use forebay_scheduler::Known;
 
 /// What the facts say, as of one revision.
@@ -13,6 +13,8 @@ pub struct Fleet {
     pub workers: Vec<Known>,
     /// How pools are treated.
     pub config: Config,
+    /// Fingerprint keys, the newest last; none until the leader drew the first one.
+    pub keys: Vec<FingerprintKey>,
 }
 
 impl Fleet {

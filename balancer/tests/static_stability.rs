@@ -48,6 +48,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         config: Arc::new(config),
         config_revision: Revision(0),
         correlated_expiry: BTreeSet::new(),
+        keys: Vec::new(),
     };
     let data_dir = dir.path().join("data");
     std::fs::create_dir(&data_dir).unwrap();

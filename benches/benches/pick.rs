@@ -68,6 +68,8 @@ fn world(workers: u32, rng: &mut StdRng) -> View {
             service: Duration::from_secs(2),
             facts_revision: Revision(1),
             interval: Duration::from_millis(250),
+            backlog: Default::default(),
+            model: None,
         };
         view.report(Now::default(), load);
         for _ in 0..8 {

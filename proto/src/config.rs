@@ -39,7 +39,25 @@ pub struct Pool {
     /// Between two pieces of an answer; 100 ms to 1 h.
     #[serde(default = "defaults::idle_timeout_ms")]
     pub idle_timeout_ms: u32,
+    /// The placement rule, by its name; see [`POLICIES`].
+    #[serde(default = "defaults::policy")]
+    pub policy: String,
+    /// Bytes of one chunk of a prompt's fingerprint: 128, 256 or 512. Fewer find more of short
+    /// shared prefixes and cost more memory.
+    #[serde(default = "defaults::chunk_bytes")]
+    pub chunk_bytes: u32,
 }
+
+/// Placement rules that a pool may name.
+pub const POLICIES: [&str; 7] = [
+    "forebay",
+    "round-robin",
+    "random",
+    "least-requests",
+    "power-of-two",
+    "longest-prefix",
+    "bounded-hash",
+];
 
 mod defaults {
     pub(super) const fn queue_limit() -> u32 {
@@ -57,6 +75,12 @@ mod defaults {
     pub(super) const fn idle_timeout_ms() -> u32 {
         60_000
     }
+    pub(super) fn policy() -> String {
+        super::POLICIES[0].into()
+    }
+    pub(super) const fn chunk_bytes() -> u32 {
+        256
+    }
 }
 
 impl Pool {
@@ -70,6 +94,8 @@ impl Pool {
             max_refusals: defaults::max_refusals(),
             first_byte_timeout_ms: defaults::first_byte_timeout_ms(),
             idle_timeout_ms: defaults::idle_timeout_ms(),
+            policy: defaults::policy(),
+            chunk_bytes: defaults::chunk_bytes(),
         }
     }
 }
@@ -136,6 +162,15 @@ impl Config {
             max_refusals: pool.max_refusals,
             first_byte_timeout_ms: pool.first_byte_timeout_ms,
             idle_timeout_ms: pool.idle_timeout_ms,
+            // A document stored before these existed.
+            policy: match pool.policy.as_str() {
+                "" => defaults::policy(),
+                _ => pool.policy,
+            },
+            chunk_bytes: match pool.chunk_bytes {
+                0 => defaults::chunk_bytes(),
+                bytes => bytes,
+            },
         });
         let config = Self {
             pools: pools.collect(),
@@ -154,6 +189,8 @@ impl Config {
             max_refusals: pool.max_refusals,
             first_byte_timeout_ms: pool.first_byte_timeout_ms,
             idle_timeout_ms: pool.idle_timeout_ms,
+            policy: pool.policy.clone(),
+            chunk_bytes: pool.chunk_bytes,
         });
         wire::Config {
             pools: pools.collect(),
@@ -208,6 +245,14 @@ impl Config {
                     return Err(ConfigError::at(at(field), problem));
                 }
             }
+            if !POLICIES.contains(&pool.policy.as_str()) {
+                let problem = format!("is none of {}", POLICIES.join(", "));
+                return Err(ConfigError::at(at("policy"), problem));
+            }
+            if ![128, 256, 512].contains(&pool.chunk_bytes) {
+                let problem = format!("is {}, must be 128, 256 or 512", pool.chunk_bytes);
+                return Err(ConfigError::at(at("chunk_bytes"), problem));
+            }
         }
         Ok(())
     }
@@ -240,6 +285,8 @@ mod tests {
         assert!(problem("[[pools]]\nname = \"a\"\n[[pools]]\nname = \"a\"").contains("twice"));
         assert!(problem("[[pools]]\nname = \"a\"\nqueue_timeout_ms = 0").contains("must be 1 to"));
         assert!(problem("[[pools]]\nname = \"a\"\ncolour = 1").contains("unknown field"));
+        assert!(problem("[[pools]]\nname = \"a\"\npolicy = \"best\"").contains("none of forebay"));
+        assert!(problem("[[pools]]\nname = \"a\"\nchunk_bytes = 100").contains("128, 256 or 512"));
         assert!(problem("[[pools]\n").starts_with("document: "));
     }
 

@@ -75,6 +75,12 @@ kinds! {
     Trailer = 0x37, max 16 << 10;
     /// Load of a worker, also sent as a datagram of its own.
     Load = 0x38, max 1 << 10;
+    /// A balancer follows what is resident in a worker's cache.
+    Follow = 0x39, max 1 << 10;
+    /// A piece of all that is resident.
+    ResidencySnapshot = 0x3a, max 256 << 10;
+    /// What changed.
+    ResidencyDelta = 0x3b, max 256 << 10;
 }
 
 /// One frame. Its payload may be text, so `Debug` shows its size only.

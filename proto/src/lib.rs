@@ -8,6 +8,7 @@ pub mod fleet;
 pub mod frame;
 pub mod identity;
 pub mod ids;
+mod key;
 pub mod refusal;
 pub mod rpc;
 pub mod secret;
@@ -16,5 +17,6 @@ pub mod wire;
 
 pub use identity::{Identity, Level, Role};
 pub use ids::{ClientId, ClusterId, Incarnation, NodeId, Revision, StoreId, WorkerId};
+pub use key::FingerprintKey;
 pub use secret::Secret;
 pub use units::{Millis, Now};

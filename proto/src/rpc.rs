@@ -35,13 +35,17 @@ pub enum Rpc {
     ExpireLeases,
     /// Raft messages.
     Raft,
+    /// Replace the fingerprint key.
+    RotateKey,
     /// Place a request on a worker.
     Place,
+    /// Follow what is resident in a worker's cache.
+    Follow,
 }
 
 impl Rpc {
     /// Every RPC, for tables and tests.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Probe,
         Self::Bootstrap,
         Self::Read,
@@ -56,7 +60,9 @@ impl Rpc {
         Self::ApplyConfig,
         Self::ExpireLeases,
         Self::Raft,
+        Self::RotateKey,
         Self::Place,
+        Self::Follow,
     ];
 
     /// Whether a peer of this role may call it.
@@ -77,9 +83,9 @@ impl Rpc {
                 matches!(role, Operator(Level::Operator | Level::Admin))
             }
             // Only the leader's own controller proposes it, never a peer.
-            Self::ExpireLeases => false,
+            Self::ExpireLeases | Self::RotateKey => false,
             Self::Raft => matches!(role, Control),
-            Self::Place => matches!(role, Balancer),
+            Self::Place | Self::Follow => matches!(role, Balancer),
         }
     }
 
@@ -103,6 +109,7 @@ impl Rpc {
                 Action::Remove(_) => Self::RemoveWorker,
                 Action::ApplyConfig(_) => Self::ApplyConfig,
                 Action::Expire(_) => Self::ExpireLeases,
+                Action::RotateKey(_) => Self::RotateKey,
             },
         })
     }
@@ -113,7 +120,7 @@ mod tests {
     use super::*;
 
     /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
-    const REVIEWED: [(Rpc, &str); 15] = [
+    const REVIEWED: [(Rpc, &str); 17] = [
         (Rpc::Probe, "cbavoA"),
         (Rpc::Bootstrap, ".....A"),
         (Rpc::Read, "c..voA"),
@@ -128,7 +135,9 @@ mod tests {
         (Rpc::ApplyConfig, "....oA"),
         (Rpc::ExpireLeases, "......"),
         (Rpc::Raft, "c....."),
+        (Rpc::RotateKey, "......"),
         (Rpc::Place, ".b...."),
+        (Rpc::Follow, ".b...."),
     ];
 
     #[test]
@@ -155,7 +164,7 @@ mod tests {
         }
         assert_eq!(
             Rpc::ALL.last().map(|rpc| *rpc as usize),
-            Some(Rpc::Place as usize)
+            Some(Rpc::Follow as usize)
         );
     }
 

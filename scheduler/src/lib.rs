@@ -5,6 +5,7 @@
 //! simulator runs the same code.
 
 mod load;
+pub mod model;
 mod pick;
 mod view;
 mod wait;

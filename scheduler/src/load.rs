@@ -6,6 +6,8 @@ use forebay_proto::ids::IdError;
 use forebay_proto::wire::work as wire;
 use forebay_proto::{Incarnation, Millis, Revision};
 
+use crate::model::{Backlog, Profile};
+
 /// Whether a worker takes new placements, by its agent's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Acceptance {
@@ -22,7 +24,7 @@ pub enum Acceptance {
 }
 
 /// State of one worker at one moment. The newest `seq` of an incarnation wins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Load {
     /// Who reports.
     pub incarnation: Incarnation,
@@ -44,6 +46,10 @@ pub struct Load {
     pub facts_revision: Revision,
     /// It reports at least this often.
     pub interval: Duration,
+    /// What it has before it, in tokens.
+    pub backlog: Backlog,
+    /// How fast it is, where that is known.
+    pub model: Option<Profile>,
 }
 
 /// A report that says nothing usable.
@@ -86,6 +92,13 @@ impl Load {
             service: Duration::from_millis(report.service_ms.into()),
             facts_revision: Revision(report.facts_revision),
             interval: Duration::from_millis(report.interval_ms.into()),
+            backlog: Backlog {
+                pending_tokens: report.pending_tokens as f64,
+                pending_pairs: report.pending_pairs as f64,
+                decodes: report.decodes.into(),
+                context_tokens: report.context_tokens as f64,
+            },
+            model: report.model.as_ref().and_then(Profile::from_wire),
         })
     }
 
@@ -110,6 +123,16 @@ impl Load {
             service_ms: Millis::from_duration(self.service).wire(),
             facts_revision: self.facts_revision.0,
             interval_ms: Millis::from_duration(self.interval).wire(),
+            pending_tokens: whole(self.backlog.pending_tokens),
+            pending_pairs: whole(self.backlog.pending_pairs),
+            decodes: u32::try_from(whole(self.backlog.decodes)).unwrap_or(u32::MAX),
+            context_tokens: whole(self.backlog.context_tokens),
+            model: self.model.map(|model| model.to_wire()),
         }
     }
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates, as it should
+fn whole(value: f64) -> u64 {
+    value.round() as u64
 }

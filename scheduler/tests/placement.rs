@@ -65,6 +65,8 @@ fn load(worker: u32, seq: u64, running: u32, queued: u32, slots: u32) -> Load {
         service: Duration::from_millis(400),
         facts_revision: Revision(1),
         interval: INTERVAL,
+        backlog: Default::default(),
+        model: None,
     }
 }
 

@@ -31,7 +31,9 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         path: place.path,
         body_bytes: place.body_bytes,
         deadline: Millis(place.deadline_ms.into()).duration().min(LONGEST),
-        expected_wait: Millis(place.expected_wait_ms.into()).duration(),
+        expected_wait: place
+            .expected_wait_ms
+            .map(|ms| Millis(ms.into()).duration()),
         must_queue: place.must_queue,
     })
 }
@@ -104,6 +106,7 @@ pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
         queue_ms: ms(ending.queue),
         first_byte_ms: ms(ending.first_byte),
         service_ms: ms(ending.service),
+        ..work::Trailer::default()
     };
     Frame::message(Kind::Trailer, &trailer)
 }

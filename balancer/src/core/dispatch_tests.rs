@@ -54,6 +54,7 @@ impl World {
             revision: Revision(1),
             workers: workers.collect(),
             config: Config::default(),
+            keys: Vec::new(),
         };
         let mut world = Self {
             dispatch: Dispatch::new(StdRng::seed_from_u64(1)),
@@ -84,6 +85,8 @@ impl World {
             service: Duration::ZERO,
             facts_revision: Revision(1),
             interval: Duration::from_secs(1),
+            backlog: Default::default(),
+            model: None,
         };
         assert!(self.dispatch.report(NOW, load));
         number
@@ -179,6 +182,7 @@ fn a_start_that_the_facts_declare_dead_is_named() {
         revision: Revision(2),
         workers: vec![newer],
         config: Config::default(),
+        keys: Vec::new(),
     };
     assert_eq!(world.dispatch.facts(&fleet), [1]);
 }
@@ -190,6 +194,7 @@ fn a_worker_that_was_removed_is_dead_as_well() {
         revision: Revision(2),
         workers: Vec::new(),
         config: Config::default(),
+        keys: Vec::new(),
     };
     assert_eq!(world.dispatch.facts(&fleet), [1]);
 }

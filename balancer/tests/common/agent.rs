@@ -148,6 +148,8 @@ impl Inside {
             service: Duration::from_millis(50),
             facts_revision: Revision(1),
             interval: Duration::from_millis(100),
+            backlog: Default::default(),
+            model: None,
         };
         (state.0, load.to_wire())
     }

@@ -91,6 +91,7 @@ impl World {
             config: Config {
                 pools: vec![setup.pool],
             },
+            keys: Vec::new(),
         };
         let (fleet, facts) = watch::channel(Some(Arc::new(fleet)));
         let endpoint = Endpoint::client(&load(Role::Balancer, "b1")).unwrap();

@@ -1,4 +1,4 @@
-//! Expiry: who was silent for longer than a lease becomes lost, unless too many are at once.
+//! Expiry, and the first fingerprint key: who was silent for longer than a lease becomes lost, unless too many are at once.
 //!
 //! Many leases of a pool that run out together say more about the network, or about this leader,
 //! than about the workers. When more than a fifth of a pool, and at least two, would be lost within
@@ -27,6 +27,8 @@ const FEWEST: usize = 2;
 pub enum Action {
     /// Declare leases expired, and in which pools that is not believed.
     Expire(wire::ExpireLeases),
+    /// Draw the first fingerprint key.
+    FirstKey,
 }
 
 /// The leader's loop, without the loop.
@@ -59,7 +61,9 @@ impl Controller {
         self.proposed.retain(|_, at| now.since(*at) < AT_ONCE);
         let workers: Vec<Seen> = facts.workers.iter().filter_map(seen).collect();
         let expiry = self.expire(now, leases, &workers, &facts.correlated_expiry);
-        expiry.into_iter().collect()
+        let keyless = facts.keys.as_ref().is_none_or(|ring| ring.keys.is_empty());
+        let first_key = keyless.then_some(Action::FirstKey);
+        expiry.into_iter().chain(first_key).collect()
     }
 
     fn expire(
@@ -151,6 +155,15 @@ mod tests {
         }
     }
 
+    fn a_key() -> wire::KeyRing {
+        wire::KeyRing {
+            keys: vec![wire::FingerprintKey {
+                epoch: 1,
+                key: vec![7; 16].into(),
+            }],
+        }
+    }
+
     fn spec() -> bytes::Bytes {
         let spec = WorkerSpec {
             pool: "p".into(),
@@ -187,6 +200,7 @@ mod tests {
                 leases,
                 facts: wire::Facts {
                     workers: workers.collect(),
+                    keys: Some(a_key()),
                     ..Default::default()
                 },
             }
@@ -227,6 +241,10 @@ mod tests {
                             shown.push("clear".into());
                         }
                         self.facts.correlated_expiry = expire.correlated;
+                    }
+                    Action::FirstKey => {
+                        shown.push("key".into());
+                        self.facts.keys = Some(a_key());
                     }
                 }
             }
@@ -279,6 +297,14 @@ mod tests {
         assert_eq!(world.step(10_000), "alarm p");
         world.renew(10_600, [1, 2]);
         assert_eq!(world.step(10_600), "clear");
+    }
+
+    #[test]
+    fn the_first_fingerprint_key_is_drawn_once() {
+        let mut world = World::new(0);
+        world.facts.keys = None;
+        assert_eq!(world.step(100), "key");
+        assert_eq!(world.step(600), "");
     }
 
     #[test]

@@ -92,6 +92,10 @@ pub async fn run(leader: Arc<impl Leader>) {
                     announce(&expire);
                     wire::command::Action::Expire(expire)
                 }
+                Action::FirstKey => wire::command::Action::RotateKey(wire::RotateKey {
+                    expected_epoch: 0,
+                    key: rand::random::<[u8; 16]>().to_vec().into(),
+                }),
             };
             if let Err(problem) = leader.propose(action).await {
                 tracing::debug!(problem, "a step of the controller was not carried out");

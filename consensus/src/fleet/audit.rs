@@ -57,6 +57,11 @@ impl Subject {
             Some(Action::Remove(command)) => ("remove", command.name.clone()),
             Some(Action::ApplyConfig(_)) => ("apply-config", "config".into()),
             Some(Action::Expire(command)) => ("expire-leases", expired(command)),
+            // Never the key itself.
+            Some(Action::RotateKey(command)) => (
+                "rotate-key",
+                format!("after epoch {}", command.expected_epoch),
+            ),
         };
         Some(Self { action, target })
     }

@@ -11,6 +11,7 @@
 pub mod audit;
 mod config;
 mod expiry;
+mod keys;
 pub mod lease;
 mod machine;
 mod proposal;
@@ -72,6 +73,8 @@ pub struct Fleet {
     config: Agreed,
     /// Pools whose leases ran out in too great a number to believe it.
     correlated: BTreeSet<String>,
+    /// Fingerprint keys, the newest last; at most [`MAX_KEYS`].
+    keys: Vec<wire::FingerprintKey>,
     sessions: Sessions,
     audit: Chain,
 }
@@ -120,6 +123,7 @@ impl Fleet {
             members,
             config: Agreed::built_in(),
             correlated: BTreeSet::new(),
+            keys: Vec::new(),
             sessions: Sessions::default(),
             audit: Chain::default(),
         }
@@ -196,6 +200,7 @@ impl Fleet {
             Action::Remove(command) => self.remove(&command),
             Action::ApplyConfig(command) => self.apply_config(at, &command),
             Action::Expire(command) => self.expire(at, command, evidence),
+            Action::RotateKey(command) => self.rotate_key(&command),
         }
     }
 
@@ -240,6 +245,9 @@ impl Fleet {
             config: self.config.bytes.clone(),
             config_revision: self.config.revision.0,
             correlated_expiry: self.correlated.iter().cloned().collect(),
+            keys: Some(wire::KeyRing {
+                keys: self.keys.clone(),
+            }),
         }
     }
 

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::audit::{Broken, Chain};
 use super::config::Agreed;
+use super::keys::MAX_KEYS;
 use super::sessions::{MAX_SESSIONS, Session, Sessions};
 use super::{FEATURE_LEVEL, Fleet, MAX_WORKERS, Worker};
 
@@ -177,6 +178,7 @@ impl Fleet {
                 revision: Revision(facts.config_revision),
             },
             correlated: facts.correlated_expiry.into_iter().collect(),
+            keys: keys(facts.keys.unwrap_or_default())?,
             sessions: Sessions::restore(sessions.collect::<Result<Vec<_>, _>>()?),
             audit: Chain::restore(head, body.audit_count, body.audit_tail)?,
         };
@@ -204,6 +206,13 @@ fn worker(wire: wire::Worker) -> Result<(String, Worker), RestoreError> {
         revision: Revision(wire.revision),
     };
     Ok((wire.name, worker))
+}
+
+fn keys(ring: wire::KeyRing) -> Result<Vec<wire::FingerprintKey>, RestoreError> {
+    let sound = ring.keys.len() <= MAX_KEYS && ring.keys.iter().all(|key| key.key.len() == 16);
+    sound
+        .then_some(ring.keys)
+        .ok_or_else(|| malformed("its fingerprint keys are none"))
 }
 
 fn session(stored: StoredSession) -> Result<(ClientId, Session), RestoreError> {

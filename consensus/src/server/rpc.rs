@@ -168,7 +168,11 @@ async fn execute(
             let running = member(shared)?;
             let waited = Millis(u64::from(read.deadline_ms));
             match running.replica.read_index(deadline(read.deadline_ms)).await {
-                Ok(_) => Ok(Response::Facts((*running.published.facts()).clone())),
+                // No operator needs the keys, and none may have them.
+                Ok(_) => Ok(Response::Facts(wire::Facts {
+                    keys: None,
+                    ..(*running.published.facts()).clone()
+                })),
                 Err(ReadError::Timeout) => Err(Failure::NoQuorum(control::NoQuorum {
                     waited_ms: waited.0,
                 })),
@@ -251,9 +255,11 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         Action::Register(register) => return denied(format!("RegisterWorker {}", register.name)),
         Action::Observe(observe) => &observe.incarnation,
         Action::Goodbye(goodbye) => &goodbye.incarnation,
-        Action::SetDesired(_) | Action::Remove(_) | Action::ApplyConfig(_) | Action::Expire(_) => {
-            return Ok(());
-        }
+        Action::SetDesired(_)
+        | Action::Remove(_)
+        | Action::ApplyConfig(_)
+        | Action::Expire(_)
+        | Action::RotateKey(_) => return Ok(()),
     };
     let id = about.as_ref().map(|incarnation| incarnation.worker);
     let facts = running.published.facts();

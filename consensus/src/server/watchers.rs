@@ -106,6 +106,11 @@ fn sees(consumer: &Identity, worker: &str) -> bool {
     consumer.role != Role::Agent || consumer.name == worker
 }
 
+/// Who makes fingerprints. Whoever has the key can tell which prompts share a prefix.
+fn gets_keys(consumer: &Identity) -> bool {
+    consumer.role == Role::Balancer
+}
+
 /// Copies no more than the consumer sees: agents of a whole cell may ask at once.
 fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
     let workers = facts.workers.iter();
@@ -119,6 +124,7 @@ fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
         config: facts.config.clone(),
         config_revision: facts.config_revision,
         correlated_expiry: facts.correlated_expiry.clone(),
+        keys: facts.keys.clone().filter(|_| gets_keys(consumer)),
     }
 }
 
@@ -128,6 +134,7 @@ fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
     let changes = changes.filter(|change| match &change.change {
         Some(Change::WorkerPut(worker)) => sees(consumer, &worker.name),
         Some(Change::WorkerRemoved(name)) => sees(consumer, name),
+        Some(Change::Keys(_)) => gets_keys(consumer),
         Some(Change::Config(_) | Change::CorrelatedExpiry(_)) | None => true,
     });
     wire::Delta {

@@ -23,8 +23,8 @@ pub struct Offer {
     pub body_bytes: u64,
     /// What is left until the client's deadline.
     pub deadline: Duration,
-    /// Wait before the start that the balancer expects.
-    pub expected_wait: Duration,
+    /// Wait before the start that the balancer expects; none: it does not predict.
+    pub expected_wait: Option<Duration>,
     /// Enough others refused: an old view is no reason any more.
     pub must_queue: bool,
 }
@@ -88,7 +88,7 @@ impl RefusalReason {
 }
 
 /// A placement that was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Admitted {
     /// Its id from here on.
     pub id: PlacementId,
@@ -101,7 +101,7 @@ pub struct Admitted {
 }
 
 /// A placement that was not taken, with the fresh state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Refused {
     /// Why.
     pub reason: RefusalReason,
@@ -178,7 +178,8 @@ impl Core {
         if full {
             return Some(R::Full);
         }
-        if !offer.must_queue && exceeds(self.wait(), offer.expected_wait) {
+        let stale = |expected| exceeds(self.wait(), expected);
+        if !offer.must_queue && offer.expected_wait.is_some_and(stale) {
             return Some(R::StaleView);
         }
         let room = self.settings.body_budget_bytes - self.body_bytes;

@@ -86,7 +86,7 @@ impl Unstarted {
 }
 
 /// What a placement leaves behind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ending {
     /// Reports from this one on contain the release.
     pub report_seq: u64,
@@ -101,7 +101,7 @@ pub struct Ending {
 }
 
 /// What the rim has to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Effect {
     /// A slot is free for this one, which waited.
     Start(PlacementId),

@@ -183,6 +183,8 @@ impl Core {
             service: self.service.value(),
             facts_revision: self.applied_revision(),
             interval: interval(self.in_flight()),
+            backlog: Default::default(),
+            model: None,
         }
     }
 

@@ -36,7 +36,7 @@ pub(super) fn offer() -> Offer {
         path: "/v1/chat/completions".into(),
         body_bytes: 10,
         deadline: ms(10_000),
-        expected_wait: ms(60_000),
+        expected_wait: Some(ms(60_000)),
         must_queue: false,
     }
 }
@@ -117,7 +117,7 @@ fn a_wait_that_the_balancer_did_not_expect_is_refused_unless_it_insists() {
         for _ in 0..3 {
             taken(core, 0);
         }
-        offer.expected_wait = ms(700);
+        offer.expected_wait = Some(ms(700));
     };
     check(crowded, Some(RefusalReason::StaleView));
     let insisting = |core: &mut Core, offer: &mut Offer| {
@@ -127,7 +127,7 @@ fn a_wait_that_the_balancer_did_not_expect_is_refused_unless_it_insists() {
     check(insisting, None);
     let expecting = |core: &mut Core, offer: &mut Offer| {
         crowded(core, offer);
-        offer.expected_wait = ms(900);
+        offer.expected_wait = Some(ms(900));
     };
     check(expecting, None);
 }

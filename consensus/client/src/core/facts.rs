@@ -8,7 +8,7 @@ use forebay_proto::config::{Config, ConfigError};
 use forebay_proto::fleet::{Member, SpecError, WorkerSpec};
 use forebay_proto::ids::IdError;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, Incarnation, Millis, Revision, WorkerId};
+use forebay_proto::{ClusterId, FingerprintKey, Incarnation, Millis, Revision, WorkerId};
 use wire::change::Change;
 use wire::{Desired, Observed};
 
@@ -33,6 +33,8 @@ pub struct Facts {
     pub config_revision: Revision,
     /// Pools in which too many leases ran out at once to believe it.
     pub correlated_expiry: BTreeSet<String>,
+    /// Fingerprint keys, the newest last; empty for all but balancers.
+    pub keys: Vec<FingerprintKey>,
 }
 
 /// One worker, as agreed.
@@ -81,6 +83,9 @@ pub enum FactsError {
     /// The configuration cannot be used.
     #[error("configuration: {0}")]
     Config(#[from] ConfigError),
+    /// A fingerprint key is none.
+    #[error("a fingerprint key has no 16 bytes or no epoch")]
+    Key,
     /// A change of a kind that this version does not know.
     #[error("a change of a kind that this version does not know: update this process")]
     UnknownChange,
@@ -139,6 +144,11 @@ impl WorkerFact {
     }
 }
 
+fn keys(ring: &wire::KeyRing) -> Result<Vec<FingerprintKey>, FactsError> {
+    let keys = ring.keys.iter().map(FingerprintKey::from_wire);
+    keys.collect::<Option<_>>().ok_or(FactsError::Key)
+}
+
 impl Facts {
     /// Reads a snapshot.
     ///
@@ -162,6 +172,7 @@ impl Facts {
             config_bytes: Bytes::copy_from_slice(&wire.config),
             config_revision: Revision(wire.config_revision),
             correlated_expiry: wire.correlated_expiry.into_iter().collect(),
+            keys: keys(&wire.keys.unwrap_or_default())?,
         })
     }
 
@@ -177,6 +188,9 @@ impl Facts {
             config: self.config_bytes.clone(),
             config_revision: self.config_revision.0,
             correlated_expiry: self.correlated_expiry.iter().cloned().collect(),
+            keys: Some(wire::KeyRing {
+                keys: self.keys.iter().map(FingerprintKey::to_wire).collect(),
+            }),
         }
     }
 
@@ -204,6 +218,7 @@ impl Facts {
                 Change::CorrelatedExpiry(alarm) => {
                     next.correlated_expiry = alarm.pools.into_iter().collect();
                 }
+                Change::Keys(ring) => next.keys = keys(&ring)?,
             }
         }
         next.revision = Revision(delta.revision);

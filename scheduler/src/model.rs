@@ -1,0 +1,280 @@
+//! How long an engine takes: one iteration of continuous batching, and what follows from it.
+//!
+//! Five coefficients a worker (DESIGN §5). The shape is that of published profiles: flat while the
+//! weights' transfer dominates, then linear in tokens, plus the decodes' reads of their context and
+//! the prefill's attention.
+
+use forebay_proto::wire::work as wire;
+
+/// How fast one worker is, in milliseconds.
+///
+/// `iteration = max(floor, base + token·(prefill + decodes)) + context·C + pair·A`
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Profile {
+    /// The least time of an iteration: the weights have to be read.
+    pub floor_ms: f64,
+    /// What an iteration takes before its tokens.
+    pub base_ms: f64,
+    /// For each token, prefilled or decoded.
+    pub token_ms: f64,
+    /// For each token of context that a decode attends to.
+    pub context_ms: f64,
+    /// For each pair of a prefilled token and one that it attends to.
+    pub pair_ms: f64,
+    /// Most tokens of one iteration (the chunk budget of chunked prefill).
+    pub chunk_tokens: u32,
+}
+
+/// Profiles by name, the default first.
+///
+/// * `llama-70b-h100-tp4`: Llama-2/3-70B on four H100: token and base from Vidur's profiles of the
+///   linear layers and all-reduces, floor and context from splitwise-sim's decode measurements
+///   (fitted, error 1.8 %), pairs from Preble's prefill equation (7.4e-7 ms).
+/// * `llama-70b-h100-tp8`: the same sources for eight H100 (decode error 2.0 %, prefill 16 %).
+/// * `llama-70b-a100-tp2`: Preble's prefill equation for two A100; its decode terms are scaled by
+///   memory bandwidth and not measured.
+/// * `llama-8b-a100`: Llama-3-8B on one A100: Vidur's linear layers; context and pairs derived from
+///   the model's shape, not measured.
+pub const PROFILES: [(&str, Profile); 4] = [
+    (
+        "llama-70b-h100-tp4",
+        Profile {
+            floor_ms: 22.0,
+            base_ms: 8.0,
+            token_ms: 0.068,
+            context_ms: 9.4e-5,
+            pair_ms: 7.4e-7,
+            chunk_tokens: 1_024,
+        },
+    ),
+    (
+        "llama-70b-h100-tp8",
+        Profile {
+            floor_ms: 20.0,
+            base_ms: 6.0,
+            token_ms: 0.045,
+            context_ms: 1.73e-4,
+            pair_ms: 3.7e-7,
+            chunk_tokens: 1_024,
+        },
+    ),
+    (
+        "llama-70b-a100-tp2",
+        Profile {
+            floor_ms: 45.0,
+            base_ms: 28.9,
+            token_ms: 0.182,
+            context_ms: 1.6e-4,
+            pair_ms: 2.55e-6,
+            chunk_tokens: 1_024,
+        },
+    ),
+    (
+        "llama-8b-a100",
+        Profile {
+            floor_ms: 9.8,
+            base_ms: 4.0,
+            token_ms: 0.067,
+            context_ms: 6.4e-5,
+            pair_ms: 2.4e-6,
+            chunk_tokens: 1_024,
+        },
+    ),
+];
+
+/// What a worker has before it: the requests that it took and has not finished.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Backlog {
+    /// Uncached prompt tokens that are not prefilled.
+    pub pending_tokens: f64,
+    /// Their attention pairs.
+    pub pending_pairs: f64,
+    /// Requests past their first token.
+    pub decodes: f64,
+    /// Tokens of context that these attend to.
+    pub context_tokens: f64,
+}
+
+/// Attention pairs of `new` tokens behind `before` others.
+#[must_use]
+pub fn attention_pairs(before: f64, new: f64) -> f64 {
+    new * (before + new / 2.0)
+}
+
+impl Profile {
+    /// The profile of this name; see [`PROFILES`].
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        let mut profiles = PROFILES.iter();
+        profiles.find(|(known, _)| *known == name).map(|(_, p)| *p)
+    }
+
+    /// The same worker with all times divided by `speed`, which must be greater than 0.
+    #[must_use]
+    pub fn at_speed(self, speed: f64) -> Self {
+        Self {
+            floor_ms: self.floor_ms / speed,
+            base_ms: self.base_ms / speed,
+            token_ms: self.token_ms / speed,
+            context_ms: self.context_ms / speed,
+            pair_ms: self.pair_ms / speed,
+            chunk_tokens: self.chunk_tokens,
+        }
+    }
+
+    /// One iteration: `prefill` prompt tokens with their attention `pairs`, beside `decodes` that
+    /// attend to `context` tokens. Nothing takes no time.
+    #[must_use]
+    pub fn iteration_ms(&self, prefill: f64, decodes: f64, context: f64, pairs: f64) -> f64 {
+        if prefill + decodes <= 0.0 {
+            return 0.0;
+        }
+        let linear = self.base_ms + self.token_ms * (prefill + decodes);
+        linear.max(self.floor_ms) + self.context_ms * context + self.pair_ms * pairs
+    }
+
+    /// Time until `tokens` with these `pairs` are prefilled, in chunks beside the backlog's decodes.
+    #[must_use]
+    pub fn prefill_ms(&self, backlog: &Backlog, tokens: f64, pairs: f64) -> f64 {
+        let budget = f64::from(self.chunk_tokens.max(1));
+        // Decodes go first; a quarter is assumed to be left for prefills.
+        let chunk = (budget - backlog.decodes).max(budget / 4.0);
+        let full = (tokens / chunk).floor();
+        let rest = tokens - full * chunk;
+        let iteration =
+            |tokens| self.iteration_ms(tokens, backlog.decodes, backlog.context_tokens, 0.0);
+        let last = if rest > 0.0 { iteration(rest) } else { 0.0 };
+        full * iteration(chunk) + last + self.pair_ms * pairs
+    }
+
+    /// Time to the first token of a prompt of which `cached` tokens are in the cache and `uncached`
+    /// are not, behind the backlog, first come, first served.
+    #[must_use]
+    pub fn ttft_ms(&self, backlog: &Backlog, cached: f64, uncached: f64) -> f64 {
+        let pairs = backlog.pending_pairs + attention_pairs(cached, uncached);
+        self.prefill_ms(backlog, backlog.pending_tokens + uncached, pairs)
+    }
+
+    /// Time from token to token with one more request of `context` tokens decoding.
+    #[must_use]
+    pub fn tpot_ms(&self, backlog: &Backlog, context: f64) -> f64 {
+        let context = backlog.context_tokens + context;
+        self.iteration_ms(0.0, backlog.decodes + 1.0, context, 0.0)
+    }
+
+    /// The profile as a report carries it; `None` where it is no profile.
+    #[must_use]
+    pub fn from_wire(model: &wire::LatencyModel) -> Option<Self> {
+        let profile = Self {
+            floor_ms: model.floor_ms.into(),
+            base_ms: model.base_ms.into(),
+            token_ms: f64::from(model.token_us) * 1e-3,
+            context_ms: f64::from(model.context_ns) * 1e-6,
+            pair_ms: f64::from(model.pair_ps) * 1e-9,
+            chunk_tokens: model.chunk_tokens,
+        };
+        let times = [
+            profile.floor_ms,
+            profile.base_ms,
+            profile.token_ms,
+            profile.context_ms,
+            profile.pair_ms,
+        ];
+        let sane = times.iter().all(|ms| (0.0..=1e6).contains(ms)) && profile.token_ms > 0.0;
+        (sane && profile.chunk_tokens > 0).then_some(profile)
+    }
+
+    /// The profile for a report.
+    #[must_use]
+    pub fn to_wire(&self) -> wire::LatencyModel {
+        #[allow(clippy::cast_possible_truncation)] // seven digits are more than is known
+        let short = |value: f64| value as f32;
+        wire::LatencyModel {
+            floor_ms: short(self.floor_ms),
+            base_ms: short(self.base_ms),
+            token_us: short(self.token_ms * 1e3),
+            context_ns: short(self.context_ms * 1e6),
+            pair_ps: short(self.pair_ms * 1e9),
+            chunk_tokens: self.chunk_tokens,
+        }
+    }
+}
+
+impl Default for Profile {
+    fn default() -> Self {
+        PROFILES[0].1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(value: f64, expected: f64) {
+        assert!(
+            (value - expected).abs() < 1e-6 * expected.max(1.0),
+            "{value} is not {expected}"
+        );
+    }
+
+    #[test]
+    fn an_iteration_is_flat_then_linear() {
+        let profile = Profile::default();
+        close(profile.iteration_ms(0.0, 0.0, 0.0, 0.0), 0.0);
+        close(profile.iteration_ms(0.0, 1.0, 0.0, 0.0), 22.0);
+        close(profile.iteration_ms(1_024.0, 0.0, 0.0, 0.0), 8.0 + 69.632);
+        close(profile.iteration_ms(0.0, 10.0, 100_000.0, 0.0), 22.0 + 9.4);
+    }
+
+    #[test]
+    fn a_first_token_waits_for_the_backlog_and_its_own_uncached_part() {
+        let profile = Profile::default();
+        let idle = Backlog::default();
+        let chunk = profile.iteration_ms(1_024.0, 0.0, 0.0, 0.0);
+        close(
+            profile.ttft_ms(&idle, 0.0, 2_048.0),
+            2.0 * chunk + 7.4e-7 * 2_048.0 * 1_024.0,
+        );
+        let busy = Backlog {
+            pending_tokens: 1_024.0,
+            ..idle
+        };
+        close(
+            profile.ttft_ms(&busy, 0.0, 2_048.0) - profile.ttft_ms(&idle, 0.0, 2_048.0),
+            chunk,
+        );
+        assert!(profile.ttft_ms(&idle, 2_000.0, 48.0) < profile.ttft_ms(&idle, 0.0, 2_048.0) / 5.0);
+    }
+
+    #[test]
+    fn a_faster_worker_takes_that_much_less() {
+        let (slow, fast) = (Profile::default(), Profile::default().at_speed(10.0));
+        let backlog = Backlog {
+            decodes: 20.0,
+            context_tokens: 1e5,
+            ..Backlog::default()
+        };
+        close(
+            fast.ttft_ms(&backlog, 100.0, 5_000.0) * 10.0,
+            slow.ttft_ms(&backlog, 100.0, 5_000.0),
+        );
+        close(
+            fast.tpot_ms(&backlog, 5_000.0) * 10.0,
+            slow.tpot_ms(&backlog, 5_000.0),
+        );
+    }
+
+    #[test]
+    fn profiles_survive_the_wire_and_nonsense_does_not() {
+        for (name, profile) in PROFILES {
+            assert_eq!(Profile::named(name), Some(profile));
+            let back = Profile::from_wire(&profile.to_wire()).unwrap();
+            assert!((back.pair_ms / profile.pair_ms - 1.0).abs() < 1e-6);
+        }
+        let mut wire = Profile::default().to_wire();
+        wire.token_us = f32::NAN;
+        assert_eq!(Profile::from_wire(&wire), None);
+        wire.token_us = 0.0;
+        assert_eq!(Profile::from_wire(&wire), None);
+    }
+}
