@@ -61,7 +61,11 @@ impl Leader for server::Leader {
     }
 
     async fn propose(&self, action: wire::command::Action) -> Result<(), String> {
-        let outcome = Self::propose(self, action, "leases ran out").await;
+        let reason = match &action {
+            wire::command::Action::RotateKey(_) => "the first fingerprint key",
+            _ => "leases ran out",
+        };
+        let outcome = Self::propose(self, action, reason).await;
         match outcome.map_err(|error| error.to_string())?.outcome {
             Some(wire::outcome::Outcome::Done(_)) => Ok(()),
             Some(wire::outcome::Outcome::Refusal(refusal)) => Err(Refusal::from_wire(refusal)
@@ -182,6 +186,9 @@ mod tests {
             leases,
             facts: Arc::new(wire::Facts {
                 workers: vec![worker],
+                keys: Some(wire::KeyRing {
+                    keys: vec![wire::FingerprintKey::default()],
+                }),
                 ..Default::default()
             }),
             proposed: Mutex::default(),

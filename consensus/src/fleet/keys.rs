@@ -38,3 +38,43 @@ impl Fleet {
         })))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::check;
+
+    #[test]
+    fn a_key_follows_the_one_that_it_names_and_two_are_kept() {
+        let world = check(
+            "rotate 0 key=first -> invalid key
+             rotate 1 key=the_first_key_16 -> revision-conflict
+             rotate 0 key=the_first_key_16 -> done
+             rotate 0 key=another_key_____ -> revision-conflict
+             rotate 1 key=the_second_key__ -> done
+             rotate 2 key=the_third_key___ -> done",
+        );
+        let ring = world.fleet.facts().keys.unwrap();
+        let kept: Vec<_> = ring
+            .keys
+            .iter()
+            .map(|key| (key.epoch, &key.key[..]))
+            .collect();
+        assert_eq!(
+            kept,
+            [(2, &b"the_second_key__"[..]), (3, &b"the_third_key___"[..])]
+        );
+    }
+
+    #[test]
+    fn a_key_survives_snapshots_and_is_not_in_the_audit() {
+        let world = check("rotate 0 key=the_first_key_16 -> done");
+        let restored = super::Fleet::restore(&world.fleet.snapshot()).unwrap();
+        assert_eq!(restored.facts().keys, world.fleet.facts().keys);
+        let (audit, _) = world.fleet.audit_tail(10);
+        assert_eq!(
+            (audit[0].action.as_str(), audit[0].target.as_str()),
+            ("rotate-key", "after epoch 0")
+        );
+        assert!(!format!("{audit:?}").contains("the_first"));
+    }
+}

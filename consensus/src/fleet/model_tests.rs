@@ -51,6 +51,7 @@ fn line() -> impl Strategy<Value = String> {
             word(&["", "correlated=default"])
         )
             .prop_map(|(a, b, c)| format!("expire {a}:10000 {b}:20000 {c}")),
+        (0..4u8).prop_map(|epoch| format!("rotate {epoch} key=0123456789abcdef")),
     ]
 }
 
@@ -165,6 +166,7 @@ proptest! {
                         workers.remove(&name);
                     }
                     wire::change::Change::Config(_)
+                    | wire::change::Change::Keys(_)
                     | wire::change::Change::CorrelatedExpiry(_) => {}
                 }
             }

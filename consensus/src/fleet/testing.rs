@@ -8,6 +8,7 @@
 //! remove w1 override
 //! config default,other expected=0
 //! expire 1.4.1:12000 correlated=default
+//! rotate 0 key=0123456789abcdef
 //! ```
 
 use std::collections::BTreeMap;
@@ -152,6 +153,10 @@ pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
                 .get("correlated")
                 .map(|pools| pools.split(',').map(Into::into).collect())
                 .unwrap_or_default(),
+        }),
+        "rotate" => Action::RotateKey(wire::RotateKey {
+            expected_epoch: words[1].parse().unwrap(),
+            key: given["key"].as_bytes().to_vec().into(),
         }),
         other => panic!("no command {other}"),
     };

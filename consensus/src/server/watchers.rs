@@ -143,3 +143,42 @@ fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
         changes: changes.cloned().collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fingerprint_keys_are_for_balancers_only() {
+        let keys = Some(wire::KeyRing {
+            keys: vec![wire::FingerprintKey {
+                epoch: 1,
+                key: vec![7; 16].into(),
+            }],
+        });
+        let facts = wire::Facts {
+            keys: keys.clone(),
+            ..wire::Facts::default()
+        };
+        let delta = wire::Delta {
+            changes: vec![wire::Change {
+                change: keys.map(wire::change::Change::Keys),
+            }],
+            ..wire::Delta::default()
+        };
+        for role in Role::ALL {
+            let consumer = Identity {
+                trust_domain: "td".into(),
+                role,
+                name: "n".into(),
+            };
+            let may = role == Role::Balancer;
+            assert_eq!(facts_for(&consumer, &facts).keys.is_some(), may, "{role:?}");
+            assert_eq!(
+                delta_for(&consumer, &delta).changes.len(),
+                usize::from(may),
+                "{role:?}"
+            );
+        }
+    }
+}
