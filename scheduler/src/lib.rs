@@ -4,6 +4,8 @@
 //! No clock, randomness, socket or task: `now` and the generator are arguments, so that the
 //! simulator runs the same code.
 
+pub mod fingerprint;
+pub mod index;
 mod load;
 pub mod model;
 mod pick;
