@@ -9,6 +9,7 @@ pub mod index;
 mod load;
 pub mod model;
 mod pick;
+pub mod residency;
 mod view;
 mod wait;
 

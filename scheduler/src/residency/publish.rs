@@ -1,0 +1,225 @@
+//! An agent's side of the residency stream: one ring of deltas, a cursor for each balancer.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use forebay_proto::Incarnation;
+use forebay_proto::wire::work as wire;
+
+use super::{Change, Grade, MAX_CHUNKS, STORED_BYTES, mixed, put_stored};
+use crate::index::Fingerprints;
+
+/// Deltas that are kept; who is further behind gets a snapshot.
+const MAX_DELTAS: usize = 1_024;
+/// And their bytes.
+const MAX_DELTA_BYTES: usize = 4 << 20;
+/// Chunks in one delta, so that it fits a frame.
+const MAX_DELTA_CHUNKS: usize = 8_192;
+/// Chunks in one piece of a snapshot.
+const PIECE_CHUNKS: usize = 16_384;
+
+/// How far a balancer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cursor {
+    /// Which life of the cache it follows.
+    pub cache: u64,
+    /// The newest delta, or snapshot, that it has.
+    pub seq: u64,
+}
+
+/// What a balancer needs to be up to date.
+pub enum Next {
+    /// Nothing.
+    Nothing,
+    /// These, in order.
+    Deltas(Vec<Arc<wire::ResidencyDelta>>),
+    /// Everything, in pieces.
+    Snapshot(Vec<wire::ResidencySnapshot>),
+}
+
+/// What is resident, and how it came to be so.
+pub struct Publisher {
+    incarnation: Incarnation,
+    cache: u64,
+    grade: Grade,
+    seq: u64,
+    resident: Fingerprints<u32>,
+    checksum: u64,
+    ring: VecDeque<Arc<wire::ResidencyDelta>>,
+    ring_bytes: usize,
+    /// Changed since the last delta: what it was then.
+    touched: Fingerprints<Option<u32>>,
+    grade_told: Grade,
+}
+
+impl Publisher {
+    /// Publishes an empty cache. `cache` is drawn anew for each life of the engine's cache.
+    #[must_use]
+    pub fn new(incarnation: Incarnation, cache: u64, grade: Grade) -> Self {
+        Self {
+            incarnation,
+            cache,
+            grade,
+            seq: 0,
+            resident: Fingerprints::default(),
+            checksum: 0,
+            ring: VecDeque::new(),
+            ring_bytes: 0,
+            touched: Fingerprints::default(),
+            grade_told: grade,
+        }
+    }
+
+    /// Notes changes; they are told by the next [`Publisher::flush`].
+    pub fn note(&mut self, changes: impl IntoIterator<Item = Change>) {
+        for change in changes {
+            let (chunk, before) = match change {
+                Change::Stored { chunk, tokens } => {
+                    if self.resident.len() >= MAX_CHUNKS && !self.resident.contains_key(&chunk) {
+                        continue;
+                    }
+                    (chunk, self.resident.insert(chunk, tokens))
+                }
+                Change::Removed { chunk } => (chunk, self.resident.remove(&chunk)),
+            };
+            self.touched.entry(chunk).or_insert(before);
+        }
+    }
+
+    /// The grade from here on.
+    pub fn set_grade(&mut self, grade: Grade) {
+        self.grade = grade;
+    }
+
+    /// How many chunks are resident.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.resident.len()
+    }
+
+    /// Whether none is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.resident.is_empty()
+    }
+
+    /// Makes deltas of what was noted. Returns whether there is something new.
+    pub fn flush(&mut self) -> bool {
+        let mut stored = Vec::new();
+        let mut removed = Vec::new();
+        for (chunk, before) in std::mem::take(&mut self.touched) {
+            match (before, self.resident.get(&chunk)) {
+                (before, Some(tokens)) if before != Some(*tokens) => stored.push((chunk, *tokens)),
+                (Some(_), None) => removed.push(chunk),
+                // Came and went, or is as it was.
+                _ => {}
+            }
+            let was = before.map_or(0, |tokens| mixed(chunk, tokens));
+            let is = self
+                .resident
+                .get(&chunk)
+                .map_or(0, |tokens| mixed(chunk, *tokens));
+            self.checksum = self.checksum.wrapping_sub(was).wrapping_add(is);
+        }
+        let nothing = stored.is_empty() && removed.is_empty();
+        if nothing && self.grade == self.grade_told {
+            return false;
+        }
+        self.grade_told = self.grade;
+        if stored.len() + removed.len() > MAX_DELTA_CHUNKS {
+            // More than a frame holds: everybody takes a snapshot.
+            self.seq += 1;
+            self.ring.clear();
+            self.ring_bytes = 0;
+            return true;
+        }
+        self.seq += 1;
+        let mut stored_bytes = Vec::with_capacity(stored.len() * STORED_BYTES);
+        for (chunk, tokens) in stored {
+            put_stored(&mut stored_bytes, chunk, tokens);
+        }
+        let delta = wire::ResidencyDelta {
+            seq: self.seq,
+            grade: self.grade.to_wire(),
+            stored: stored_bytes.into(),
+            removed: removed
+                .iter()
+                .flat_map(|chunk| chunk.to_le_bytes())
+                .collect::<Vec<_>>()
+                .into(),
+            checksum: self.checksum,
+        };
+        self.ring_bytes += bytes_of(&delta);
+        self.ring.push_back(Arc::new(delta));
+        while (self.ring.len() > MAX_DELTAS || self.ring_bytes > MAX_DELTA_BYTES)
+            && let Some(oldest) = self.ring.pop_front()
+        {
+            self.ring_bytes -= bytes_of(&oldest);
+        }
+        true
+    }
+
+    /// Where a follower is who has all that was flushed.
+    #[must_use]
+    pub const fn newest(&self) -> Cursor {
+        Cursor {
+            cache: self.cache,
+            seq: self.seq,
+        }
+    }
+
+    /// What somebody with this cursor needs; `None`: has nothing.
+    #[must_use]
+    pub fn since(&self, cursor: Option<Cursor>) -> Next {
+        let Some(cursor) = cursor.filter(|cursor| cursor.cache == self.cache) else {
+            return Next::Snapshot(self.snapshot());
+        };
+        if cursor.seq == self.seq {
+            return Next::Nothing;
+        }
+        match self.ring.front() {
+            Some(oldest) if oldest.seq <= cursor.seq + 1 && cursor.seq < self.seq => {
+                let first = self.ring.partition_point(|delta| delta.seq <= cursor.seq);
+                Next::Deltas(self.ring.range(first..).cloned().collect())
+            }
+            Some(_) | None => Next::Snapshot(self.snapshot()),
+        }
+    }
+
+    fn snapshot(&self) -> Vec<wire::ResidencySnapshot> {
+        // As of the last flush: what was touched since comes with the next delta.
+        let held = self.resident.iter().filter_map(|(chunk, tokens)| {
+            let then = self.touched.get(chunk).copied().unwrap_or(Some(*tokens));
+            then.map(|tokens| (*chunk, tokens))
+        });
+        let gone = self.touched.iter().filter_map(|(chunk, before)| {
+            let gone = !self.resident.contains_key(chunk);
+            before.filter(|_| gone).map(|tokens| (*chunk, tokens))
+        });
+        let mut pieces = vec![Vec::new()];
+        for (at, (chunk, tokens)) in held.chain(gone).enumerate() {
+            if at > 0 && at % PIECE_CHUNKS == 0 {
+                pieces.push(Vec::new());
+            }
+            if let Some(piece) = pieces.last_mut() {
+                put_stored(piece, chunk, tokens);
+            }
+        }
+        let last = pieces.len() - 1;
+        let piece = |(at, stored): (usize, Vec<u8>)| wire::ResidencySnapshot {
+            incarnation: Some(self.incarnation.to_wire()),
+            cache: self.cache,
+            seq: self.seq,
+            grade: self.grade_told.to_wire(),
+            stored: stored.into(),
+            first: at == 0,
+            last: at == last,
+            checksum: if at == last { self.checksum } else { 0 },
+        };
+        pieces.into_iter().enumerate().map(piece).collect()
+    }
+}
+
+fn bytes_of(delta: &wire::ResidencyDelta) -> usize {
+    delta.stored.len() + delta.removed.len() + 64
+}

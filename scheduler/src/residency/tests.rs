@@ -1,0 +1,263 @@
+use std::collections::BTreeMap;
+
+use forebay_proto::{Incarnation, WorkerId};
+use proptest::prelude::*;
+
+use super::*;
+
+const WORKER: Incarnation = Incarnation {
+    worker: WorkerId(1),
+    grant: 1,
+    start: 1,
+};
+
+/// Chunks of 100 tokens each.
+fn spread(chunks: usize) -> Spread {
+    Spread {
+        prompt_tokens: chunks as u32 * 100 + 1,
+        prompt_bytes: chunks as u64 * 256 + 1,
+        chunk_bytes: 256,
+    }
+}
+
+fn run(shadow: &mut Shadow, chunks: &[u64]) {
+    shadow.prefilled(chunks, &spread(chunks.len()));
+    shadow.finished(chunks, 0);
+}
+
+#[test]
+fn tokens_lie_evenly_on_chunks_and_the_last_is_never_cached() {
+    let spread = Spread {
+        prompt_tokens: 10,
+        prompt_bytes: 512,
+        chunk_bytes: 256,
+    };
+    assert_eq!((spread.tokens_at(0), spread.tokens_at(1)), (5, 9));
+}
+
+#[test]
+fn what_was_prefilled_is_resident_until_others_need_the_room() {
+    let mut shadow = Shadow::new(500);
+    run(&mut shadow, &[1, 2, 3]);
+    assert_eq!(shadow.hit(&[1, 2, 3, 4]), (3, 300));
+    run(&mut shadow, &[10, 11, 12]);
+    // The oldest goes first, from its path's end.
+    assert_eq!(shadow.hit(&[1, 2, 3]), (2, 200));
+    assert_eq!(shadow.hit(&[10, 11, 12]), (3, 300));
+    run(&mut shadow, &[1, 2]);
+    run(&mut shadow, &[20]);
+    assert_eq!(shadow.hit(&[10, 11, 12]), (2, 200));
+    assert_eq!(shadow.hit(&[1, 2]), (2, 200));
+}
+
+#[test]
+fn what_is_in_use_stays_and_answers_take_room() {
+    let mut shadow = Shadow::new(500);
+    shadow.prefilled(&[1, 2, 3], &spread(3));
+    run(&mut shadow, &[10, 11, 12]);
+    assert_eq!(shadow.hit(&[1, 2, 3]), (3, 300));
+    assert_eq!(shadow.hit(&[10, 11, 12]), (2, 200));
+    shadow.finished(&[1, 2, 3], 100);
+    assert_eq!(shadow.hit(&[10, 11]), (1, 100));
+}
+
+#[test]
+fn the_size_follows_what_the_engine_says() {
+    let mut shadow = Shadow::new(1_000);
+    for _ in 0..20 {
+        shadow.correct(500, 100, 200);
+    }
+    let (_, shrunk) = shadow.tokens();
+    assert!((600..700).contains(&shrunk), "{shrunk}");
+    (0..1_000).for_each(|_| shadow.correct(500, 100, 200));
+    assert_eq!(shadow.tokens().1, 250);
+    (0..1_000).for_each(|_| shadow.correct(0, 500, 200));
+    assert_eq!(shadow.tokens().1, 1_250);
+    shadow.correct(300, 200, 200);
+    assert_eq!(shadow.tokens().1, 1_250, "within the grain");
+}
+
+#[test]
+fn a_grade_is_lost_by_predicting_too_much_or_by_an_engine_that_is_silent() {
+    let mut check = SelfCheck::default();
+    for at in 0..100 {
+        let reported = if at % 10 == 0 { 0 } else { 1_000 };
+        let verdict = check.observe(1_000, Some(reported), 200);
+        let expected = if at == 99 {
+            Verdict::Overpredicted
+        } else {
+            Verdict::Same
+        };
+        assert_eq!(verdict, expected, "{at}");
+    }
+    assert_eq!(check.grade(), Grade::Blind);
+    let restored =
+        (0..100).position(|_| check.observe(1_000, Some(1_000), 200) == Verdict::Restored);
+    assert!(restored.is_some_and(|at| at > 50), "{restored:?}");
+    let silent = (0..100).position(|_| check.observe(1_000, None, 200) == Verdict::Silent);
+    assert_eq!(silent, Some(19));
+}
+
+#[test]
+fn a_cursor_that_is_too_far_behind_gets_a_snapshot() {
+    let mut publisher = Publisher::new(WORKER, 7, Grade::Inferred);
+    let snapshot = |next: &Next| matches!(next, Next::Snapshot(_));
+    assert!(snapshot(&publisher.since(None)));
+    let start = publisher.newest();
+    assert!(matches!(publisher.since(Some(start)), Next::Nothing));
+    for chunk in 0..2_000 {
+        publisher.note([Change::Stored { chunk, tokens: 1 }]);
+        assert!(publisher.flush());
+    }
+    assert!(snapshot(&publisher.since(Some(start))));
+    let near = Cursor {
+        cache: 7,
+        seq: 1_990,
+    };
+    assert!(matches!(publisher.since(Some(near)), Next::Deltas(deltas) if deltas.len() == 10));
+    assert!(snapshot(&publisher.since(Some(Cursor {
+        cache: 8,
+        seq: 1_990
+    }))));
+    assert!(snapshot(&publisher.since(Some(Cursor {
+        cache: 7,
+        seq: 9_999
+    }))));
+    publisher.note([
+        Change::Stored {
+            chunk: 5,
+            tokens: 1,
+        },
+        Change::Removed { chunk: 9_000 },
+    ]);
+    assert!(!publisher.flush(), "nothing changed");
+    publisher.set_grade(Grade::Blind);
+    assert!(publisher.flush(), "the grade did");
+}
+
+/// What may happen to one message.
+#[derive(Clone, Copy, Debug)]
+enum Fate {
+    Arrives,
+    Lost,
+    Doubled,
+    Corrupt(u8),
+}
+
+fn fate() -> impl Strategy<Value = Fate> {
+    prop_oneof![
+        12 => Just(Fate::Arrives),
+        1 => Just(Fate::Lost),
+        1 => Just(Fate::Doubled),
+        1 => any::<u8>().prop_map(Fate::Corrupt),
+    ]
+}
+
+/// Applies what arrives to a follower and to the plain set that its operations describe.
+struct Balancer {
+    follower: Follower,
+    index: BTreeMap<u64, u32>,
+}
+
+impl Balancer {
+    fn take(&mut self, ops: Result<Vec<Op>, Resync>) {
+        match ops {
+            Err(_) => self.index.clear(),
+            Ok(ops) => {
+                for op in ops {
+                    match op {
+                        Op::Clear => self.index.clear(),
+                        Op::Store(chunk, tokens) => drop(self.index.insert(chunk, tokens)),
+                        Op::Remove(chunk) => drop(self.index.remove(&chunk)),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn damaged(bytes: &bytes::Bytes, with: u8) -> bytes::Bytes {
+    let mut bytes = bytes.to_vec();
+    let at = usize::from(with) % bytes.len().max(1);
+    if let Some(byte) = bytes.get_mut(at) {
+        *byte ^= with | 1;
+    }
+    bytes.into()
+}
+
+proptest! {
+    #[test]
+    fn who_believes_to_be_up_to_date_is(
+        steps in proptest::collection::vec((proptest::collection::vec((0..30_u64, any::<bool>()), 0..6), fate(), any::<bool>()), 1..80)
+    ) {
+        let mut publisher = Publisher::new(WORKER, 7, Grade::Inferred);
+        let mut plain: BTreeMap<u64, u32> = BTreeMap::new();
+        let mut balancer = Balancer { follower: Follower::new(WORKER), index: BTreeMap::new() };
+        for (changes, fate, flushed) in steps {
+            for (chunk, stored) in changes {
+                if stored {
+                    publisher.note([Change::Stored { chunk, tokens: chunk as u32 }]);
+                } else {
+                    publisher.note([Change::Removed { chunk }]);
+                }
+                if stored { plain.insert(chunk, chunk as u32); } else { plain.remove(&chunk); }
+            }
+            if flushed {
+                publisher.flush();
+            }
+            match publisher.since(balancer.follower.cursor()) {
+                Next::Nothing => {}
+                Next::Snapshot(pieces) => for piece in pieces {
+                    let mut piece = piece;
+                    if let Fate::Corrupt(with) = fate {
+                        piece.stored = damaged(&piece.stored, with);
+                    }
+                    if !matches!(fate, Fate::Lost) {
+                        let ops = balancer.follower.snapshot(&piece);
+                        balancer.take(ops);
+                    }
+                }
+                Next::Deltas(deltas) => for delta in deltas {
+                    let mut delta = (*delta).clone();
+                    if let Fate::Corrupt(with) = fate {
+                        delta.stored = damaged(&delta.stored, with);
+                    }
+                    for _ in 0..match fate { Fate::Lost => 0, Fate::Doubled => 2, _ => 1 } {
+                        let ops = balancer.follower.delta(&delta);
+                        balancer.take(ops);
+                    }
+                }
+            }
+            if flushed && balancer.follower.cursor() == Some(publisher.newest()) {
+                prop_assert_eq!(&balancer.index, &plain);
+            }
+        }
+    }
+
+    #[test]
+    fn a_shadow_never_holds_more_than_fits_but_for_what_is_in_use(
+        paths in proptest::collection::vec((0..6_u64, 1..8_usize, 0..300_u32), 1..60)
+    ) {
+        let mut shadow = Shadow::new(1_500);
+        let mut mirror: BTreeMap<u64, u32> = BTreeMap::new();
+        for (family, length, answer) in paths {
+            let chunks: Vec<u64> = (0..length as u64).map(|at| family * 100 + at).collect();
+            shadow.prefilled(&chunks, &spread(length));
+            prop_assert_eq!(shadow.hit(&chunks).0, length);
+            shadow.finished(&chunks, answer);
+            let (used, capacity) = shadow.tokens();
+            prop_assert!(used <= capacity, "{} of {}", used, capacity);
+            for change in shadow.take_changes() {
+                match change {
+                    Change::Stored { chunk, tokens } => drop(mirror.insert(chunk, tokens)),
+                    Change::Removed { chunk } => drop(mirror.remove(&chunk)),
+                }
+            }
+            prop_assert_eq!(mirror.len(), shadow.len());
+            // No chunk stays whose predecessor went.
+            for chunk in mirror.keys() {
+                prop_assert!(chunk % 100 == 0 || mirror.contains_key(&(chunk - 1)));
+            }
+        }
+    }
+}
