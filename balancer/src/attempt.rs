@@ -146,18 +146,33 @@ impl Exchange {
             tenant: self.tenant.to_string(),
             path: self.path.into(),
             body_bytes: self.body.text.len() as u64,
+            stream: self.head.stream,
+            max_tokens: self.head.max_tokens.map_or(0, saturated),
+            cache_salt: self.prompt.salt.clone(),
+            chunks: self.prompt.chunks.clone(),
+            prompt_bytes: self.prompt.bytes,
+            chunk_bytes: self.pool.chunk_bytes,
+            key_epoch: self.prompt.key_epoch,
+            prompt_tokens: saturated(self.prompt_tokens()),
+            expected_cached_tokens: placement.choice.cached_tokens,
             deadline_ms: self
                 .pool
                 .first_byte_timeout_ms
                 .saturating_add(LONGEST_ANSWER_MS),
-            expected_wait_ms: Some(Millis::from_duration(placement.choice.rank.wait).wire()),
+            expected_wait_ms: placement
+                .choice
+                .wait
+                .map(|wait| Millis::from_duration(wait).wire()),
             attempt,
             must_queue,
             facts_revision: self.revision,
-            ..work::Place::default()
         };
         Frame::message(Kind::Place, &place)
     }
+}
+
+fn saturated(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 async fn send_request(
@@ -326,6 +341,8 @@ impl Answer<'_> {
     async fn trailer(&mut self, trailer: &work::Trailer) -> Ended {
         self.placement.over_by(trailer.report_seq);
         self.hear(trailer.load.as_ref());
+        self.exchange
+            .learn(trailer, self.placement.choice.cached_tokens);
         match trailer.end() {
             work::End::Complete if self.head.is_some() => self.complete().await,
             work::End::NotStarted if !self.sink.begun() => Ended::Refused { for_good: true },

@@ -16,11 +16,12 @@ use tokio::time::{Instant, timeout};
 
 use crate::attempt::{Ended, Sink};
 use crate::body::Read;
-use crate::core::dispatch::{Ask, Ticket};
+use crate::core::dispatch::{Ask, Sought, Ticket};
 use crate::core::error::{ApiError, Code};
 use crate::core::head::Head;
 use crate::core::retry::{Attempts, Failure, Next};
 use crate::metrics::Outcome;
+use crate::prompt::{self, Fingerprinted};
 use crate::shared::{Phase, Placement, Shared, Tracked};
 
 /// What a reply is made of, in order: a head, data, an end; or an error instead, or in between.
@@ -64,6 +65,8 @@ pub(crate) struct Exchange {
     pub(crate) pool: Pool,
     pub(crate) body: Read,
     pub(crate) revision: u64,
+    /// What is known of the prompt; found at the start of [`Exchange::run`].
+    pub(crate) prompt: Fingerprinted,
 }
 
 impl Exchange {
@@ -92,16 +95,19 @@ impl Exchange {
 
     async fn serve(&mut self, sink: &mut Sink) -> Result<(), ApiError> {
         let mut attempts = Attempts::default();
+        self.prompt = prompt::read(self);
         let mut line = Line {
             ticket: self.shared.dispatch().arrive(),
             until: Instant::now() + Duration::from_millis(self.pool.queue_timeout_ms.into()),
             failed: Vec::new(),
             refused: Vec::new(),
+            sought: Arc::default(),
         };
         self.budget(|budget| budget.admit());
         let mut must_queue = false;
         loop {
             self.tracked.phase(Phase::Queued);
+            line.sought = Arc::new(prompt::seek(self));
             let placement = self.place(&mut line).await?;
             let (worker, incarnation) = (placement.worker.clone(), placement.choice.incarnation);
             self.tracked.placed_on(&worker, attempts.number());
@@ -228,6 +234,7 @@ struct Line {
     until: Instant,
     failed: Vec<Incarnation>,
     refused: Vec<Incarnation>,
+    sought: Arc<Sought>,
 }
 
 impl Line {
@@ -241,6 +248,7 @@ impl Line {
             pool: exchange.pool_name.clone(),
             model: exchange.model.clone(),
             tried,
+            sought: self.sought.clone(),
         }
     }
 }

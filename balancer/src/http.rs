@@ -24,6 +24,7 @@ use crate::core::{head, request_id};
 use crate::exchange::{EVENTS_AHEAD, Event, Exchange, ReplyHead, died, nobody, unknown_model};
 use crate::links::Task;
 use crate::metrics::Outcome;
+use crate::prompt::Fingerprinted;
 use crate::reply::{Relayed, Reply};
 use crate::shared::Shared;
 
@@ -161,6 +162,7 @@ async fn place(
         body,
         revision: facts.fleet.revision.0,
         head,
+        prompt: Fingerprinted::default(),
     };
     let streaming = exchange.head.stream;
     let (sender, mut events) = mpsc::channel(EVENTS_AHEAD);

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::core::dispatch::LinkNumber;
 use crate::fleet::Fleet;
+use crate::residency;
 use crate::shared::Shared;
 
 const DIAL_PATIENCE: Duration = Duration::from_secs(2);
@@ -151,16 +152,24 @@ impl Keeper {
         };
         self.shared.tried.lock().insert(self.name.to_string());
         tracing::info!(worker = %self.name, %incarnation, "connected");
-        let closed = loop {
-            match link.read_datagram().await {
-                Ok(frame) if frame.kind == Kind::Load => {
-                    if let Ok(report) = frame.decode::<work::LoadReport>() {
-                        self.shared.hear(&report, incarnation.worker);
+        let listening = async {
+            loop {
+                match link.read_datagram().await {
+                    Ok(frame) if frame.kind == Kind::Load => {
+                        if let Ok(report) = frame.decode::<work::LoadReport>() {
+                            self.shared.hear(&report, incarnation.worker);
+                        }
                     }
+                    Ok(_) => {}
+                    Err(closed) => break closed,
                 }
-                Ok(_) => {}
-                Err(closed) => break closed,
             }
+        };
+        // In this task: what it knows is forgotten before another link of this worker stands.
+        let following = residency::follow(self.shared.clone(), link.clone(), incarnation);
+        let closed = tokio::select! {
+            closed = listening => closed,
+            never = following => match never {},
         };
         drop(standing);
         tracing::info!(worker = %self.name, %incarnation, %closed, "disconnected");

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use forebay_admin::Histogram;
+use forebay_proto::wire::work;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -57,6 +58,11 @@ pub(crate) struct Metrics {
     requests: Family<Labels<1>, Counter>,
     placements: Family<Labels<2>, Counter>,
     pub(crate) retries: Counter,
+    prompt_tokens: Counter,
+    predicted_tokens: Counter,
+    reported_tokens: Counter,
+    pub(crate) resyncs: Counter,
+    pub(crate) resident: Number,
     pub(crate) inflight: Number,
     pub(crate) bookings: Number,
     pub(crate) queued: Number,
@@ -88,7 +94,36 @@ impl Metrics {
             "Placements after the first of a request",
             self.retries.clone(),
         );
+        for (name, help, counter) in [
+            (
+                "prompt_tokens",
+                "Prompt tokens, as engines counted them",
+                &self.prompt_tokens,
+            ),
+            (
+                "cached_tokens_predicted",
+                "Prompt tokens that were expected in caches, where the engine told how many were",
+                &self.predicted_tokens,
+            ),
+            (
+                "cached_tokens_reported",
+                "Prompt tokens that were in caches, as engines told",
+                &self.reported_tokens,
+            ),
+            (
+                "residency_resyncs",
+                "Streams of residency that had to begin anew",
+                &self.resyncs,
+            ),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
         for (name, help, gauge) in [
+            (
+                "residency_chunks",
+                "Chunks that workers are known to hold",
+                &self.resident,
+            ),
             ("inflight", "Requests being served", &self.inflight),
             ("bookings", "Bookings held on workers", &self.bookings),
             ("queued", "Requests that wait for a worker", &self.queued),
@@ -125,6 +160,17 @@ impl Metrics {
 
     pub(crate) fn placed(&self, worker: &str, outcome: Outcome) {
         self.placements.get_or_create(&of(worker, outcome)).inc();
+    }
+
+    /// What an engine counted, and what was predicted. A count that is absent is not zero.
+    pub(crate) fn counted(&self, trailer: &work::Trailer, predicted: u32) {
+        if let Some(tokens) = trailer.prompt_tokens {
+            self.prompt_tokens.inc_by(tokens.into());
+        }
+        if let Some(cached) = trailer.cached_tokens {
+            self.predicted_tokens.inc_by(predicted.into());
+            self.reported_tokens.inc_by(cached.into());
+        }
     }
 
     pub(crate) fn first_byte(&self, after: Duration) {

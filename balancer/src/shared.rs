@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use dashmap::DashMap;
 use forebay_link::Link;
 use forebay_proto::{Now, Revision};
+use forebay_scheduler::index::PrefixIndex;
 use forebay_scheduler::{BookingId, Choice};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use rand::SeedableRng;
@@ -18,6 +19,7 @@ use tokio::sync::oneshot;
 use crate::Settings;
 use crate::core::auth::Keys;
 use crate::core::dispatch::{Dispatch, Placed};
+use crate::core::lengths::Lengths;
 use crate::core::retry::Budget;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
@@ -39,6 +41,9 @@ pub(crate) struct Shared {
     pub(crate) draining: AtomicBool,
     pub(crate) tried: Mutex<BTreeSet<String>>,
     dispatch: Mutex<Dispatcher>,
+    /// Who holds which chunk; never locked together with the view.
+    pub(crate) index: RwLock<PrefixIndex>,
+    pub(crate) lengths: Mutex<Lengths>,
     facts: RwLock<Option<Arc<Facts>>>,
     requests: DashMap<u64, Arc<About>>,
     next_request: AtomicU64,
@@ -75,6 +80,8 @@ impl Shared {
             draining: AtomicBool::new(false),
             tried: Mutex::default(),
             dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng())),
+            index: RwLock::default(),
+            lengths: Mutex::default(),
             facts: RwLock::new(None),
             requests: DashMap::with_shard_amount(SHARDS),
             next_request: AtomicU64::new(0),

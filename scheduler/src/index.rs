@@ -127,6 +127,16 @@ impl PrefixIndex {
         }
     }
 
+    /// What names a prompt's conversation: its first chunk that fewer than half of `workers` hold.
+    /// What nearly everybody holds is a system prompt, which says nothing.
+    #[must_use]
+    pub fn conversation(&self, chunks: &[u64], workers: usize) -> Option<u64> {
+        let mut chunks = chunks.iter();
+        chunks
+            .find(|chunk| self.holders(**chunk) * 2 < workers.max(1))
+            .copied()
+    }
+
     /// How many workers hold this chunk.
     #[must_use]
     pub fn holders(&self, chunk: u64) -> usize {

@@ -9,11 +9,12 @@ pub mod index;
 mod load;
 pub mod model;
 mod pick;
+pub mod policy;
 pub mod residency;
 mod view;
 mod wait;
 
 pub use load::{Acceptance, Load, LoadError};
-pub use pick::{Choice, NoChoice, Rank};
+pub use pick::{Choice, NoChoice, Work};
 pub use view::{BookingId, Known, View};
 pub use wait::{Queueing, exceeds};

@@ -12,6 +12,8 @@ use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, WorkerId};
 
 use crate::load::{Acceptance, Load};
+use crate::model::Backlog;
+use crate::pick::Work;
 use crate::wait::Queueing;
 
 /// Reports missed before a worker is suspect.
@@ -57,6 +59,7 @@ pub struct BookingId {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Booking {
+    work: Work,
     /// Reports from this one on contain it.
     accepted: Option<u64>,
     /// Reports from this one on do not contain it any more.
@@ -80,11 +83,15 @@ pub(crate) struct Worker {
     /// The start that is connected, which may be later than the one in the facts.
     pub(crate) connected: Option<Incarnation>,
     heard: Now,
+    /// When the report that is held came.
+    reported: Now,
     pub(crate) load: Option<Load>,
     bookings: BTreeMap<u64, Booking>,
     /// What the bookings add to the report that is held; kept by [`Worker::settle`], because every
     /// pick asks every worker.
     beyond: i64,
+    /// The same in tokens.
+    beyond_work: Work,
 }
 
 impl Worker {
@@ -122,6 +129,49 @@ impl Worker {
         }
     }
 
+    /// How old the report is; a worker that has sent none is as old as can be.
+    pub(crate) fn age(&self, now: Now) -> Duration {
+        match self.load {
+            Some(_) => now.since(self.reported),
+            None => Duration::MAX,
+        }
+    }
+
+    /// What a new request would find before it, in tokens: the report, less what was prefilled since,
+    /// and the bookings that it does not contain.
+    pub(crate) fn backlog(&self, now: Now) -> Backlog {
+        let present = f64::from(self.queueing().present);
+        let Some(load) = self.load else {
+            return Backlog {
+                decodes: present,
+                ..Backlog::default()
+            };
+        };
+        let mut backlog = load.backlog;
+        match load.model {
+            Some(model) => {
+                let since_ms = now.since(self.reported).as_secs_f64() * 1e3;
+                let rate = model.drain_per_ms(backlog.decodes, backlog.context_tokens);
+                let left = (backlog.pending_tokens - since_ms * rate).max(0.0);
+                if backlog.pending_tokens > 0.0 {
+                    backlog.pending_pairs *= left / backlog.pending_tokens;
+                }
+                backlog.pending_tokens = left;
+            }
+            // It says nothing of its tokens: requests are all that is known.
+            None => backlog.decodes = present,
+        }
+        let Work {
+            uncached_tokens,
+            pairs,
+            context_tokens,
+        } = self.beyond_work;
+        backlog.pending_tokens = (backlog.pending_tokens + uncached_tokens).max(0.0);
+        backlog.pending_pairs = (backlog.pending_pairs + pairs).max(0.0);
+        backlog.context_tokens = (backlog.context_tokens + context_tokens).max(0.0);
+        backlog
+    }
+
     /// Whether slots and queue are taken, as far as is known.
     pub(crate) fn full(&self) -> bool {
         let queue_limit = self.load.map_or(0, |load| load.queue_limit);
@@ -139,6 +189,19 @@ impl Worker {
             .values()
             .map(|booking| booking.beyond(seq))
             .sum();
+        let mut work = Work::default();
+        for booking in self.bookings.values() {
+            match booking.beyond(seq) {
+                1 => {
+                    work.uncached_tokens += booking.work.uncached_tokens;
+                    work.pairs += booking.work.pairs;
+                }
+                // It is over, and the report still has its decode.
+                -1 => work.context_tokens -= booking.work.context_tokens,
+                _ => {}
+            }
+        }
+        self.beyond_work = work;
     }
 }
 
@@ -164,9 +227,11 @@ impl View {
                         known,
                         connected: None,
                         heard: Now::default(),
+                        reported: Now::default(),
                         load: None,
                         bookings: BTreeMap::new(),
                         beyond: 0,
+                        beyond_work: Work::default(),
                     };
                     self.workers.insert(id, worker);
                 }
@@ -223,6 +288,7 @@ impl View {
             return false;
         }
         worker.load = Some(load);
+        worker.reported = now;
         worker.settle();
         true
     }
@@ -237,11 +303,15 @@ impl View {
     }
 
     /// Books one request on the connected start of a worker, before it is dispatched.
-    pub fn book(&mut self, worker: WorkerId) -> BookingId {
+    pub fn book(&mut self, worker: WorkerId, work: Work) -> BookingId {
         self.next_booking += 1;
         let number = self.next_booking;
         if let Some(worker) = self.workers.get_mut(&worker) {
-            worker.bookings.insert(number, Booking::default());
+            let booking = Booking {
+                work,
+                ..Booking::default()
+            };
+            worker.bookings.insert(number, booking);
             worker.settle();
         }
         BookingId { worker, number }

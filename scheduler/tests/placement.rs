@@ -8,7 +8,8 @@ use std::time::Duration;
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
-use forebay_scheduler::{Acceptance, Known, Load, NoChoice, View};
+use forebay_scheduler::policy::{self, Request};
+use forebay_scheduler::{Acceptance, Known, Load, NoChoice, View, Work};
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -115,8 +116,13 @@ fn world(workers: &[&str]) -> View {
 }
 
 fn picks(view: &View, now: Now) -> Result<u32, NoChoice> {
-    view.pick(now, "m", &[], &mut StdRng::seed_from_u64(1))
-        .map(|choice| choice.incarnation.worker.0)
+    view.pick(
+        now,
+        &Request::of("m"),
+        policy::default(),
+        &mut StdRng::seed_from_u64(1),
+    )
+    .map(|choice| choice.incarnation.worker.0)
 }
 
 fn check(workers: &[&str], expected: Result<u32, NoChoice>) {
@@ -149,9 +155,22 @@ fn why_there_is_no_choice_is_said() {
     check(&["4+4/4", "4+4/4"], Err(NoChoice::Busy));
     check(&["-", "c0+0/4"], Err(NoChoice::NoCapacity));
     let view = world(&["0+0/4"]);
-    let none = view.pick(at(1), "other", &[], &mut StdRng::seed_from_u64(1));
+    let none = view.pick(
+        at(1),
+        &Request::of("other"),
+        policy::default(),
+        &mut StdRng::seed_from_u64(1),
+    );
     assert_eq!(none, Err(NoChoice::UnknownModel));
-    let tried = view.pick(at(1), "m", &[WorkerId(0)], &mut StdRng::seed_from_u64(1));
+    let tried = view.pick(
+        at(1),
+        &Request {
+            tried: &[WorkerId(0)],
+            ..Request::of("m")
+        },
+        policy::default(),
+        &mut StdRng::seed_from_u64(1),
+    );
     assert_eq!(tried, Err(NoChoice::NoCapacity));
 }
 
@@ -167,7 +186,7 @@ fn equal_workers_share_evenly() {
     let mut counts = [0; 4];
     for _ in 0..4_000 {
         counts[view
-            .pick(at(1), "m", &[], &mut rng)
+            .pick(at(1), &Request::of("m"), policy::default(), &mut rng)
             .unwrap()
             .incarnation
             .worker
@@ -183,7 +202,7 @@ fn equal_workers_share_evenly() {
 fn a_booking_counts_at_once_and_never_twice() {
     let mut view = world(&["0+0/1", "0+0/1"]);
     let first = picks(&view, at(1)).unwrap();
-    let booking = view.book(WorkerId(first));
+    let booking = view.book(WorkerId(first), Work::default());
     assert_ne!(picks(&view, at(1)).unwrap(), first);
 
     view.accepted(booking, 2);
@@ -199,7 +218,12 @@ fn a_booking_counts_at_once_and_never_twice() {
     let mut free = vec![picks(&view, at(2)).unwrap()];
     free.extend((0..20).map(|seed| {
         let choice = view
-            .pick(at(2), "m", &[], &mut StdRng::seed_from_u64(seed))
+            .pick(
+                at(2),
+                &Request::of("m"),
+                policy::default(),
+                &mut StdRng::seed_from_u64(seed),
+            )
             .unwrap();
         choice.incarnation.worker.0
     }));
@@ -241,14 +265,14 @@ proptest! {
         for (step, which) in steps {
             match step {
                 0 => {
-                    let booking = view.book(WorkerId(0));
+                    let booking = view.book(WorkerId(0), Work::default());
                     running += 1;
                     seq += 1;
                     view.accepted(booking, seq);
                     open.push(booking);
                 }
                 1 => {
-                    let refused = view.book(WorkerId(0));
+                    let refused = view.book(WorkerId(0), Work::default());
                     view.released(refused, None);
                 }
                 2 if !open.is_empty() => {
@@ -264,8 +288,9 @@ proptest! {
                 _ => {}
             }
             prop_assert_eq!(view.open_bookings(None), open.len());
-            let wait = view.pick(at(1), "m", &[], &mut StdRng::seed_from_u64(1)).map(|c| c.rank.occupancy);
-            prop_assert_eq!(wait, Ok((running + 1) * 1_000 / 64));
+            let policy = policy::named("least-requests").unwrap();
+            let chosen = view.pick(at(1), &Request::of("m"), policy, &mut StdRng::seed_from_u64(1));
+            prop_assert_eq!(chosen.map(|choice| choice.score.first), Ok(f64::from(running)));
         }
     }
 }
@@ -285,12 +310,14 @@ fn an_adapter_is_served_by_the_workers_that_have_it_and_by_no_other() {
     }
     let mut rng = StdRng::seed_from_u64(7);
     for _ in 0..20 {
-        let choice = view.pick(at(0), "m-tuned", &[], &mut rng).unwrap();
+        let choice = view
+            .pick(at(0), &Request::of("m-tuned"), policy::default(), &mut rng)
+            .unwrap();
         assert_eq!(choice.incarnation.worker, WorkerId(2));
     }
     assert!(view.models().contains_key("m-tuned"));
     assert!(view.has_capacity("m-tuned", &[]));
     assert!(!view.has_capacity("m-tuned", &[WorkerId(2)]));
-    let unknown = view.pick(at(0), "m-other", &[], &mut rng);
+    let unknown = view.pick(at(0), &Request::of("m-other"), policy::default(), &mut rng);
     assert_eq!(unknown.unwrap_err(), NoChoice::UnknownModel);
 }

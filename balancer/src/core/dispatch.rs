@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use forebay_proto::{Incarnation, Now, WorkerId};
+use forebay_scheduler::index::Hit;
+use forebay_scheduler::policy::{self, Policy, Request};
 use forebay_scheduler::{BookingId, Choice, Load, NoChoice, View};
 use rand::rngs::StdRng;
 
@@ -37,6 +39,29 @@ pub(crate) struct Ask {
     pub(crate) model: Arc<str>,
     /// Starts of workers that are not to be asked again.
     pub(crate) tried: Vec<Incarnation>,
+    pub(crate) sought: Arc<Sought>,
+}
+
+/// What a request asks of a worker beyond its model.
+pub(crate) struct Sought {
+    pub(crate) policy: &'static dyn Policy,
+    pub(crate) prompt_tokens: f64,
+    /// By worker.
+    pub(crate) hits: Vec<Hit>,
+    pub(crate) conversation: Option<u64>,
+    pub(crate) head: u64,
+}
+
+impl Default for Sought {
+    fn default() -> Self {
+        Self {
+            policy: policy::default(),
+            prompt_tokens: 0.0,
+            hits: Vec::new(),
+            conversation: None,
+            head: 0,
+        }
+    }
 }
 
 struct Waiter<W> {
@@ -61,6 +86,7 @@ pub(crate) struct Dispatch<L, W> {
     queues: BTreeMap<Arc<str>, VecDeque<Waiter<W>>>,
     arrivals: u64,
     links_made: u64,
+    decisions: u64,
     rng: StdRng,
 }
 
@@ -72,6 +98,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             queues: BTreeMap::new(),
             arrivals: 0,
             links_made: 0,
+            decisions: 0,
             rng,
         }
     }
@@ -255,12 +282,25 @@ impl<L: Clone, W> Dispatch<L, W> {
 
     fn book(&mut self, now: Now, ask: &Ask) -> Result<Placed<L>, NoChoice> {
         let tried = self.tried(ask);
-        let choice = self.view.pick(now, &ask.model, &tried, &mut self.rng)?;
+        let sought = &*ask.sought;
+        let request = Request {
+            model: &ask.model,
+            tried: &tried,
+            prompt_tokens: sought.prompt_tokens,
+            hits: &sought.hits,
+            conversation: sought.conversation,
+            head: sought.head,
+            turn: self.decisions,
+        };
+        let choice = self
+            .view
+            .pick(now, &request, sought.policy, &mut self.rng)?;
+        self.decisions += 1;
         let worker = choice.incarnation.worker;
         let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;
         Ok(Placed {
             choice,
-            booking: self.view.book(worker),
+            booking: self.view.book(worker, choice.work),
             link: connected.link.clone(),
             worker: connected.name.clone(),
         })

@@ -98,6 +98,7 @@ impl World {
             pool: "default".into(),
             model: model.into(),
             tried: tried.to_vec(),
+            sought: Arc::default(),
         }
     }
 

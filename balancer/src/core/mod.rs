@@ -4,5 +4,6 @@ pub(crate) mod auth;
 pub(crate) mod dispatch;
 pub mod error;
 pub(crate) mod head;
+pub(crate) mod lengths;
 pub(crate) mod request_id;
 pub(crate) mod retry;

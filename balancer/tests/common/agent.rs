@@ -159,7 +159,13 @@ impl Inside {
     }
 
     async fn serve(self: Arc<Self>, mut send: FrameSender, mut recv: FrameReceiver) {
-        let place: work::Place = recv.recv().await.unwrap().unwrap().decode().unwrap();
+        let first = recv.recv().await.unwrap().unwrap();
+        if first.kind == Kind::Follow {
+            // It holds nothing, and has nothing to tell.
+            let _ = recv.recv().await;
+            return;
+        }
+        let place: work::Place = first.decode().unwrap();
         self.tell(Saw::Placed {
             attempt: place.attempt,
             must_queue: place.must_queue,

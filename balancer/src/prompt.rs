@@ -1,0 +1,108 @@
+//! What a balancer finds out about a prompt before it places it: fingerprints, length, who holds it.
+
+use forebay_proto::wire::work;
+use forebay_scheduler::fingerprint::{
+    Endpoint, RenderProfile, Root, Settings, read as fingerprint,
+};
+use forebay_scheduler::policy;
+
+use crate::core::dispatch::Sought;
+use crate::exchange::Exchange;
+
+/// A prompt as it is told to agents. Empty: it has no fingerprint, and is placed by its size.
+#[derive(Default)]
+pub(crate) struct Fingerprinted {
+    pub(crate) chunks: Vec<u64>,
+    pub(crate) bytes: u64,
+    pub(crate) head: u64,
+    pub(crate) affinity: Option<u64>,
+    pub(crate) salt: String,
+    pub(crate) key_epoch: u32,
+}
+
+/// Fingerprints the request's body, where there is a key and the endpoint has a prompt.
+pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
+    let size = exchange.body.text.len() as u64;
+    let by_size = || Fingerprinted {
+        bytes: size,
+        ..Fingerprinted::default()
+    };
+    let endpoint = match exchange.path {
+        "/v1/chat/completions" => Endpoint::Chat,
+        "/v1/completions" => Endpoint::Completions,
+        _ => return by_size(),
+    };
+    let facts = exchange.shared.facts();
+    let Some(key) = facts.as_ref().and_then(|facts| facts.fleet.keys.last()) else {
+        return by_size();
+    };
+    let settings = Settings {
+        key,
+        root: Root {
+            pool: &exchange.pool_name,
+            model: &exchange.model,
+            adapter: None,
+            scope: &exchange.tenant,
+        },
+        profile: &RenderProfile::default(),
+        chunk_bytes: exchange.pool.chunk_bytes,
+    };
+    match fingerprint(endpoint, exchange.body.text.expose(), &settings) {
+        Ok(prompt) => Fingerprinted {
+            chunks: prompt.chunks,
+            bytes: prompt.bytes,
+            head: prompt.head,
+            affinity: prompt.affinity,
+            salt: prompt.salt,
+            key_epoch: key.epoch,
+        },
+        // Engines have their own word for what is wrong with it.
+        Err(_) => by_size(),
+    }
+}
+
+/// Looks up who holds the prompt now.
+pub(crate) fn seek(exchange: &Exchange) -> Sought {
+    let prompt = &exchange.prompt;
+    let mut hits = Vec::new();
+    let mut conversation = None;
+    if !prompt.chunks.is_empty() {
+        let workers = exchange.workers();
+        let index = exchange.shared.index.read();
+        index.hits(&prompt.chunks, &mut hits);
+        conversation = index.conversation(&prompt.chunks, workers);
+    }
+    hits.sort_unstable_by_key(|hit| hit.worker);
+    Sought {
+        policy: policy::named(&exchange.pool.policy).unwrap_or_else(policy::default),
+        prompt_tokens: exchange.prompt_tokens() as f64,
+        hits,
+        conversation: conversation.or(prompt.affinity),
+        head: prompt.head,
+    }
+}
+
+impl Exchange {
+    /// Length of the prompt, as far as it is known.
+    pub(crate) fn prompt_tokens(&self) -> u64 {
+        let lengths = self.shared.lengths.lock();
+        lengths.tokens(&self.model, self.prompt.bytes)
+    }
+
+    fn workers(&self) -> usize {
+        let facts = self.shared.facts();
+        facts.map_or(0, |facts| {
+            let workers = facts.fleet.workers.iter();
+            workers.filter(|known| known.serves(&self.model)).count()
+        })
+    }
+
+    /// Learns from what the engine counted.
+    pub(crate) fn learn(&self, trailer: &work::Trailer, predicted: u32) {
+        if let Some(tokens) = trailer.prompt_tokens {
+            let mut lengths = self.shared.lengths.lock();
+            lengths.learn(&self.model, self.prompt.bytes, tokens);
+        }
+        self.shared.metrics.counted(trailer, predicted);
+    }
+}

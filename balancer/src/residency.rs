@@ -1,0 +1,115 @@
+//! Follows what is resident in a worker's cache, for as long as its link stands.
+#![allow(clippy::disallowed_methods)] // the rim: this is where time passes
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_link::{Code, FrameReceiver, Link};
+use forebay_proto::Incarnation;
+use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::wire::work;
+use forebay_scheduler::residency::{Follower, Op, Resync};
+
+use crate::shared::Shared;
+
+/// Until a stream that ended is opened anew.
+const AGAIN: Duration = Duration::from_millis(250);
+/// Changes of the index under one lock: lookups wait for no more.
+const BATCH: usize = 512;
+
+/// Follows one start of a worker until dropped; then nothing is known of it.
+pub(crate) async fn follow(
+    shared: Arc<Shared>,
+    link: Link,
+    incarnation: Incarnation,
+) -> Infallible {
+    let mut following = Following {
+        follower: Follower::new(incarnation),
+        incarnation,
+        chunks: 0,
+        shared,
+    };
+    loop {
+        if let Ok((mut sender, mut receiver)) = link.open() {
+            let cursor = following.follower.cursor();
+            let follow = work::Follow {
+                incarnation: Some(incarnation.to_wire()),
+                cache: cursor.map_or(0, |cursor| cursor.cache),
+                seq: cursor.map_or(0, |cursor| cursor.seq),
+            };
+            let frame = Frame::message(Kind::Follow, &follow);
+            if sender.send(&frame).await.is_ok() {
+                following.take(&mut receiver).await;
+            }
+            receiver.stop(Code::Normal);
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+struct Following {
+    shared: Arc<Shared>,
+    incarnation: Incarnation,
+    follower: Follower,
+    /// As the gauge has it.
+    chunks: i64,
+}
+
+impl Following {
+    /// Takes what comes until the stream ends or has to begin anew.
+    async fn take(&mut self, receiver: &mut FrameReceiver) {
+        while let Ok(Some(frame)) = receiver.recv().await {
+            match self.ops(&frame) {
+                Ok(ops) => self.apply(&ops),
+                Err(resync) => {
+                    tracing::debug!(worker = %self.incarnation, %resync, "residency begins anew");
+                    self.shared.metrics.resyncs.inc();
+                    self.apply(&[Op::Clear]);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn ops(&mut self, frame: &Frame) -> Result<Vec<Op>, Resync> {
+        match frame.kind {
+            Kind::ResidencySnapshot => {
+                let piece = frame.decode().map_err(|_| Resync::Malformed)?;
+                self.follower.snapshot(&piece)
+            }
+            Kind::ResidencyDelta => {
+                let delta = frame.decode().map_err(|_| Resync::Malformed)?;
+                self.follower.delta(&delta)
+            }
+            _ => Err(Resync::Malformed),
+        }
+    }
+
+    fn apply(&mut self, ops: &[Op]) {
+        let worker = self.incarnation.worker;
+        for batch in ops.chunks(BATCH) {
+            let mut index = self.shared.index.write();
+            for op in batch {
+                match *op {
+                    Op::Clear => index.clear(worker),
+                    Op::Store(chunk, tokens) => index.store(worker, chunk, tokens),
+                    Op::Remove(chunk) => index.remove(worker, chunk),
+                }
+            }
+        }
+        self.show(i64::try_from(self.follower.len()).unwrap_or(i64::MAX));
+    }
+
+    fn show(&mut self, chunks: i64) {
+        self.shared.metrics.resident.inc_by(chunks - self.chunks);
+        self.chunks = chunks;
+    }
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.shared.index.write().clear(self.incarnation.worker);
+        self.show(0);
+    }
+}
