@@ -6,6 +6,7 @@
 
 pub mod fingerprint;
 pub mod index;
+pub mod json;
 mod load;
 pub mod model;
 mod pick;

@@ -242,7 +242,7 @@ fn two_choices(
 impl Profile {
     /// Prompt tokens that are prefilled in a millisecond beside these decodes.
     #[must_use]
-    pub(crate) fn drain_per_ms(&self, decodes: f64, context: f64) -> f64 {
+    pub fn drain_per_ms(&self, decodes: f64, context: f64) -> f64 {
         let budget = f64::from(self.chunk_tokens.max(1));
         let chunk = (budget - decodes).max(budget / 4.0);
         chunk / self.iteration_ms(chunk, decodes, context, 0.0).max(1e-6)

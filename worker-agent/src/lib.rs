@@ -8,11 +8,13 @@
 //!
 //! Prompt and answer pass through and are kept nowhere.
 
+mod adapter;
 pub mod core;
 mod error;
 mod rim;
 mod wire;
 
+pub use adapter::Adapter;
 pub use error::AgentError;
 pub use rim::config::Config;
 pub use rim::engine::{EngineAddress, EngineAddressError};

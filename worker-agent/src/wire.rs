@@ -6,13 +6,17 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::{Label, work};
 use forebay_proto::{Incarnation, Millis};
 use forebay_scheduler::Load;
+use forebay_scheduler::residency::Cursor;
 
-use crate::core::{Admitted, End, Ending, Offer, RefusalReason, Refused};
+use crate::core::{Admitted, End, Ending, Offer, Prompt, RefusalReason, Refused};
 
 /// What may be asked of an engine.
 const PATHS: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
 const MAX_MODEL_BYTES: usize = 256;
 const MAX_REQUEST_ID_BYTES: usize = 128;
+const MAX_SALT_BYTES: usize = 64;
+/// A MiB in chunks of 256 bytes.
+const MAX_CHUNKS: usize = 4_096;
 /// No placement runs longer, whatever its balancer says.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
@@ -23,7 +27,9 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
     let fits = is_request_id(&place.request_id)
         && (1..=MAX_MODEL_BYTES).contains(&place.model.len())
         && PATHS.contains(&place.path.as_str())
-        && place.body_bytes > 0;
+        && place.body_bytes > 0
+        && place.chunks.len() <= MAX_CHUNKS
+        && is_salt(&place.cache_salt);
     fits.then(|| Offer {
         request_id: place.request_id,
         incarnation,
@@ -35,7 +41,32 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
             .expected_wait_ms
             .map(|ms| Millis(ms.into()).duration()),
         must_queue: place.must_queue,
+        prompt: Prompt {
+            chunks: place.chunks,
+            bytes: place.prompt_bytes,
+            chunk_bytes: place.chunk_bytes,
+            tokens: place.prompt_tokens,
+        },
+        max_tokens: place.max_tokens,
+        stream: place.stream,
+        cache_salt: Some(place.cache_salt).filter(|salt| !salt.is_empty()),
     })
+}
+
+/// What a balancer that wants to follow the cache holds of it: nothing, perhaps. `None`: no such
+/// message.
+pub(crate) fn cursor(frame: &Frame) -> Option<Option<Cursor>> {
+    let follow: work::Follow = frame.decode().ok()?;
+    let held = follow.cache != 0 || follow.seq != 0;
+    Some(held.then_some(Cursor {
+        cache: follow.cache,
+        seq: follow.seq,
+    }))
+}
+
+/// It goes into the body of the engine's request.
+fn is_salt(salt: &str) -> bool {
+    salt.len() <= MAX_SALT_BYTES && salt.bytes().all(|b| b.is_ascii_alphanumeric())
 }
 
 /// It goes into a header of the engine's request.
@@ -106,7 +137,9 @@ pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
         queue_ms: ms(ending.queue),
         first_byte_ms: ms(ending.first_byte),
         service_ms: ms(ending.service),
-        ..work::Trailer::default()
+        prompt_tokens: ending.usage.prompt_tokens,
+        cached_tokens: ending.usage.cached_tokens,
+        completion_tokens: ending.usage.completion_tokens,
     };
     Frame::message(Kind::Trailer, &trailer)
 }

@@ -98,6 +98,8 @@ impl World {
             queue_limit: None,
             max_context_tokens: 0,
             kv_tokens: 0,
+            profile: None,
+            profile_speed: 1.0,
             zone: String::new(),
             labels: BTreeMap::new(),
             gpu_type: String::new(),

@@ -50,7 +50,9 @@ pub(crate) struct AgentArgs {
         env = "FOREBAY_ENGINE"
     )]
     engine: Option<String>,
-    /// What the engine is, such as vllm; for operators.
+    /// What the engine is. With vllm (or emulated) the caches of tenants are kept apart and cached
+    /// tokens are counted, for which bodies are changed (see docs/api.md); with any other kind bodies
+    /// and answers pass byte for byte.
     #[arg(
         long,
         value_name = "KIND",
@@ -83,6 +85,18 @@ pub(crate) struct AgentArgs {
         env = "FOREBAY_KV_TOKENS"
     )]
     kv_tokens: u64,
+    /// The latency profile that comes nearest to the engine: llama-70b-h100-tp4, llama-70b-h100-tp8,
+    /// llama-70b-a100-tp2 or llama-8b-a100. Without one balancers assume the first.
+    #[arg(long, value_name = "NAME", env = "FOREBAY_PROFILE")]
+    profile: Option<String>,
+    /// How many times as fast as its profile the engine is.
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        env = "FOREBAY_PROFILE_SPEED"
+    )]
+    profile_speed: f64,
     /// Type of its GPUs.
     #[arg(
         long,
@@ -142,6 +156,8 @@ pub(crate) fn run(args: AgentArgs) -> Result<(), CliError> {
         queue_limit: args.queue_limit,
         max_context_tokens: args.max_context,
         kv_tokens: args.kv_tokens,
+        profile: args.profile,
+        profile_speed: args.profile_speed,
         zone: args.zone,
         labels: args.label.into_iter().collect(),
         gpu_type: args.gpu_type,

@@ -7,7 +7,7 @@ use base64::Engine as _;
 use super::Unreadable;
 use super::chain::{Chain, finish, media_hasher};
 use super::profile::{LateSystem, RenderProfile, ToolsOrder};
-use super::scan::{Kind, Scanner, Span, says, unescape};
+use crate::json::{Kind, Scanner, Span, says, unescape};
 
 const TOOL: &[u8] = &[0xff, 0x01];
 const COMPLETION: &[u8] = &[0xff, 0x02];

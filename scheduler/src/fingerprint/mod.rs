@@ -23,16 +23,16 @@
 mod chain;
 mod form;
 mod profile;
-mod scan;
 
 use std::hash::Hasher as _;
 
 use forebay_proto::FingerprintKey;
 
+pub use crate::json::Unreadable;
+use crate::json::{Kind, Scanner, Span, says, unescape};
 use chain::{Chain, finish, keyed, published};
 use form::Form;
 pub use profile::{LateSystem, RenderProfile, ToolsOrder};
-use scan::{Kind, Scanner, Span, says, unescape};
 
 /// What kind of prompt a body has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,23 +82,6 @@ pub struct Prompt {
     pub affinity: Option<u64>,
     /// The isolation scope as the engine gets it.
     pub salt: String,
-}
-
-/// Why a prompt has no fingerprint. It is placed by its size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unreadable {
-    /// Not UTF-8.
-    #[error("the body is not UTF-8")]
-    NotUtf8,
-    /// Not the JSON that the API asks for.
-    #[error("the body is not what the API asks for")]
-    Malformed,
-    /// An escape names half a character.
-    #[error("a string has an escaped surrogate without its other half")]
-    LoneSurrogate,
-    /// Too many values inside each other.
-    #[error("the body is nested deeper than 128")]
-    TooDeep,
 }
 
 /// Reads a prompt.

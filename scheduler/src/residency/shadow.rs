@@ -175,9 +175,11 @@ impl Shadow {
         self.evict();
     }
 
-    /// The cache was lost.
-    pub fn clear(&mut self) {
-        *self = Self::new(self.stated as u64);
+    /// What nobody uses is not believed any more.
+    pub fn forget_unused(&mut self) {
+        while let Some((_, oldest)) = self.unused.pop_first() {
+            self.drop_unused(oldest);
+        }
     }
 
     /// What changed since this was last asked.
@@ -215,13 +217,17 @@ impl Shadow {
             let Some((_, oldest)) = self.unused.pop_first() else {
                 return;
             };
-            match oldest {
-                Unused::Tokens(tokens) => self.used -= u64::from(tokens),
-                Unused::Chunk(chunk) => {
-                    if let Some(entry) = self.entries.remove(&chunk) {
-                        self.used -= u64::from(entry.own);
-                        self.changes.push(Change::Removed { chunk });
-                    }
+            self.drop_unused(oldest);
+        }
+    }
+
+    fn drop_unused(&mut self, unused: Unused) {
+        match unused {
+            Unused::Tokens(tokens) => self.used -= u64::from(tokens),
+            Unused::Chunk(chunk) => {
+                if let Some(entry) = self.entries.remove(&chunk) {
+                    self.used -= u64::from(entry.own);
+                    self.changes.push(Change::Removed { chunk });
                 }
             }
         }

@@ -5,7 +5,8 @@ use std::time::Duration;
 use forebay_proto::{Incarnation, Now};
 use forebay_scheduler::{Acceptance, Load, Queueing, exceeds};
 
-use super::placement::{Placement, PlacementId, Stage};
+use super::cache::Prompt;
+use super::placement::{Placement, PlacementId, Stage, Usage};
 use super::state::Core;
 
 /// A placement as a balancer offers it.
@@ -27,6 +28,14 @@ pub struct Offer {
     pub expected_wait: Option<Duration>,
     /// Enough others refused: an old view is no reason any more.
     pub must_queue: bool,
+    /// What is known of its prompt.
+    pub prompt: Prompt,
+    /// Most tokens of the answer; 0: not known.
+    pub max_tokens: u32,
+    /// The answer comes as events.
+    pub stream: bool,
+    /// The isolation scope, for the engine's cache.
+    pub cache_salt: Option<String>,
 }
 
 /// Why a placement was not taken. Nothing was started.
@@ -116,6 +125,7 @@ impl Core {
     ///
     /// Returns the reason and the state that it follows from.
     pub fn place(&mut self, now: Now, offer: &Offer) -> Result<Admitted, Refused> {
+        self.now = self.now.max(now);
         if let Some(reason) = self.objection(offer) {
             return Err(self.refuse(reason));
         }
@@ -131,11 +141,18 @@ impl Core {
             Stage::Queued
         };
         self.body_bytes += offer.body_bytes;
+        let cached_tokens = self.cache.hit(&offer.prompt);
+        let unseen_prefill = (!offer.stream).then(|| self.prefill_time(offer, cached_tokens));
         let placement = Placement {
             stage,
             arrived: now,
             deadline: now + offer.deadline,
             body_bytes: offer.body_bytes,
+            prompt: offer.prompt.clone(),
+            cached_tokens,
+            max_tokens: offer.max_tokens,
+            unseen_prefill,
+            usage: Usage::default(),
         };
         self.placements.insert(id, placement);
         self.note(before);

@@ -5,6 +5,8 @@
 //! and comes back at [`Core::next_deadline`] at the latest.
 
 mod admission;
+mod backlog;
+mod cache;
 mod cadence;
 mod mean;
 #[cfg(test)]
@@ -16,6 +18,7 @@ mod state;
 mod tests;
 
 pub use admission::{Admitted, Offer, RefusalReason, Refused};
-pub use placement::{Effect, End, Ending, PlacementId, Unstarted};
+pub use cache::{GradeChange, Prompt};
+pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
 pub use standing::{Standing, standing};
 pub use state::{Core, EngineState, Settings};

@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use forebay_proto::Now;
 use forebay_scheduler::Load;
+use forebay_scheduler::model::attention_pairs;
+
+use super::cache::Prompt;
 
 /// One placement of this agent's life; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -85,6 +88,17 @@ impl Unstarted {
     }
 }
 
+/// What the engine counted of a request; absent is not zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: Option<u32>,
+    /// Those of them that were in the cache.
+    pub cached_tokens: Option<u32>,
+    /// Tokens of the answer.
+    pub completion_tokens: Option<u32>,
+}
+
 /// What a placement leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ending {
@@ -98,6 +112,8 @@ pub struct Ending {
     pub first_byte: Duration,
     /// Time it held its slot.
     pub service: Duration,
+    /// What the engine counted.
+    pub usage: Usage,
 }
 
 /// What the rim has to do.
@@ -116,16 +132,43 @@ pub(super) enum Stage {
     Streaming { since: Now, first_byte: Now },
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Placement {
     pub(super) stage: Stage,
     pub(super) arrived: Now,
     pub(super) deadline: Now,
     /// What it holds of the body budget.
     pub(super) body_bytes: u64,
+    pub(super) prompt: Prompt,
+    /// Tokens of the prompt that were predicted to be in the cache when it was taken.
+    pub(super) cached_tokens: u32,
+    /// Most tokens of the answer; 0: not known.
+    pub(super) max_tokens: u32,
+    /// Its prefill ends without a sign, at about this time after its start: the answer comes whole.
+    pub(super) unseen_prefill: Option<Duration>,
+    pub(super) usage: Usage,
 }
 
 impl Placement {
+    /// Prompt tokens that have to be prefilled, and their attention pairs.
+    pub(super) fn prefill(&self) -> (f64, f64) {
+        let cached = f64::from(self.cached_tokens);
+        let uncached = (f64::from(self.prompt.tokens) - cached).max(0.0);
+        (uncached, attention_pairs(cached, uncached))
+    }
+
+    /// Since when it decodes, as far as can be told.
+    pub(super) fn decodes_since(&self, now: Now) -> Option<Now> {
+        match self.stage {
+            Stage::Streaming { first_byte, .. } => Some(first_byte),
+            Stage::Dispatched { since } => {
+                let prefilled = since + self.unseen_prefill?;
+                (prefilled <= now).then_some(prefilled)
+            }
+            Stage::Queued => None,
+        }
+    }
+
     /// Time in the queue, to the first byte, in the slot.
     pub(super) fn times(&self, now: Now) -> [Duration; 3] {
         match self.stage {

@@ -5,14 +5,17 @@ use std::sync::Arc;
 
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
+use forebay_scheduler::model::Profile;
+use forebay_scheduler::residency::{Grade, Publisher};
 use forebay_scheduler::{Acceptance, Load};
 
+use super::cache::{Cache, GradeChange};
 use super::cadence::{Cadence, interval};
 use super::mean::Mean;
-use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted};
+use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted, Usage};
 
 /// What does not change while the agent runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
     /// Requests that run on the engine at once.
     pub slots: u32,
@@ -20,6 +23,10 @@ pub struct Settings {
     pub queue_limit: u32,
     /// Bytes of bodies that are held at once; more are refused before they are read.
     pub body_budget_bytes: u64,
+    /// Tokens that the engine's cache holds; 0: not told.
+    pub kv_tokens: u64,
+    /// How fast the engine is, where that is known.
+    pub profile: Option<Profile>,
 }
 
 /// What is known of the engine.
@@ -60,15 +67,22 @@ pub struct Core {
     /// At most one for each placement.
     effects: VecDeque<Effect>,
     cadence: Cadence,
+    pub(super) cache: Cache,
+    /// The newest moment that was heard of.
+    pub(super) now: Now,
+    pub(super) last_first_byte: Now,
+    first_bytes: u64,
 }
 
 /// What a change of makes a new report.
-pub(super) type Shown = (Acceptance, u32, usize);
+pub(super) type Shown = (Acceptance, u32, usize, u64);
 
 impl Core {
     /// A worker that knows neither its engine nor its facts: it refuses everything.
     #[must_use]
-    pub fn new(settings: Settings, incarnation: Incarnation) -> Self {
+    ///
+    /// `cache` names this life of the engine's cache; it is to be new for each start.
+    pub fn new(settings: Settings, incarnation: Incarnation, cache: u64) -> Self {
         Self {
             settings,
             incarnation,
@@ -85,6 +99,10 @@ impl Core {
             service: Mean::default(),
             effects: VecDeque::new(),
             cadence: Cadence::default(),
+            cache: Cache::new(incarnation, cache, settings.kv_tokens),
+            now: Now::default(),
+            last_first_byte: Now::default(),
+            first_bytes: 0,
         }
     }
 
@@ -183,13 +201,14 @@ impl Core {
             service: self.service.value(),
             facts_revision: self.applied_revision(),
             interval: interval(self.in_flight()),
-            backlog: Default::default(),
-            model: None,
+            backlog: self.backlog(),
+            model: self.settings.profile,
         }
     }
 
     /// The report, if one is due.
     pub fn take_report(&mut self, now: Now) -> Option<Load> {
+        self.now = self.now.max(now);
         if self.cadence.due(self.seq, self.in_flight()) > now {
             return None;
         }
@@ -243,6 +262,7 @@ impl Core {
         }
         let before = self.shown();
         self.engine = EngineState::Down;
+        self.cache.lost();
         self.note(before);
         self.send_back(now, Unstarted::EngineDown);
     }
@@ -257,20 +277,81 @@ impl Core {
 
     /// The engine's answer began: its body is with the engine.
     pub fn first_byte(&mut self, now: Now, id: PlacementId) {
+        let before = self.shown();
         if let Some(placement) = self.placements.get_mut(&id) {
             if let Stage::Dispatched { since } = placement.stage {
                 let first_byte = now;
                 placement.stage = Stage::Streaming { since, first_byte };
+                self.cache.prefilled(&placement.prompt);
+                self.last_first_byte = self.last_first_byte.max(now);
+                self.first_bytes += 1;
             }
             self.body_bytes -= std::mem::take(&mut placement.body_bytes);
         }
+        self.now = self.now.max(now);
+        self.note(before);
+    }
+
+    /// The engine counted.
+    pub fn usage(&mut self, id: PlacementId, usage: Usage) {
+        if let Some(placement) = self.placements.get_mut(&id) {
+            placement.usage = usage;
+        }
+    }
+
+    /// What is told of the cache, and to whom.
+    pub fn publisher(&mut self) -> &mut Publisher {
+        self.cache.publisher()
+    }
+
+    /// A change of the grade that nobody was told of yet.
+    pub fn take_grade_change(&mut self) -> Option<GradeChange> {
+        self.cache.take_grade_change()
+    }
+
+    /// How the agent knows what is resident.
+    #[must_use]
+    pub const fn grade(&self) -> Grade {
+        self.cache.grade()
+    }
+
+    /// Chunks that are believed to be resident.
+    #[must_use]
+    pub fn resident_chunks(&self) -> usize {
+        self.cache.resident_chunks()
+    }
+
+    /// Cached tokens predicted, and reported by the engine, over the answers that did.
+    #[must_use]
+    pub const fn cached_tokens(&self) -> (u64, u64) {
+        self.cache.totals()
+    }
+
+    /// Counts up with every change that a report may show.
+    #[must_use]
+    pub const fn seq(&self) -> u64 {
+        self.seq
     }
 
     /// A placement is over; `None` when it was before.
     pub fn end(&mut self, now: Now, id: PlacementId, end: End) -> Option<Ending> {
         let before = self.shown();
         let placement = self.placements.remove(&id)?;
+        self.now = self.now.max(now);
         self.body_bytes -= placement.body_bytes;
+        let whole = end == End::Complete && placement.unseen_prefill.is_some();
+        match placement.stage {
+            Stage::Dispatched { .. } if whole => {
+                self.cache.prefilled(&placement.prompt);
+                self.cache.finished(&placement.prompt, placement.usage);
+            }
+            Stage::Streaming { .. } => self.cache.finished(&placement.prompt, placement.usage),
+            Stage::Queued | Stage::Dispatched { .. } => {}
+        }
+        if end == End::Complete {
+            self.cache
+                .observe(&placement.prompt, placement.cached_tokens, placement.usage);
+        }
         let [queue, first_byte, service] = placement.times(now);
         match placement.stage {
             Stage::Queued => self.queue.retain(|queued| *queued != id),
@@ -293,11 +374,14 @@ impl Core {
             queue,
             first_byte,
             service,
+            usage: placement.usage,
         })
     }
 
     /// Sends back what waited until its deadline.
     pub fn expire(&mut self, now: Now) {
+        self.now = self.now.max(now);
+        self.cache.pass(now);
         let late = |id: &&PlacementId| self.placements[id].deadline <= now;
         let late: Vec<_> = self.queue.iter().filter(late).copied().collect();
         for id in late {
@@ -306,7 +390,8 @@ impl Core {
     }
 
     pub(super) fn shown(&self) -> Shown {
-        (self.acceptance(), self.running, self.queue.len())
+        let (running, waiting) = (self.running, self.queue.len());
+        (self.acceptance(), running, waiting, self.first_bytes)
     }
 
     pub(super) fn note(&mut self, before: Shown) {

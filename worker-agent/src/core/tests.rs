@@ -18,6 +18,8 @@ pub(super) const SETTINGS: Settings = Settings {
     slots: 2,
     queue_limit: 2,
     body_budget_bytes: 1_000,
+    kv_tokens: 10_000,
+    profile: None,
 };
 
 pub(super) fn ms(ms: u64) -> Duration {
@@ -38,12 +40,16 @@ pub(super) fn offer() -> Offer {
         deadline: ms(10_000),
         expected_wait: Some(ms(60_000)),
         must_queue: false,
+        prompt: Prompt::default(),
+        max_tokens: 0,
+        stream: true,
+        cache_salt: None,
     }
 }
 
 /// A core that is open.
 pub(super) fn open() -> Core {
-    let mut core = Core::new(SETTINGS, OWN);
+    let mut core = Core::new(SETTINGS, OWN, 1);
     core.facts(at(0), Desired::Ready, Revision(20));
     core.engine_up(&["m".into()]);
     core
@@ -89,7 +95,7 @@ fn each_reason_to_refuse_is_told_with_the_state() {
     );
     check(|c, _| c.stop(at(0)), Some(R::Draining));
     check(|c, _| c.engine_down(at(0)), Some(R::EngineDown));
-    check(|c, _| *c = Core::new(SETTINGS, OWN), Some(R::EngineDown));
+    check(|c, _| *c = Core::new(SETTINGS, OWN, 1), Some(R::EngineDown));
     check(|_, o| o.model = "n".into(), Some(R::WrongModel));
     check(|_, o| o.deadline = Duration::ZERO, Some(R::Deadline));
     check(|_, o| o.body_bytes = 1_001, Some(R::BodyBudget));
@@ -270,4 +276,120 @@ fn an_engine_that_fails_fast_does_not_look_fast() {
         core.end(at(400), id, end);
         assert_eq!(core.load().service, ms(service));
     }
+}
+
+/// A prompt of `chunks` chunks with 100 tokens each.
+fn prompt(chunks: std::ops::Range<u64>) -> Prompt {
+    let count = chunks.end - chunks.start;
+    Prompt {
+        chunks: chunks.collect(),
+        bytes: count * 256 + 1,
+        chunk_bytes: 256,
+        tokens: count as u32 * 100 + 1,
+    }
+}
+
+fn with_prompt(core: &mut Core, now: u64, prompt: Prompt) -> Admitted {
+    let offer = Offer { prompt, ..offer() };
+    core.place(at(now), &offer).unwrap()
+}
+
+const FAST: Settings = Settings {
+    slots: 2,
+    queue_limit: 2,
+    body_budget_bytes: 1_000,
+    kv_tokens: 10_000,
+    profile: Some(forebay_scheduler::model::PROFILES[0].1),
+};
+
+fn open_with(settings: Settings) -> Core {
+    let mut core = Core::new(settings, OWN, 1);
+    core.facts(at(0), Desired::Ready, Revision(20));
+    core.engine_up(&["m".into()]);
+    core
+}
+
+#[test]
+fn what_was_prefilled_is_expected_to_be_cached_for_the_next() {
+    let mut core = open();
+    let first = with_prompt(&mut core, 1, prompt(0..10)).id;
+    assert_eq!(core.load().backlog.pending_tokens, 1_001.0);
+    core.first_byte(at(2), first);
+    assert_eq!(core.load().backlog.pending_tokens, 0.0);
+    assert_eq!(core.load().backlog.decodes, 1.0);
+    core.end(at(3), first, End::Complete);
+    with_prompt(&mut core, 4, prompt(0..10));
+    assert_eq!(core.load().backlog.pending_tokens, 1.0);
+    with_prompt(&mut core, 5, prompt(20..30));
+    assert_eq!(core.load().backlog.pending_tokens, 1_002.0);
+}
+
+#[test]
+fn a_prefill_under_way_shrinks_as_time_passes() {
+    let mut core = open_with(FAST);
+    with_prompt(&mut core, 0, prompt(0..100));
+    let pending = |core: &mut Core, now| {
+        core.expire(at(now));
+        core.load().backlog.pending_tokens
+    };
+    let (start, middle, end) = (
+        pending(&mut core, 0),
+        pending(&mut core, 300),
+        pending(&mut core, 9_000),
+    );
+    assert_eq!(start, 10_001.0);
+    assert!((4_000.0..8_000.0).contains(&middle), "{middle}");
+    assert_eq!(end, 0.0);
+}
+
+#[test]
+fn a_first_token_is_news() {
+    let mut core = open();
+    let id = taken(&mut core, 1);
+    let before = core.seq();
+    core.first_byte(at(2), id);
+    assert_eq!(core.seq(), before + 1);
+}
+
+#[test]
+fn an_engine_that_went_away_has_lost_its_cache() {
+    use forebay_scheduler::residency::Next;
+    let mut core = open();
+    let id = with_prompt(&mut core, 1, prompt(0..10)).id;
+    core.first_byte(at(2), id);
+    core.end(at(3), id, End::Complete);
+    core.publisher().flush();
+    let cursor = core.publisher().newest();
+    assert_eq!(core.resident_chunks(), 10);
+    core.engine_down(at(4));
+    core.engine_up(&["m".into()]);
+    assert_eq!(core.resident_chunks(), 0);
+    let next = core.publisher().since(Some(cursor));
+    assert!(matches!(next, Next::Snapshot(pieces) if pieces[0].stored.is_empty()));
+}
+
+#[test]
+fn an_engine_that_does_not_count_is_believed_for_a_minute_only() {
+    let mut core = open();
+    let counted = |cached| Usage {
+        prompt_tokens: Some(1_001),
+        cached_tokens: cached,
+        completion_tokens: Some(5),
+    };
+    let serve = |core: &mut Core, now, cached| {
+        let id = with_prompt(core, now, prompt(0..10)).id;
+        core.first_byte(at(now), id);
+        core.usage(id, counted(cached));
+        let ending = core.end(at(now), id, End::Complete).unwrap();
+        assert_eq!(ending.usage, counted(cached));
+    };
+    (1..20).for_each(|now| serve(&mut core, now, None));
+    assert_eq!(core.take_grade_change(), None);
+    serve(&mut core, 20, None);
+    assert_eq!(core.take_grade_change(), Some(GradeChange::Silent));
+    assert_eq!(core.resident_chunks(), 10);
+    core.expire(at(61_000));
+    assert_eq!(core.resident_chunks(), 0);
+    (0..30).for_each(|now| serve(&mut core, 61_000 + now, Some(1_000)));
+    assert_eq!(core.take_grade_change(), Some(GradeChange::Restored));
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use forebay_link::{CredentialPaths, Credentials};
 use forebay_proto::Role;
 use forebay_proto::fleet::{WorkerSpec, check_address};
+use forebay_scheduler::model::{PROFILES, Profile};
 
 use super::engine::EngineAddress;
 use crate::core::Settings;
@@ -18,7 +19,7 @@ const BODY_BUDGET_BYTES: u64 = 256 << 20;
 const MAX_SLOTS: u32 = 65_536;
 
 /// What an agent is started with; the command line declares the options.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// The worker's name; the certificate's when absent, and it must be the certificate's.
     pub name: Option<String>,
@@ -42,6 +43,10 @@ pub struct Config {
     pub max_context_tokens: u32,
     /// Tokens its KV cache holds; 0 when not told.
     pub kv_tokens: u64,
+    /// The latency profile that comes nearest to the engine; not known when absent.
+    pub profile: Option<String>,
+    /// Divides the profile's times.
+    pub profile_speed: f64,
     /// Where it stands; empty when not told.
     pub zone: String,
     /// Free labels.
@@ -93,6 +98,7 @@ impl Config {
         for address in &self.control {
             check_address(address).map_err(|problem| option("--control", problem))?;
         }
+        let profile = self.profile()?;
         let credentials = Credentials::load(&self.credentials)?;
         let identity = credentials.identity();
         let name = self.name.clone().unwrap_or_else(|| identity.name.clone());
@@ -111,9 +117,31 @@ impl Config {
                 slots: self.slots,
                 queue_limit,
                 body_budget_bytes: BODY_BUDGET_BYTES,
+                kv_tokens: self.kv_tokens,
+                profile,
             },
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
         })
+    }
+
+    /// How fast the engine is said to be.
+    fn profile(&self) -> Result<Option<Profile>, AgentError> {
+        let Some(name) = &self.profile else {
+            return Ok(None);
+        };
+        let speed = self.profile_speed;
+        if !(speed.is_finite() && speed > 0.0) {
+            let problem = format!("is {speed}, must be greater than 0");
+            return Err(option("--profile-speed", problem));
+        }
+        let Some(profile) = Profile::named(name) else {
+            let names = PROFILES.map(|(name, _)| name).join(", ");
+            return Err(option(
+                "--profile",
+                format!("is {name:?}, must be one of {names}"),
+            ));
+        };
+        Ok(Some(profile.at_speed(speed)))
     }
 
     /// `host:port` for balancers.

@@ -10,6 +10,7 @@ mod pool;
 mod probe;
 mod register;
 mod reports;
+mod residency;
 
 pub(crate) mod run;
 mod tasks;

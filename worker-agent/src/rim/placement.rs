@@ -6,13 +6,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use forebay_link::{Code, FrameReceiver, FrameSender};
 use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::pool::{CallError, Text};
+use super::residency;
 use super::work::{Call, Patience, Shared, Ticket};
-use crate::core::{End, Offer};
+use crate::adapter::{Adapter, Answers, Events, splice};
+use crate::core::{End, Offer, Usage};
 use crate::wire;
 
 const END_PATIENCE: Duration = Duration::from_secs(1);
@@ -23,10 +26,14 @@ pub(super) async fn carry(
     mut sender: FrameSender,
     mut receiver: FrameReceiver,
 ) {
-    let _carrying = shared.carrying();
+    let carrying = shared.carrying();
     let patience = shared.patience;
     let header = match timeout(patience.peer, receiver.recv()).await {
         Ok(Ok(Some(frame))) if frame.kind == Kind::Place => frame,
+        Ok(Ok(Some(frame))) if frame.kind == Kind::Follow => {
+            drop(carrying);
+            return residency::tell(shared, frame, sender, receiver).await;
+        }
         Ok(Ok(_)) | Err(_) => return give_up(&mut sender, &mut receiver, Code::Protocol),
         Ok(Err(_)) => return,
     };
@@ -89,6 +96,38 @@ struct Carried {
     inside_a_frame: bool,
 }
 
+/// An answer as it passes.
+enum Reading {
+    Events(Events),
+    Whole(Answers),
+}
+
+impl Reading {
+    fn push(&mut self, piece: Bytes) -> Bytes {
+        match self {
+            Self::Events(events) => events.push(piece),
+            Self::Whole(answers) => {
+                answers.push(&piece);
+                piece
+            }
+        }
+    }
+
+    fn finish(&mut self) -> Bytes {
+        match self {
+            Self::Events(events) => events.finish(),
+            Self::Whole(_) => Bytes::new(),
+        }
+    }
+
+    fn usage(&self) -> Usage {
+        match self {
+            Self::Events(events) => events.usage(),
+            Self::Whole(answers) => answers.usage(),
+        }
+    }
+}
+
 /// How carrying a placement came to its end while its balancer is there.
 enum Outcome {
     /// To be told in the trailer.
@@ -134,6 +173,7 @@ impl Carried {
             Ok(body) => body,
             Err(over) => return Ok(over),
         };
+        let (body, strip_usage) = self.splice(body);
         let shared = self.shared.clone();
         let (path, request_id) = (self.offer.path.clone(), self.engine_id.clone());
         let asked = tokio::select! {
@@ -153,8 +193,19 @@ impl Carried {
                 return Ok(Outcome::Ended(end, error.to_string()));
             }
         };
-        ticket.first_byte();
-        let head = wire::head(answer.status(), answer.content_type());
+        let content_type = answer.content_type();
+        let events = content_type.is_some_and(|kind| kind.starts_with("text/event-stream"));
+        let mut reading = if events {
+            Reading::Events(Events::new(strip_usage))
+        } else {
+            Reading::Whole(Answers::default())
+        };
+        let head = wire::head(answer.status(), content_type);
+        // Engines send the head of a stream before its first token, of anything else behind it.
+        let mut first = !events;
+        if first {
+            ticket.first_byte();
+        }
         self.send(&head).await?;
         loop {
             let piece = tokio::select! {
@@ -162,7 +213,11 @@ impl Carried {
                 gone = self.abandoned() => return Err(gone),
             };
             match piece {
-                Ok(Some(mut piece)) => {
+                Ok(Some(piece)) => {
+                    if !std::mem::replace(&mut first, true) {
+                        ticket.first_byte();
+                    }
+                    let mut piece = reading.push(piece);
                     while !piece.is_empty() {
                         let part = piece.split_to(piece.len().min(MAX_TEXT_BYTES));
                         self.send(&Frame::new(Kind::Data, part)).await?;
@@ -170,14 +225,34 @@ impl Carried {
                 }
                 Ok(None) => break,
                 Err(problem) => {
+                    ticket.usage(reading.usage());
                     let detail = format!("the engine broke off: {problem}");
                     return Ok(Outcome::Ended(End::EngineFailed, detail));
                 }
             }
         }
+        let rest = reading.finish();
+        if !rest.is_empty() {
+            self.send(&Frame::new(Kind::Data, rest)).await?;
+        }
+        ticket.usage(reading.usage());
         // Not waited for: the trailer is due.
         tokio::spawn(async move { shared.engine.keep(answer).await });
         Ok(Outcome::Ended(End::Complete, String::new()))
+    }
+
+    /// The body as the engine gets it, and whether its token counts are to be taken out again.
+    fn splice(&self, body: Text) -> (Text, bool) {
+        let has_prompt = self.offer.path != "/v1/embeddings";
+        match self.shared.adapter {
+            Adapter::Vllm if has_prompt => {
+                let whole = body.whole();
+                let spliced = splice(&whole, self.offer.cache_salt.as_deref());
+                let body = spliced.body.map_or(whole, Bytes::from);
+                (Text::of(body), spliced.strip_usage)
+            }
+            Adapter::Vllm | Adapter::Generic => (body, false),
+        }
     }
 
     /// The whole body, once the placement has its slot; or how it was over before.

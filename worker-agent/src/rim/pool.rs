@@ -41,6 +41,26 @@ impl Text {
     pub(super) const fn len(&self) -> u64 {
         self.bytes
     }
+
+    /// The body in one piece.
+    pub(super) fn whole(mut self) -> Bytes {
+        if self.pieces.len() == 1
+            && let Some(only) = self.pieces.pop_front()
+        {
+            return only;
+        }
+        let mut whole = Vec::with_capacity(usize::try_from(self.bytes).unwrap_or(0));
+        for piece in &self.pieces {
+            whole.extend_from_slice(piece);
+        }
+        whole.into()
+    }
+
+    pub(super) fn of(whole: Bytes) -> Self {
+        let mut text = Self::default();
+        text.push(whole);
+        text
+    }
 }
 
 impl Body for Text {

@@ -22,6 +22,7 @@ use super::metrics::Metrics;
 use super::probe::first_models;
 use super::register::{Registered, Registrar};
 use super::work::{Patience, Setup, Status, Work};
+use crate::adapter::Adapter;
 use crate::core::{Standing, standing};
 use crate::error::AgentError;
 
@@ -129,6 +130,7 @@ impl Agent {
             settings: checked.settings,
             engine: checked.engine.clone(),
             patience: Patience::default(),
+            adapter: Adapter::of(&config.engine_kind),
         };
         let work = Work::start_with(&endpoint, setup, metrics);
         shown.show(work.status());

@@ -19,9 +19,10 @@ use super::placement::carry;
 use super::reports::{Links, report};
 use super::tasks::OwnedTask;
 use super::{probe, reports};
+use crate::adapter::Adapter;
 use crate::core::{
-    Admitted, Core, Effect, End, Ending, EngineState, Offer, PlacementId, RefusalReason, Refused,
-    Settings, Unstarted,
+    Admitted, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
+    RefusalReason, Refused, Settings, Unstarted, Usage,
 };
 use crate::wire;
 
@@ -66,6 +67,8 @@ pub struct Setup {
     pub engine: EngineAddress,
     /// How long it waits for others.
     pub patience: Patience,
+    /// How the engine is spoken to.
+    pub adapter: Adapter,
 }
 
 /// What the agent says of itself.
@@ -105,10 +108,11 @@ impl Work {
             settings,
             engine,
             patience,
+            adapter,
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
         let slots = usize::try_from(settings.slots).unwrap_or(usize::MAX);
-        let core = Core::new(settings, incarnation);
+        let core = Core::new(settings, incarnation, rand::random());
         let (status, _) = watch::channel(status(&core));
         let shared = Arc::new(Shared {
             origin: Instant::now(),
@@ -117,11 +121,13 @@ impl Work {
                 waiting: HashMap::new(),
             }),
             patience,
+            adapter,
             changed: Notify::new(),
             status,
             engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS)),
             metrics,
             links: Links::default(),
+            resident: watch::Sender::new(()),
             carried: watch::Sender::new(0),
         });
         let tasks = [
@@ -172,12 +178,15 @@ pub(super) struct Shared {
     origin: Instant,
     inner: Mutex<Inner>,
     pub(super) patience: Patience,
+    pub(super) adapter: Adapter,
     /// A report may be due earlier than was thought.
     pub(super) changed: Notify,
     status: watch::Sender<Status>,
     pub(super) engine: Engine,
     metrics: Metrics,
     pub(super) links: Links,
+    /// Told when what is resident may have changed.
+    resident: watch::Sender<()>,
     /// Streams that have not come to their end.
     carried: watch::Sender<usize>,
 }
@@ -216,6 +225,11 @@ impl Shared {
         self.origin + now.since(Now::default())
     }
 
+    /// Wakes when what is resident may have changed.
+    pub(super) fn residency(&self) -> watch::Receiver<()> {
+        self.resident.subscribe()
+    }
+
     /// Has the core do something and carries out what follows.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Core, Now) -> T) -> T {
         self.enter(|inner, now| act(&mut inner.core, now))
@@ -223,7 +237,7 @@ impl Shared {
 
     fn enter<T>(&self, act: impl FnOnce(&mut Inner, Now) -> T) -> T {
         let mut inner = self.inner.lock();
-        let before = inner.core.load().seq;
+        let before = inner.core.seq();
         let result = act(&mut inner, self.now());
         while let Some(effect) = inner.core.poll_effect() {
             self.perform(&mut inner, effect);
@@ -236,10 +250,15 @@ impl Shared {
             *shown = fresh;
             changed
         });
-        let changed = core.load().seq != before;
+        let changed = core.seq() != before;
+        let grade = inner.core.take_grade_change();
         drop(inner);
         if changed {
             self.changed.notify_one();
+            self.resident.send_replace(());
+        }
+        if let Some(grade) = grade {
+            announce(grade);
         }
         result
     }
@@ -320,6 +339,23 @@ impl Shared {
     }
 }
 
+fn announce(change: GradeChange) {
+    match change {
+        GradeChange::Restored => tracing::info!(
+            grade = "inferred",
+            "predictions of the engine's cache hold again"
+        ),
+        GradeChange::Overpredicted => tracing::warn!(
+            grade = "blind",
+            "the engine's cache holds less than is predicted: look at its size (--kv-tokens) and at whether prefix caching is on"
+        ),
+        GradeChange::Silent => tracing::warn!(
+            grade = "blind",
+            "the engine does not say how many prompt tokens were cached: start vLLM with --enable-prompt-tokens-details"
+        ),
+    }
+}
+
 /// A stream that has not come to its end.
 pub(super) struct Carrying(Arc<Shared>);
 
@@ -361,6 +397,11 @@ impl Ticket {
     /// The engine's answer began.
     pub(super) fn first_byte(&self) {
         self.shared.with(|core, now| core.first_byte(now, self.id));
+    }
+
+    /// The engine counted.
+    pub(super) fn usage(&self, usage: Usage) {
+        self.shared.with(|core, _| core.usage(self.id, usage));
     }
 
     /// It is over, unless the core ended it in the same moment: then as the core said.

@@ -15,7 +15,7 @@ use forebay_proto::wire::work::{Accepted, End, Head, Place, Refused, Trailer};
 use forebay_proto::{Incarnation, Revision, Role, WorkerId};
 use forebay_sim::engine;
 use forebay_worker_agent::core::Settings;
-use forebay_worker_agent::{Patience, Setup, Work};
+use forebay_worker_agent::{Adapter, Patience, Setup, Work};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -182,9 +182,12 @@ impl Agent {
                 slots,
                 queue_limit,
                 body_budget_bytes: 1 << 20,
+                kv_tokens: 100_000,
+                profile: None,
             },
             engine: format!("http://{engine}").parse().unwrap(),
             patience,
+            adapter: Adapter::Vllm,
         };
         let work = Work::start(&endpoint, setup);
         work.apply(Desired::Ready, Revision(9));

@@ -1,27 +1,45 @@
 //! A JSON reader that hands out spans: no tree, no copies, one visit of each byte.
 
-use super::Unreadable;
-
 /// Deepest nesting that is read.
 const MAX_DEPTH: u32 = 128;
 
+/// Why a body cannot be read. Says nothing of what is in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    /// Not UTF-8.
+    #[error("the body is not UTF-8")]
+    NotUtf8,
+    /// Not the JSON that the API asks for.
+    #[error("the body is not what the API asks for")]
+    Malformed,
+    /// An escape names half a character.
+    #[error("a string has an escaped surrogate without its other half")]
+    LoneSurrogate,
+    /// Too many values inside each other.
+    #[error("the body is nested deeper than 128")]
+    TooDeep,
+}
+
 /// A value's place in the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Span {
-    pub(super) from: usize,
-    pub(super) to: usize,
+pub struct Span {
+    /// Its first byte.
+    pub from: usize,
+    /// Behind its last byte.
+    pub to: usize,
 }
 
 /// Reads values from a place on.
 #[derive(Clone)]
-pub(super) struct Scanner<'a> {
+pub struct Scanner<'a> {
     body: &'a [u8],
     at: usize,
 }
 
 /// What a value begins as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+#[allow(missing_docs)] // JSON's own words
+pub enum Kind {
     Object,
     Array,
     String,
@@ -32,12 +50,15 @@ pub(super) enum Kind {
 }
 
 impl<'a> Scanner<'a> {
-    pub(super) const fn new(body: &'a [u8]) -> Self {
+    /// Reads from the beginning.
+    #[must_use]
+    pub const fn new(body: &'a [u8]) -> Self {
         Self { body, at: 0 }
     }
 
     /// Reads inside a span.
-    pub(super) fn within(body: &'a [u8], span: Span) -> Self {
+    #[must_use]
+    pub fn within(body: &'a [u8], span: Span) -> Self {
         Self {
             body: &body[..span.to],
             at: span.from,
@@ -56,7 +77,11 @@ impl<'a> Scanner<'a> {
     }
 
     /// What comes next.
-    pub(super) fn kind(&mut self) -> Result<Kind, Unreadable> {
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong where it reads.
+    pub fn kind(&mut self) -> Result<Kind, Unreadable> {
         match self.peek() {
             Some(b'{') => Ok(Kind::Object),
             Some(b'[') => Ok(Kind::Array),
@@ -70,7 +95,11 @@ impl<'a> Scanner<'a> {
     }
 
     /// Nothing but space is left.
-    pub(super) fn end(&mut self) -> Result<(), Unreadable> {
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong where it reads.
+    pub fn end(&mut self) -> Result<(), Unreadable> {
         match self.peek() {
             None => Ok(()),
             Some(_) => Err(Unreadable::Malformed),
@@ -87,7 +116,11 @@ impl<'a> Scanner<'a> {
     }
 
     /// A string's raw content, between its quotes.
-    pub(super) fn string(&mut self) -> Result<Span, Unreadable> {
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong where it reads.
+    pub fn string(&mut self) -> Result<Span, Unreadable> {
         self.expect(b'"')?;
         let from = self.at;
         loop {
@@ -118,7 +151,11 @@ impl<'a> Scanner<'a> {
     }
 
     /// Passes one value by.
-    pub(super) fn skip(&mut self) -> Result<Span, Unreadable> {
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong where it reads.
+    pub fn skip(&mut self) -> Result<Span, Unreadable> {
         let kind = self.kind()?;
         let from = self.at;
         match kind {
@@ -163,7 +200,11 @@ impl<'a> Scanner<'a> {
 
     /// Enters an object: calls `member` with each key's raw span and a scanner at its value, which
     /// must read exactly that value.
-    pub(super) fn object(
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong where it reads.
+    pub fn object(
         &mut self,
         mut member: impl FnMut(Span, &mut Self) -> Result<(), Unreadable>,
     ) -> Result<(), Unreadable> {
@@ -190,7 +231,11 @@ impl<'a> Scanner<'a> {
     }
 
     /// Enters an array: calls `item` with a scanner at each item, which must read exactly that.
-    pub(super) fn array(
+    ///
+    /// # Errors
+    ///
+    /// Returns what is wrong where it reads.
+    pub fn array(
         &mut self,
         mut item: impl FnMut(&mut Self) -> Result<(), Unreadable>,
     ) -> Result<(), Unreadable> {
@@ -228,7 +273,11 @@ fn check_scalar(kind: Kind, text: &[u8]) -> Result<(), Unreadable> {
 }
 
 /// Hands out a string's content piece by piece, unescaped.
-pub(super) fn unescape(raw: &[u8], mut piece: impl FnMut(&[u8])) -> Result<(), Unreadable> {
+///
+/// # Errors
+///
+/// Returns what is wrong with an escape.
+pub fn unescape(raw: &[u8], mut piece: impl FnMut(&[u8])) -> Result<(), Unreadable> {
     let mut rest = raw;
     while let Some(at) = memchr::memchr(b'\\', rest) {
         if at > 0 {
@@ -289,7 +338,8 @@ fn hex(digits: Option<&[u8]>) -> Result<u32, Unreadable> {
 }
 
 /// Whether a raw string says `text` once it is unescaped.
-pub(super) fn says(raw: &[u8], text: &[u8]) -> bool {
+#[must_use]
+pub fn says(raw: &[u8], text: &[u8]) -> bool {
     if memchr::memchr(b'\\', raw).is_none() {
         return raw == text;
     }

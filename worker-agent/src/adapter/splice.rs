@@ -1,0 +1,271 @@
+//! Top-level members that are put into, or taken out of, a request's body.
+
+use forebay_scheduler::json::{Kind, Scanner, Span, Unreadable, says};
+
+/// Members that steer the engine and are not a client's to set. `cache_salt` and, for streams,
+/// `stream_options.include_usage` are set by us.
+const REMOVED: [&[u8]; 7] = [
+    b"cache_salt",
+    b"priority",
+    b"kv_transfer_params",
+    b"return_token_ids",
+    b"return_tokens_as_token_ids",
+    b"request_id",
+    b"vllm_xargs",
+];
+
+/// A body as the engine gets it.
+#[derive(PartialEq, Eq)]
+pub(crate) struct Spliced {
+    /// The bytes; `None`: as they were received.
+    pub(crate) body: Option<Vec<u8>>,
+    /// The client did not ask for the event with the token counts: it is taken out again.
+    pub(crate) strip_usage: bool,
+}
+
+/// Splices a body of `/v1/chat/completions` or `/v1/completions`.
+///
+/// A body that cannot be read is left alone: the engine has its own word for what is wrong with it.
+#[must_use]
+pub(crate) fn splice(body: &[u8], cache_salt: Option<&str>) -> Spliced {
+    spliced(body, cache_salt).unwrap_or(Spliced {
+        body: None,
+        strip_usage: false,
+    })
+}
+
+/// A top-level member: from its key's quote to its value's end, and the value alone.
+struct Member {
+    whole: Span,
+    value: Span,
+}
+
+fn spliced(body: &[u8], cache_salt: Option<&str>) -> Result<Spliced, Unreadable> {
+    let mut kept = Vec::new();
+    let mut removed = false;
+    let mut stream = false;
+    let mut options: Option<(usize, Kind)> = None;
+    let mut scanner = Scanner::new(body);
+    scanner.object(|key, value| {
+        let kind = value.kind()?;
+        let span = value.skip()?;
+        let raw = &body[key.from..key.to];
+        if REMOVED.iter().any(|name| says(raw, name)) {
+            removed = true;
+            return Ok(());
+        }
+        if says(raw, b"stream") {
+            stream = kind == Kind::True;
+        }
+        if says(raw, b"stream_options") {
+            options = Some((kept.len(), kind));
+        }
+        kept.push(Member {
+            whole: Span {
+                from: key.from - 1,
+                to: span.to,
+            },
+            value: span,
+        });
+        Ok(())
+    })?;
+    scanner.end()?;
+    let mut added = Vec::new();
+    if let Some(salt) = cache_salt {
+        added.push(format!("\"cache_salt\":\"{salt}\"").into_bytes());
+    }
+    let mut replaced = None;
+    if stream {
+        match options {
+            Some((at, Kind::Object)) => {
+                if let Some(value) = with_usage(body, kept[at].value)? {
+                    let key = &body[kept[at].whole.from..kept[at].value.from];
+                    replaced = Some((at, [key, &value].concat()));
+                }
+            }
+            None => added.push(br#""stream_options":{"include_usage":true}"#.to_vec()),
+            Some((at, Kind::Null)) => {
+                let key = &body[kept[at].whole.from..kept[at].value.from];
+                replaced = Some((at, [key, br#"{"include_usage":true}"#.as_slice()].concat()));
+            }
+            // The engine says what is wrong with it.
+            Some(_) => {}
+        }
+    }
+    let asked = options.is_some_and(|(_, kind)| kind == Kind::Object) && replaced.is_none();
+    let strip_usage = stream && !asked;
+    if added.is_empty() && !removed && replaced.is_none() {
+        return Ok(Spliced {
+            body: None,
+            strip_usage,
+        });
+    }
+    let mut members: Vec<&[u8]> = added.iter().map(Vec::as_slice).collect();
+    for (at, member) in kept.iter().enumerate() {
+        members.push(match &replaced {
+            Some((replaced, bytes)) if *replaced == at => bytes,
+            _ => &body[member.whole.from..member.whole.to],
+        });
+    }
+    let size = body.len() + 128;
+    let mut out = Vec::with_capacity(size);
+    out.push(b'{');
+    for (at, member) in members.iter().enumerate() {
+        if at > 0 {
+            out.push(b',');
+        }
+        out.extend_from_slice(member);
+    }
+    out.push(b'}');
+    Ok(Spliced {
+        body: Some(out),
+        strip_usage,
+    })
+}
+
+/// `stream_options` with `include_usage`; `None`: it has it.
+fn with_usage(body: &[u8], options: Span) -> Result<Option<Vec<u8>>, Unreadable> {
+    let mut members = Vec::new();
+    let mut asked = false;
+    Scanner::within(body, options).object(|key, value| {
+        let kind = value.kind()?;
+        let span = value.skip()?;
+        if says(&body[key.from..key.to], b"include_usage") {
+            asked = kind == Kind::True;
+        } else {
+            members.push(&body[key.from - 1..span.to]);
+        }
+        Ok(())
+    })?;
+    if asked {
+        return Ok(None);
+    }
+    let mut out = br#"{"include_usage":true"#.to_vec();
+    for member in members {
+        out.push(b',');
+        out.extend_from_slice(member);
+    }
+    out.push(b'}');
+    Ok(Some(out))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+
+    fn check(body: &str, salt: Option<&str>, expected: Option<&str>, strip_usage: bool) {
+        let spliced = splice(body.as_bytes(), salt);
+        let got = spliced.body.map(|body| String::from_utf8(body).unwrap());
+        assert_eq!(got.as_deref(), expected, "{body}");
+        assert_eq!(spliced.strip_usage, strip_usage, "{body}");
+    }
+
+    #[test]
+    fn a_body_gets_its_salt_and_a_stream_its_counts() {
+        check(r#"{"model":"m"}"#, None, None, false);
+        check(
+            r#"{ "model" : "m" , "n":1}"#,
+            Some("s"),
+            Some(r#"{"cache_salt":"s","model" : "m","n":1}"#),
+            false,
+        );
+        check(
+            r#"{"stream":true}"#,
+            None,
+            Some(r#"{"stream_options":{"include_usage":true},"stream":true}"#),
+            true,
+        );
+        check(
+            r#"{"stream":true,"stream_options":{"include_usage":true}}"#,
+            None,
+            None,
+            false,
+        );
+        check(
+            r#"{"stream":true,"stream_options":{"x":[1],"include_usage":false}}"#,
+            None,
+            Some(r#"{"stream":true,"stream_options":{"include_usage":true,"x":[1]}}"#),
+            true,
+        );
+        check(
+            r#"{"stream":true,"stream_options":null}"#,
+            None,
+            Some(r#"{"stream":true,"stream_options":{"include_usage":true}}"#),
+            true,
+        );
+        check("{}", Some("s"), Some(r#"{"cache_salt":"s"}"#), false);
+    }
+
+    #[test]
+    fn a_client_does_not_steer_the_engine() {
+        check(
+            r#"{"priority":-9,"a":1,"cache\u005fsalt":"mine","kv_transfer_params":{"x":{}},"b":2,"request_id":"r"}"#,
+            Some("s"),
+            Some(r#"{"cache_salt":"s","a":1,"b":2}"#),
+            false,
+        );
+        check(r#"{"priority":1}"#, None, Some("{}"), false);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_left_to_the_engine() {
+        for body in ["", "[]", "{", r#"{"a":1}x"#, r#"{"a"}"#] {
+            check(body, Some("s"), None, false);
+        }
+        check(r#"{"stream":true,"stream_options":7}"#, None, None, true);
+    }
+
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i32>().prop_map(Value::from),
+            ".{0,8}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 12, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                proptest::collection::btree_map(".{0,6}", inner, 0..4)
+                    .prop_map(|map| Value::from(map.into_iter().collect::<Map<_, _>>())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_the_same_edit_as_on_a_tree(
+            members in proptest::collection::btree_map("[a-c\"é\\\\]{1,3}", value(), 0..5),
+            stream: bool, options in proptest::option::of(proptest::option::of(any::<bool>())),
+            priority: bool, pretty: bool,
+        ) {
+            let mut body: Map<String, Value> = members.into_iter().collect();
+            body.insert("stream".into(), stream.into());
+            if priority {
+                body.insert("priority".into(), 3.into());
+            }
+            if let Some(asked) = options {
+                body.insert("stream_options".into(), asked.map_or(json!({}), |asked| json!({"include_usage": asked})));
+            }
+            let mut expected = body.clone();
+            expected.remove("priority");
+            expected.insert("cache_salt".into(), "s".into());
+            if stream {
+                expected.insert("stream_options".into(), json!({"include_usage": true}));
+            }
+            let body = Value::from(body);
+            let text = if pretty { serde_json::to_vec_pretty(&body) } else { serde_json::to_vec(&body) }.unwrap();
+            let once = splice(&text, Some("s")).body.unwrap();
+            prop_assert_eq!(serde_json::from_slice::<Value>(&once).unwrap(), Value::from(expected));
+            let twice = splice(&once, Some("s")).body.unwrap();
+            prop_assert_eq!(once, twice);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = splice(&bytes, Some("s"));
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What the agent believes of its engine's cache, and what it tells of it.
+
+use std::time::Duration;
+
+use forebay_proto::{Incarnation, Now};
+use forebay_scheduler::residency::{Grade, Publisher, SelfCheck, Shadow, Spread, Verdict};
+
+use super::placement::Usage;
+
+/// Where predictions do not hold, what was sent is believed to be resident for no longer.
+const BLIND_FOR: Duration = Duration::from_secs(60);
+/// Chunks by which a prediction may be off: the grain of chunks and blocks.
+const GRAIN_CHUNKS: u32 = 2;
+
+/// A prompt, as a placement's header has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// Fingerprints of its full chunks.
+    pub chunks: Vec<u64>,
+    /// Bytes of its canonical form.
+    pub bytes: u64,
+    /// Bytes of one chunk.
+    pub chunk_bytes: u32,
+    /// Its length, as the balancer estimates it.
+    pub tokens: u32,
+}
+
+impl Prompt {
+    /// How its tokens lie on its chunks, if it has so many.
+    const fn spread(&self, prompt_tokens: u32) -> Spread {
+        Spread {
+            prompt_tokens,
+            prompt_bytes: self.bytes,
+            chunk_bytes: self.chunk_bytes,
+        }
+    }
+
+    fn grain_tokens(&self) -> u32 {
+        let bytes = u64::from(self.chunk_bytes * GRAIN_CHUNKS);
+        let tokens = u64::from(self.tokens) * bytes / self.bytes.max(1);
+        u32::try_from(tokens).unwrap_or(u32::MAX)
+    }
+}
+
+/// A grade that changed, for whoever reads the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GradeChange {
+    /// Predictions hold again.
+    Restored,
+    /// The engine held less than was predicted, too often.
+    Overpredicted,
+    /// The engine does not say how much of a prompt it had.
+    Silent,
+}
+
+/// The shadow of one engine's cache, and its publication.
+pub(super) struct Cache {
+    shadow: Shadow,
+    check: SelfCheck,
+    publisher: Publisher,
+    incarnation: Incarnation,
+    /// Names this life of the engine's cache.
+    life: u64,
+    kv_tokens: u64,
+    forgotten: Now,
+    told: Option<GradeChange>,
+}
+
+impl std::fmt::Debug for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cache({} chunks)", self.shadow.len())
+    }
+}
+
+impl Cache {
+    pub(super) fn new(incarnation: Incarnation, life: u64, kv_tokens: u64) -> Self {
+        Self {
+            shadow: Shadow::new(kv_tokens),
+            check: SelfCheck::default(),
+            publisher: Publisher::new(incarnation, life, Grade::Inferred),
+            incarnation,
+            life,
+            kv_tokens,
+            forgotten: Now::default(),
+            told: None,
+        }
+    }
+
+    /// Tokens of the prompt that are believed to be resident; the last one never is.
+    pub(super) fn hit(&self, prompt: &Prompt) -> u32 {
+        let (_, tokens) = self.shadow.hit(&prompt.chunks);
+        tokens.min(prompt.tokens.saturating_sub(1))
+    }
+
+    /// The prompt is prefilled.
+    pub(super) fn prefilled(&mut self, prompt: &Prompt) {
+        self.shadow
+            .prefilled(&prompt.chunks, &prompt.spread(prompt.tokens));
+        self.note();
+    }
+
+    /// A request whose prompt was prefilled is over.
+    pub(super) fn finished(&mut self, prompt: &Prompt, usage: Usage) {
+        let tokens = usage.prompt_tokens.unwrap_or(prompt.tokens);
+        let (_, resident) = self.shadow.hit(&prompt.chunks);
+        let beyond = tokens.saturating_sub(resident);
+        let answer = usage.completion_tokens.unwrap_or(0);
+        self.shadow
+            .finished(&prompt.chunks, beyond.saturating_add(answer));
+        self.note();
+    }
+
+    /// The engine said, or did not say, what it had of a prompt.
+    pub(super) fn observe(&mut self, prompt: &Prompt, predicted: u32, usage: Usage) {
+        if prompt.chunks.is_empty() || usage == Usage::default() {
+            return;
+        }
+        let grain = prompt.grain_tokens();
+        if let Some(reported) = usage.cached_tokens {
+            self.shadow.correct(predicted, reported, grain);
+        }
+        let told = match self.check.observe(predicted, usage.cached_tokens, grain) {
+            Verdict::Same => None,
+            Verdict::Restored => Some(GradeChange::Restored),
+            Verdict::Overpredicted => Some(GradeChange::Overpredicted),
+            Verdict::Silent => Some(GradeChange::Silent),
+        };
+        self.told = told.or(self.told);
+        self.publisher.set_grade(self.check.grade());
+        self.note();
+    }
+
+    /// Time passed: without a grade nothing is believed for long.
+    pub(super) fn pass(&mut self, now: Now) {
+        if self.check.grade() == Grade::Blind && now.since(self.forgotten) >= BLIND_FOR {
+            self.forgotten = now;
+            self.shadow.forget_unused();
+            self.note();
+        }
+    }
+
+    /// The engine is another one, or was away: its cache may be empty.
+    pub(super) fn lost(&mut self) {
+        self.life = self.life.wrapping_add(1);
+        self.shadow = Shadow::new(self.kv_tokens);
+        self.check.reset();
+        self.publisher = Publisher::new(self.incarnation, self.life, self.check.grade());
+    }
+
+    fn note(&mut self) {
+        self.publisher.note(self.shadow.take_changes());
+    }
+
+    pub(super) const fn publisher(&mut self) -> &mut Publisher {
+        &mut self.publisher
+    }
+
+    pub(super) fn take_grade_change(&mut self) -> Option<GradeChange> {
+        self.told.take()
+    }
+
+    pub(super) const fn grade(&self) -> Grade {
+        self.check.grade()
+    }
+
+    pub(super) fn resident_chunks(&self) -> usize {
+        self.shadow.len()
+    }
+
+    pub(super) const fn totals(&self) -> (u64, u64) {
+        self.check.totals()
+    }
+}
