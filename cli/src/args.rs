@@ -45,7 +45,7 @@ pub(crate) enum Verb {
     /// Run a balancer.
     Balancer(roles::balancer::BalancerArgs),
     /// Run a worker agent beside an engine.
-    Agent(roles::agent::AgentArgs),
+    Agent(Box<roles::agent::AgentArgs>),
     /// Run an emulated engine.
     Engine(roles::engine::EngineArgs),
     /// Make a certificate authority, or issue certificates from it.

@@ -48,7 +48,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Dev(args) => dev::run(&args),
         Verb::Control(args) => roles::control::run(args),
         Verb::Balancer(args) => roles::balancer::run(args),
-        Verb::Agent(args) => roles::agent::run(args),
+        Verb::Agent(args) => roles::agent::run(*args),
         Verb::Engine(args) => roles::engine::run(args),
         Verb::Ca(args) => verbs::ca::run(args),
         Verb::Keys(args) => verbs::keys::run(args),

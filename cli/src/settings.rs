@@ -234,7 +234,7 @@ mod tests {
         .unwrap();
         assert_eq!((args.slots, args.queue), (9, 3));
         assert_eq!(args.model, ["a", "b"]);
-        assert_eq!(engine("", &[]).unwrap().slots, 64);
+        assert_eq!(engine("", &[]).unwrap().slots, 256);
     }
 
     #[test]

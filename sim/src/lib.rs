@@ -1,6 +1,7 @@
 //! How we know it works: the emulated engine, real traces, and the replay that drives a fleet.
 //!
 //! - [`engine`]: an inference engine behind the OpenAI API whose text betrays a gap or a repeat.
+//! - [`model`]: what such an engine does in which time, as a pure model.
 //! - [`trace`]: reads request traces, and holds the sample that ships with Forebay.
 //! - [`replay`]: sends a trace, open loop, to anything that speaks the OpenAI API, and measures it.
 //!
@@ -8,5 +9,6 @@
 //! places requests: the replay sees a fleet as its clients do.
 
 pub mod engine;
+pub mod model;
 pub mod replay;
 pub mod trace;

@@ -88,8 +88,8 @@ async fn a_completion_streams_text() {
 async fn tokens_come_at_their_pace() {
     let engine = engine(|config| {
         config.speed = 10.0;
-        config.ttft_ms = 500.0;
-        config.tpot_ms = 100.0;
+        config.profile.floor_ms = 100.0;
+        config.profile.base_ms = 500.0;
     })
     .await;
     let start = Instant::now();
@@ -166,7 +166,6 @@ async fn a_client_that_leaves_aborts_its_request() {
     let engine = engine(|config| {
         config.slots = 2;
         config.speed = 1.0;
-        config.ttft_ms = 0.0;
     })
     .await;
     let long = |stream: bool| hello(json!({"stream": stream, "max_tokens": 100_000})).to_string();

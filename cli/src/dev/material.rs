@@ -91,6 +91,9 @@ impl Maker<'_> {
         config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
         config.insert("slots".into(), engine.engine_slots.into());
         config.insert("max-context".into(), engine.engine_max_context.into());
+        config.insert("kv-tokens".into(), kv_tokens(engine));
+        put(&mut config, "profile", &engine.profile);
+        config.insert("profile-speed".into(), engine.engine_speed.into());
         let addresses = [("quic", worker.quic), ("admin", worker.admin)];
         self.plan("agent", name, &config, addresses)
     }
@@ -107,12 +110,8 @@ impl Maker<'_> {
         for (key, value) in [
             ("slots", Value::from(options.engine_slots)),
             ("max-context", options.engine_max_context.into()),
-            ("ttft-ms", options.engine_ttft_ms.into()),
-            ("tpot-ms", options.engine_tpot_ms.into()),
-            (
-                "prefill-tokens-per-s",
-                options.engine_prefill_tokens_per_s.into(),
-            ),
+            ("profile", options.profile.as_str().into()),
+            ("kv-tokens", kv_tokens(options)),
             ("speed", options.engine_speed.into()),
         ] {
             config.insert(key.into(), value);
@@ -211,3 +210,9 @@ const DRAIN_MS: u32 = 2_000;
 
 /// Addresses by what is spoken there.
 pub(super) type Addresses = BTreeMap<&'static str, String>;
+
+fn kv_tokens(options: &EngineOptions) -> Value {
+    i64::try_from(options.engine_kv_tokens)
+        .unwrap_or(i64::MAX)
+        .into()
+}

@@ -24,6 +24,9 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
+use forebay_proto::config::POLICIES;
+use forebay_scheduler::model::PROFILES;
+
 use crate::exit::{CliError, Exit};
 use crate::output::{result, say};
 use supervise::{Supervisor, Until};
@@ -51,6 +54,9 @@ pub(crate) struct DevArgs {
     /// Where the fleet keeps its state; remove it to begin anew.
     #[arg(long, value_name = "DIR", default_value = "forebay-data")]
     data_dir: PathBuf,
+    /// How requests are placed; written into the fleet's configuration. Default: as it is there.
+    #[arg(long, value_name = "NAME", value_parser = POLICIES)]
+    policy: Option<String>,
     /// Start a process that died again, after a pause that grows while it keeps dying.
     #[arg(long)]
     restart: bool,
@@ -74,18 +80,20 @@ struct EngineOptions {
     /// Name under which they serve their model.
     #[arg(long, value_name = "NAME", default_value = "emulated")]
     model: String,
-    /// Milliseconds to the first token of an empty prompt.
-    #[arg(long, value_name = "MS", default_value_t = 20.0)]
-    engine_ttft_ms: f64,
-    /// Milliseconds from token to token.
-    #[arg(long, value_name = "MS", default_value_t = 20.0)]
-    engine_tpot_ms: f64,
-    /// Prompt tokens prefilled a second, for each request on its own.
-    #[arg(long, value_name = "N", default_value_t = 10_000.0)]
-    engine_prefill_tokens_per_s: f64,
+    /// The server whose latency they have.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = PROFILES[0].0,
+        value_parser = crate::roles::engine::profile_name
+    )]
+    profile: String,
     /// Requests that one runs at once.
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 256)]
     engine_slots: u32,
+    /// Tokens that the KV cache of one holds.
+    #[arg(long, value_name = "TOKENS", default_value_t = 3_000_000)]
+    engine_kv_tokens: u64,
     /// Divides all their times: 10 is ten times as fast.
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     engine_speed: f64,
@@ -243,7 +251,8 @@ pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
     // The children die with the thread that starts them: this one, which lives as long as we do.
     crate::roles::thread()?.block_on(async {
         let mut supervisor = Supervisor::new(&dir, plans, args.restart, &program)?;
-        let up = come_up(&mut supervisor, &dir, &mut fleet, &listen).await;
+        let policy = args.policy.as_deref();
+        let up = come_up(&mut supervisor, &dir, &mut fleet, &listen, policy).await;
         match up {
             Ok(Until::Done(())) => {
                 let hints = hints::Hints {
@@ -273,6 +282,7 @@ async fn come_up(
     dir: &Path,
     fleet: &mut layout::Fleet,
     listen: &[SocketAddr],
+    policy: Option<&str>,
 ) -> Result<Until<()>, CliError> {
     say(&format!(
         "starting {}, {} and {} in {}",
@@ -291,6 +301,12 @@ async fn come_up(
         }
         fleet.initialised = true;
         fleet.save(dir)?;
+    }
+    if let Some(policy) = policy {
+        let applying = start::policy(dir, policy, FOUNDING_TIME);
+        if let Until::AskedToStop = supervisor.meanwhile(applying).await? {
+            return Ok(Until::AskedToStop);
+        }
     }
     supervisor.start_all(|plan| plan.role == "balancer")?;
     if let Until::AskedToStop = in_order(supervisor, dir, fleet).await? {

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use forebay_control_client::{ControlClient, InitError};
+use forebay_control_client::{ClientError, ControlClient, InitError};
 use forebay_link::Endpoint;
-use forebay_proto::wire::fleet::Observed;
+use forebay_proto::wire::fleet::command::Action;
+use forebay_proto::wire::fleet::{ApplyConfig, Observed};
 use forebay_proto::{ClientId, ClusterId};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -43,6 +44,36 @@ pub(super) async fn found(dir: &Path, patience: Duration) -> Result<(), CliError
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Has every pool place by this policy, if it does not yet.
+pub(super) async fn policy(dir: &Path, policy: &str, patience: Duration) -> Result<(), CliError> {
+    let client = client(dir)?;
+    let until = Instant::now() + patience;
+    loop {
+        match set_policy(&client, policy).await {
+            Ok(()) => return Ok(()),
+            Err(_) if Instant::now() < until => sleep(PAUSE).await,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+async fn set_policy(client: &ControlClient, policy: &str) -> Result<(), ClientError> {
+    let facts = client.read(ASK).await?;
+    let mut document = (*facts.config).clone();
+    for pool in &mut document.pools {
+        pool.policy = policy.to_owned();
+    }
+    if document == *facts.config {
+        return Ok(());
+    }
+    let action = Action::ApplyConfig(ApplyConfig {
+        config: document.to_wire(),
+        expected_revision: facts.config_revision.0,
+    });
+    client.propose(action, "dev --policy", ASK).await?;
+    Ok(())
 }
 
 async fn is_founded(client: &ControlClient) -> bool {

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use clap::Args;
+use forebay_scheduler::model::{PROFILES, Profile};
 use forebay_sim::engine::{self, Config};
 
 use super::ProcessArgs;
@@ -11,7 +12,7 @@ use crate::exit::CliError;
 /// Options of `forebay engine`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  forebay engine --listen 127.0.0.1:8000 --model emulated --ttft-ms 50 --tpot-ms 20"
+    after_help = "Example:\n  forebay engine --listen 127.0.0.1:8000 --model emulated --profile llama-8b-a100 --speed 10"
 )]
 pub(crate) struct EngineArgs {
     /// Where to listen; port 0 takes a free one.
@@ -32,43 +33,56 @@ pub(crate) struct EngineArgs {
     )]
     pub(crate) model: Vec<String>,
     /// Requests that run at once.
-    #[arg(long, value_name = "N", default_value_t = 64, env = "FOREBAY_SLOTS")]
+    #[arg(long, value_name = "N", default_value_t = 256, env = "FOREBAY_SLOTS")]
     pub(crate) slots: usize,
     /// Requests that wait beyond them; more are refused.
-    #[arg(long, value_name = "N", default_value_t = 256, env = "FOREBAY_QUEUE")]
+    #[arg(long, value_name = "N", default_value_t = 4_096, env = "FOREBAY_QUEUE")]
     pub(crate) queue: usize,
-    /// Milliseconds to the first token of an empty prompt.
+    /// The server whose latency is emulated.
     #[arg(
         long,
-        value_name = "MS",
-        default_value_t = 20.0,
-        env = "FOREBAY_TTFT_MS"
+        value_name = "NAME",
+        default_value = PROFILES[0].0,
+        value_parser = profile_name,
+        env = "FOREBAY_PROFILE"
     )]
-    pub(crate) ttft_ms: f64,
-    /// Prompt tokens prefilled a second, for each request on its own.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 10_000.0,
-        env = "FOREBAY_PREFILL_TOKENS_PER_S"
-    )]
-    pub(crate) prefill_tokens_per_s: f64,
-    /// Milliseconds from token to token.
-    #[arg(
-        long,
-        value_name = "MS",
-        default_value_t = 20.0,
-        env = "FOREBAY_TPOT_MS"
-    )]
-    pub(crate) tpot_ms: f64,
+    pub(crate) profile: String,
     /// Divides all times: 10 is ten times as fast.
     #[arg(long, value_name = "X", default_value_t = 1.0, env = "FOREBAY_SPEED")]
     pub(crate) speed: f64,
+    /// Tokens that the KV cache holds.
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 3_000_000,
+        env = "FOREBAY_KV_TOKENS"
+    )]
+    pub(crate) kv_tokens: u64,
+    /// Tokens of one block of the cache.
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 16,
+        env = "FOREBAY_BLOCK_TOKENS"
+    )]
+    pub(crate) block_tokens: u32,
     /// Tokens that prompt and answer may have together.
     #[arg(long, value_name = "TOKENS", default_value_t = 1 << 20, env = "FOREBAY_MAX_CONTEXT")]
     pub(crate) max_context: u64,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
+}
+
+/// A latency profile's name, checked.
+pub(crate) fn profile_name(text: &str) -> Result<String, String> {
+    let names = PROFILES.map(|(name, _)| name);
+    if names.contains(&text) {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "there is no such profile; there are {}",
+        names.join(", ")
+    ))
 }
 
 /// Runs the engine until it is asked to stop.
@@ -79,9 +93,9 @@ pub(crate) fn run(args: EngineArgs) -> Result<(), CliError> {
         models: args.model,
         slots: args.slots,
         queue: args.queue,
-        ttft_ms: args.ttft_ms,
-        prefill_tokens_per_s: args.prefill_tokens_per_s,
-        tpot_ms: args.tpot_ms,
+        profile: Profile::named(&args.profile).unwrap_or_default(),
+        kv_tokens: args.kv_tokens,
+        block_tokens: args.block_tokens,
         speed: args.speed,
         max_context_tokens: args.max_context,
     };

@@ -51,16 +51,7 @@ fn the_printed_curl_example_works_as_printed() {
 
 #[test]
 fn the_shipped_trace_replays_without_an_error() {
-    let fleet = Fleet::start(&[
-        "--workers",
-        "2",
-        "--balancers",
-        "2",
-        "--engine-ttft-ms",
-        "20",
-        "--engine-tpot-ms",
-        "2",
-    ]);
+    let fleet = Fleet::start(&["--workers", "2", "--balancers", "2", "--engine-speed", "10"]);
     let mut command = forebay();
     command.args([
         "replay", "--limit", "100", "--speed", "10", "--verify", "--output", "json",

@@ -264,10 +264,9 @@ fn a_killed_agents_unstarted_requests_go_elsewhere_and_started_ones_end_typed() 
     let fleet = Fleet::start(&[
         "--workers",
         "2",
-        "--engine-ttft-ms",
-        "1500",
-        "--engine-tpot-ms",
-        "50",
+        // 1.1 s for each token.
+        "--engine-speed",
+        "0.02",
     ]);
     let (_, models) = get(&format!("{}/v1/models", fleet.url));
     let model = models
@@ -290,7 +289,7 @@ fn a_killed_agents_unstarted_requests_go_elsewhere_and_started_ones_end_typed() 
         })
     };
     // Two streams that are under way when their worker dies, one on each.
-    let started: Vec<_> = (0..2).map(|_| ask(400, true)).collect();
+    let started: Vec<_> = (0..2).map(|_| ask(12, true)).collect();
     std::thread::sleep(Duration::from_millis(2_500));
     // And eight that have not got a byte yet.
     let unstarted: Vec<_> = (0..8).map(|i| ask(4, i % 2 == 0)).collect();

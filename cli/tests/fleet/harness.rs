@@ -14,7 +14,7 @@ use serde::Deserialize;
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// A request every few milliseconds, so that failures have victims.
-pub const FAST_ENGINE: [&str; 4] = ["--engine-ttft-ms", "20", "--engine-tpot-ms", "2"];
+pub const FAST_ENGINE: [&str; 2] = ["--engine-speed", "10"];
 
 /// One process of the fleet, from `run.json`.
 #[derive(Clone, Debug, Deserialize)]

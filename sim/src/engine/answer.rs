@@ -2,7 +2,8 @@
 
 use super::request::{Api, Job};
 use super::text::Token;
-use bytes::Bytes;
+use base64::Engine as _;
+use bytes::{Bytes, BytesMut};
 use serde_json::json;
 
 /// The parts of an answer that do not change from token to token.
@@ -23,12 +24,12 @@ impl Form {
     pub(super) fn new(job: &Job, id: &str, created: u64) -> Form {
         let prefix = match job.api {
             Api::Chat => "chatcmpl-",
-            Api::Completion => "cmpl-",
+            Api::Completion | Api::Embedding => "cmpl-",
         };
         let id = format!("{prefix}{id}");
         let object = match job.api {
             Api::Chat => "chat.completion.chunk",
-            Api::Completion => "text_completion",
+            Api::Completion | Api::Embedding => "text_completion",
         };
         let (id_json, model_json) = (json!(id), json!(job.model));
         let head = format!(
@@ -36,7 +37,7 @@ impl Form {
         );
         let (opens, closes) = match job.api {
             Api::Chat => (r#""delta":{"content":""#, r#""}"#),
-            Api::Completion => (r#""text":""#, r#"""#),
+            Api::Completion | Api::Embedding => (r#""text":""#, r#"""#),
         };
         let end = |finish: &str| {
             format!(
@@ -64,64 +65,95 @@ impl Form {
                 "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""},
                     "logprobs": null, "finish_reason": null}],
             }),
-            Api::Completion => return None,
+            Api::Completion | Api::Embedding => return None,
         };
         Some(Bytes::from(format!("data: {event}\n\n")))
     }
 
     /// The event of one token.
-    pub(super) fn token_event(&self, token: Token, last: bool) -> Bytes {
+    pub(super) fn token_event(&self, token: Token, last: bool, into: &mut BytesMut) {
         let after = if last { &self.after_last } else { &self.after };
-        Bytes::from([self.before.as_str(), token.as_str(), after].concat())
+        for part in [self.before.as_str(), token.as_str(), after] {
+            into.extend_from_slice(part.as_bytes());
+        }
     }
 
     /// The event with the token counts, which the client has to ask for.
-    pub(super) fn usage_event(&self, output_tokens: u64) -> Bytes {
+    pub(super) fn usage_event(&self, output_tokens: u64, cached_tokens: u32) -> Bytes {
         let object = match self.api {
             Api::Chat => "chat.completion.chunk",
-            Api::Completion => "text_completion",
+            Api::Completion | Api::Embedding => "text_completion",
         };
         let event = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model,
-            "choices": [], "usage": self.usage(output_tokens),
+            "choices": [], "usage": self.usage(output_tokens, cached_tokens),
             "system_fingerprint": FINGERPRINT,
         });
         Bytes::from(format!("data: {event}\n\n"))
     }
 
     /// A whole answer in one piece.
-    pub(super) fn whole(&self, text: &str, output_tokens: u64) -> Bytes {
+    pub(super) fn whole(&self, text: &str, output_tokens: u64, cached_tokens: u32) -> Bytes {
         let choice = match self.api {
             Api::Chat => json!({
                 "index": 0, "message": {"role": "assistant", "content": text, "refusal": null},
                 "logprobs": null, "finish_reason": "length", "stop_reason": null,
             }),
-            Api::Completion => json!({
+            Api::Completion | Api::Embedding => json!({
                 "index": 0, "text": text, "logprobs": null, "finish_reason": "length",
                 "stop_reason": null,
             }),
         };
         let object = match self.api {
             Api::Chat => "chat.completion",
-            Api::Completion => "text_completion",
+            Api::Completion | Api::Embedding => "text_completion",
         };
         let answer = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model,
             "choices": [choice], "service_tier": null, "system_fingerprint": FINGERPRINT,
-            "usage": self.usage(output_tokens),
+            "usage": self.usage(output_tokens, cached_tokens),
         });
         Bytes::from(answer.to_string())
     }
 
-    fn usage(&self, output_tokens: u64) -> serde_json::Value {
+    fn usage(&self, output_tokens: u64, cached_tokens: u32) -> serde_json::Value {
         json!({
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + output_tokens,
             "completion_tokens": output_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         })
     }
 }
+
+/// A vector that follows from the text alone, as floats or as the base64 of their bytes.
+pub(super) fn embedding(job: &Job) -> Bytes {
+    let mut state = job.prompt.hash();
+    let vector: Vec<f32> = (0..EMBEDDING_LENGTH)
+        .map(|_| {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect();
+    let vector = if job.base64 {
+        let bytes: Vec<u8> = vector
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        json!(base64::engine::general_purpose::STANDARD.encode(bytes))
+    } else {
+        json!(vector)
+    };
+    let tokens = job.prompt_tokens;
+    let answer = json!({
+        "object": "list", "model": job.model,
+        "data": [{"object": "embedding", "index": 0, "embedding": vector}],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    });
+    Bytes::from(answer.to_string())
+}
+
+const EMBEDDING_LENGTH: usize = 16;
 
 /// The last event of a stream.
 pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
@@ -138,6 +170,7 @@ mod tests {
         let served = Served {
             models: &models,
             max_context_tokens: 100,
+            block_tokens: 16,
         };
         let Ok(job) = served.job(api, body.as_bytes()) else {
             panic!("refused")
@@ -164,17 +197,22 @@ mod tests {
         let role = event(&form.role_event().unwrap());
         assert_eq!(role["choices"][0]["delta"]["role"], "assistant");
         let token = job.prompt.answer().next().unwrap();
-        let middle = event(&form.token_event(token, false));
+        let token_event = |token, last| {
+            let mut piece = BytesMut::new();
+            form.token_event(token, last, &mut piece);
+            event(&piece.freeze())
+        };
+        let middle = token_event(token, false);
         assert_eq!(middle["id"], "chatcmpl-r1");
         assert_eq!(middle["model"], "a \"b\"");
         assert_eq!(middle["choices"][0]["delta"]["content"], token.as_str());
         assert!(middle["choices"][0]["finish_reason"].is_null());
-        let last = event(&form.token_event(token, true));
+        let last = token_event(token, true);
         assert_eq!(last["choices"][0]["finish_reason"], "length");
-        let usage = event(&form.usage_event(9));
+        let usage = event(&form.usage_event(9, 1));
         assert_eq!(usage["choices"], json!([]));
         assert_eq!(usage["usage"]["total_tokens"], 11);
-        assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+        assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
     }
 
     #[test]
@@ -182,10 +220,12 @@ mod tests {
         let (form, job) = form(Api::Completion, r#"{"prompt":"hello"}"#);
         assert!(form.role_event().is_none());
         let token = job.prompt.answer().next().unwrap();
-        let chunk = event(&form.token_event(token, false));
+        let mut piece = BytesMut::new();
+        form.token_event(token, false, &mut piece);
+        let chunk = event(&piece.freeze());
         assert_eq!(chunk["id"], "cmpl-r1");
         assert_eq!(chunk["choices"][0]["text"], token.as_str());
-        let whole: serde_json::Value = serde_json::from_slice(&form.whole("x", 1)).unwrap();
+        let whole: serde_json::Value = serde_json::from_slice(&form.whole("x", 1, 0)).unwrap();
         assert_eq!(whole["choices"][0]["text"], "x");
         assert_eq!(whole["object"], "text_completion");
     }

@@ -4,11 +4,14 @@ use serde_json::json;
 use std::fmt::Write;
 
 /// A reading of everything that is counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Reading {
     pub(super) running: usize,
     pub(super) waiting: usize,
     pub(super) prompt_tokens: u64,
+    pub(super) cached_tokens: u64,
+    pub(super) preemptions: u64,
+    pub(super) kv_usage: f64,
     pub(super) generation_tokens: u64,
     pub(super) finished: u64,
     pub(super) aborted: u64,
@@ -49,6 +52,25 @@ impl Reading {
             "Prompt tokens of started requests.",
             &[("", self.prompt_tokens)],
         );
+        for (name, help, value) in [
+            (
+                "prefix_cache_queries",
+                "Prompt tokens looked up in the cache.",
+                self.prompt_tokens,
+            ),
+            (
+                "prefix_cache_hits",
+                "Prompt tokens found there.",
+                self.cached_tokens,
+            ),
+            (
+                "num_preemptions",
+                "Requests that gave their blocks back.",
+                self.preemptions,
+            ),
+        ] {
+            family(name, "counter", help, &[("", value)]);
+        }
         family(
             "generation_tokens",
             "counter",
@@ -69,6 +91,13 @@ impl Reading {
             "counter",
             "Requests refused with 503.",
             &[(",reason=\"max_num_queued_reqs\"", self.refused)],
+        );
+        let _ = writeln!(
+            page,
+            "# HELP vllm:kv_cache_usage_perc Share of the cache that live requests hold.\n\
+             # TYPE vllm:kv_cache_usage_perc gauge\n\
+             vllm:kv_cache_usage_perc{{{labels}}} {:.4}",
+            self.kv_usage
         );
         page
     }

@@ -3,15 +3,15 @@
 //! To whoever calls it, it is a vLLM that serves one or more models at a given pace: chat and text
 //! completions, streaming or not, the model list, health, metrics by vLLM's names, errors as vLLM
 //! words them, and an abort when the client goes away. What it says is [`text`]: made of nothing
-//! but the prompt, so that any relay in front of it can be checked. When it says it is [`pace`].
+//! but the prompt, so that any relay in front of it can be checked. When it says it, and what its
+//! cache holds, is [`crate::model`].
 //!
-//! It does not tokenize (four bytes are a token), holds no KV cache, and stops only at the
-//! requested length. [`serve`] is the shell; the rest is pure.
+//! It does not tokenize (four bytes are a token) and stops only at the requested length. [`serve`]
+//! is the shell; the rest is pure.
 
 mod answer;
 mod error;
 mod metrics;
-pub mod pace;
 mod request;
 mod server;
 mod service;
@@ -19,6 +19,8 @@ pub mod text;
 
 pub use server::serve;
 
+use crate::model::Settings;
+use forebay_scheduler::model::Profile;
 use std::net::SocketAddr;
 
 /// What to serve, where, and how fast.
@@ -28,16 +30,16 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Names under which the model is served; the first is the default.
     pub models: Vec<String>,
-    /// Requests that run at once.
+    /// Requests that run at once (vLLM's `--max-num-seqs`).
     pub slots: usize,
     /// Requests that wait beyond them; more are refused with 503.
     pub queue: usize,
-    /// Milliseconds to the first token of an empty prompt.
-    pub ttft_ms: f64,
-    /// Prompt tokens prefilled in a second, by each request on its own.
-    pub prefill_tokens_per_s: f64,
-    /// Milliseconds from token to token.
-    pub tpot_ms: f64,
+    /// How long an iteration takes.
+    pub profile: Profile,
+    /// Tokens that the cache holds.
+    pub kv_tokens: u64,
+    /// Tokens of one block of it.
+    pub block_tokens: u32,
     /// Divides all times: 10 is ten times as fast.
     pub speed: f64,
     /// Prompt and answer together may have so many tokens.
@@ -49,11 +51,11 @@ impl Default for Config {
         Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             models: vec!["emulated".to_owned()],
-            slots: 64,
-            queue: 256,
-            ttft_ms: 20.0,
-            prefill_tokens_per_s: 10_000.0,
-            tpot_ms: 20.0,
+            slots: 256,
+            queue: 4_096,
+            profile: Profile::default(),
+            kv_tokens: 3_000_000,
+            block_tokens: 16,
             speed: 1.0,
             max_context_tokens: 1 << 20,
         }
@@ -112,18 +114,23 @@ impl Config {
         if self.queue > MAX_SLOTS {
             return bad("queue", self.queue.to_string(), "at most 100000");
         }
-        for (setting, value) in [("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms)] {
-            if !(0.0..=MAX_MS).contains(&value) {
-                return bad(setting, value.to_string(), "from 0 to 3600000");
-            }
+        if !(self.speed.is_finite() && self.speed > 0.0) {
+            return bad("speed", self.speed.to_string(), "greater than 0");
         }
-        for (setting, value) in [
-            ("prefill_tokens_per_s", self.prefill_tokens_per_s),
-            ("speed", self.speed),
-        ] {
-            if !(value.is_finite() && value > 0.0) {
-                return bad(setting, value.to_string(), "greater than 0");
-            }
+        if !(1..=MAX_BLOCK_TOKENS).contains(&self.block_tokens) {
+            return bad(
+                "block_tokens",
+                self.block_tokens.to_string(),
+                "from 1 to 4096",
+            );
+        }
+        let blocks = self.kv_tokens / u64::from(self.block_tokens);
+        if !(1..=MAX_BLOCKS).contains(&blocks) {
+            return bad(
+                "kv_tokens",
+                self.kv_tokens.to_string(),
+                "at least one block, and at most 16 million of them",
+            );
         }
         if self.max_context_tokens < 2 {
             return bad(
@@ -135,19 +142,20 @@ impl Config {
         Ok(())
     }
 
-    fn pace(&self) -> pace::Pace {
-        let ms = |ms: f64| std::time::Duration::from_secs_f64(ms / 1000.0);
-        pace::Pace {
-            ttft: ms(self.ttft_ms),
-            prefill_tokens_per_s: self.prefill_tokens_per_s,
-            tpot: ms(self.tpot_ms),
-            speed: self.speed,
+    fn settings(&self) -> Settings {
+        Settings {
+            profile: self.profile.at_speed(self.speed),
+            kv_tokens: self.kv_tokens,
+            block_tokens: self.block_tokens,
+            max_seqs: self.slots,
+            queue: self.queue,
         }
     }
 }
 
 const MAX_SLOTS: usize = 100_000;
-const MAX_MS: f64 = 3_600_000.0;
+const MAX_BLOCK_TOKENS: u32 = 4_096;
+const MAX_BLOCKS: u64 = 16 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -165,13 +173,10 @@ mod tests {
             ((|c| c.models.clear()) as fn(&mut Config), "models"),
             (|c| c.slots = 0, "slots"),
             (|c| c.queue = 1 << 40, "queue"),
-            (|c| c.ttft_ms = f64::NAN, "ttft_ms"),
-            (|c| c.tpot_ms = -1.0, "tpot_ms"),
             (|c| c.speed = 0.0, "speed"),
-            (
-                |c| c.prefill_tokens_per_s = f64::INFINITY,
-                "prefill_tokens_per_s",
-            ),
+            (|c| c.speed = f64::NAN, "speed"),
+            (|c| c.block_tokens = 0, "block_tokens"),
+            (|c| c.kv_tokens = 15, "kv_tokens"),
             (|c| c.max_context_tokens = 1, "max_context_tokens"),
         ] {
             assert!(check(change).unwrap_err().starts_with(setting));

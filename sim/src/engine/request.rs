@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 pub(super) enum Api {
     Chat,
     Completion,
+    Embedding,
 }
 
 /// A request that can run.
@@ -21,15 +22,21 @@ pub(super) struct Job {
     pub(super) model: String,
     pub(super) prompt: Prompt,
     pub(super) prompt_tokens: u64,
+    /// The hash of everything up to the end of each full block, under the request's salt.
+    pub(super) blocks: Vec<u64>,
     pub(super) max_tokens: u64,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
+    /// An embedding is wanted as base64.
+    pub(super) base64: bool,
 }
 
 /// What the engine can serve.
 pub(super) struct Served<'a> {
     pub(super) models: &'a [String],
     pub(super) max_context_tokens: u64,
+    /// Tokens of a block of the cache.
+    pub(super) block_tokens: u32,
 }
 
 impl Served<'_> {
@@ -49,15 +56,35 @@ impl Served<'_> {
             )
         })?;
         let model = self.model(raw.model)?;
-        let (prompt, prompt_tokens) = match api {
-            Api::Chat => chat_prompt(raw.messages, raw.continue_final_message.unwrap_or(false))?,
-            Api::Completion => completion_prompt(raw.prompt)?,
-        };
+        let salt = raw.cache_salt.unwrap_or_default();
+        let mut read = Reader::new(&salt, self.block_tokens);
+        match api {
+            Api::Chat => {
+                read.chat(raw.messages, raw.continue_final_message.unwrap_or(false))?;
+            }
+            Api::Completion => read.completion(raw.prompt)?,
+            Api::Embedding => read.completion(raw.input)?,
+        }
+        let Reader { prompt, blocks, .. } = read;
+        let prompt_tokens = prompt.tokens();
         if raw.n.unwrap_or(1) != 1 {
             return Err(ApiError::bad(
                 Some("n"),
                 "this engine gives one choice: leave n at 1",
             ));
+        }
+        if api == Api::Embedding {
+            return Ok(Job {
+                api,
+                model,
+                prompt,
+                prompt_tokens,
+                blocks,
+                max_tokens: 1,
+                stream: false,
+                include_usage: false,
+                base64: raw.encoding_format.as_deref() == Some("base64"),
+            });
         }
         let max_tokens =
             self.max_tokens(raw.max_completion_tokens.or(raw.max_tokens), prompt_tokens)?;
@@ -67,9 +94,11 @@ impl Served<'_> {
             model,
             prompt,
             prompt_tokens,
+            blocks,
             max_tokens,
             stream: raw.stream.unwrap_or(false),
             include_usage: include_usage.unwrap_or(false),
+            base64: false,
         })
     }
 
@@ -120,6 +149,10 @@ struct Raw<'a> {
     messages: Option<Vec<RawMessage<'a>>>,
     #[serde(borrow)]
     prompt: Option<RawPrompt<'a>>,
+    #[serde(borrow)]
+    input: Option<RawPrompt<'a>>,
+    cache_salt: Option<String>,
+    encoding_format: Option<String>,
     max_tokens: Option<u64>,
     max_completion_tokens: Option<u64>,
     stream: Option<bool>,
@@ -165,58 +198,95 @@ enum RawPrompt<'a> {
     Ids(Vec<u32>),
 }
 
-fn chat_prompt(
-    messages: Option<Vec<RawMessage<'_>>>,
-    continues: bool,
-) -> Result<(Prompt, u64), ApiError> {
-    let messages = messages.unwrap_or_default();
-    if messages.is_empty() {
-        return Err(ApiError::bad(
-            Some("messages"),
-            "messages is missing or empty",
-        ));
+/// Reads a prompt: its text's state, and under its salt the hash of each full block.
+struct Reader {
+    prompt: Prompt,
+    salted: Prompt,
+    block_bytes: u64,
+    blocks: Vec<u64>,
+}
+
+impl Reader {
+    fn new(salt: &str, block_tokens: u32) -> Reader {
+        Reader {
+            prompt: Prompt::empty(),
+            salted: Prompt::salted(salt),
+            block_bytes: u64::from(block_tokens) * BYTES_PER_TOKEN,
+            blocks: Vec::new(),
+        }
     }
-    let mut prompt = Prompt::empty();
-    for message in messages {
-        prompt.begin_message(&message.role);
-        match message.content {
-            None => {}
-            Some(RawContent::Borrowed(text)) => prompt.say(text.as_bytes()),
-            Some(RawContent::Owned(text)) => prompt.say(text.as_bytes()),
-            Some(RawContent::Parts(parts)) => {
-                parts
-                    .iter()
-                    .for_each(|part| prompt.say(part.text.as_bytes()));
+
+    fn begin_message(&mut self, role: &str) {
+        self.prompt.begin_message(role);
+        self.salted.begin_message(role);
+    }
+
+    fn say(&mut self, mut content: &[u8]) {
+        self.prompt.say(content);
+        loop {
+            let missing = self.block_bytes - self.salted.bytes() % self.block_bytes;
+            if (content.len() as u64) < missing {
+                return self.salted.say(content);
+            }
+            let (block, rest) = content.split_at(usize::try_from(missing).unwrap_or(usize::MAX));
+            self.salted.say(block);
+            self.blocks.push(self.salted.hash());
+            content = rest;
+        }
+    }
+
+    fn chat(
+        &mut self,
+        messages: Option<Vec<RawMessage<'_>>>,
+        continues: bool,
+    ) -> Result<(), ApiError> {
+        let messages = messages.unwrap_or_default();
+        if messages.is_empty() {
+            return Err(ApiError::bad(
+                Some("messages"),
+                "messages is missing or empty",
+            ));
+        }
+        for message in messages {
+            self.begin_message(&message.role);
+            match message.content {
+                None => {}
+                Some(RawContent::Borrowed(text)) => self.say(text.as_bytes()),
+                Some(RawContent::Owned(text)) => self.say(text.as_bytes()),
+                Some(RawContent::Parts(parts)) => {
+                    parts.iter().for_each(|part| self.say(part.text.as_bytes()));
+                }
+            }
+            if let Some(calls) = message.tool_calls {
+                self.say(calls.get().as_bytes());
             }
         }
-        if let Some(calls) = message.tool_calls {
-            prompt.say(calls.get().as_bytes());
+        if !continues {
+            self.begin_message("assistant");
+        }
+        Ok(())
+    }
+
+    fn completion(&mut self, prompt: Option<RawPrompt<'_>>) -> Result<(), ApiError> {
+        match prompt {
+            None => Err(ApiError::bad(Some("prompt"), "prompt is missing")),
+            Some(RawPrompt::Borrowed(text)) => {
+                self.say(text.as_bytes());
+                Ok(())
+            }
+            Some(RawPrompt::Owned(text)) => {
+                self.say(text.as_bytes());
+                Ok(())
+            }
+            Some(RawPrompt::Ids(ids)) => {
+                ids.iter().for_each(|id| self.say(&id.to_le_bytes()));
+                Ok(())
+            }
         }
     }
-    if !continues {
-        prompt.begin_message("assistant");
-    }
-    Ok((prompt, prompt.tokens()))
 }
 
-fn completion_prompt(prompt: Option<RawPrompt<'_>>) -> Result<(Prompt, u64), ApiError> {
-    match prompt {
-        None => Err(ApiError::bad(Some("prompt"), "prompt is missing")),
-        Some(RawPrompt::Borrowed(text)) => Ok(of_text(text)),
-        Some(RawPrompt::Owned(text)) => Ok(of_text(&text)),
-        Some(RawPrompt::Ids(ids)) => {
-            let mut prompt = Prompt::empty();
-            ids.iter().for_each(|id| prompt.say(&id.to_le_bytes()));
-            Ok((prompt, ids.len() as u64))
-        }
-    }
-}
-
-fn of_text(text: &str) -> (Prompt, u64) {
-    let prompt = Prompt::completion(text);
-    (prompt, prompt.tokens())
-}
-
+const BYTES_PER_TOKEN: u64 = 4;
 const DEFAULT_MAX_TOKENS: u64 = 16;
 
 #[cfg(test)]
@@ -229,6 +299,7 @@ mod tests {
         Served {
             models: &models,
             max_context_tokens: 100,
+            block_tokens: 1,
         }
         .job(api, body.as_bytes())
     }
@@ -356,10 +427,27 @@ mod tests {
         check(Completion, r#"{"messages":[]}"#, "400: prompt is missing");
     }
 
+    #[test]
+    fn blocks_are_shared_up_to_where_prompts_differ_and_only_under_one_salt() {
+        let blocks = |body: &str| job(Api::Chat, body).ok().unwrap().blocks;
+        let chat = |text: &str, salt: &str| {
+            blocks(&format!(
+                r#"{{"cache_salt":"{salt}","messages":[{{"role":"user","content":"{text}"}}]}}"#
+            ))
+        };
+        let one = chat("aaaabbbbccccd", "s");
+        assert_eq!(one.len(), 3);
+        assert_eq!(chat("aaaabbbbXccc", "s")[..2], one[..2]);
+        assert_ne!(chat("aaaabbbbXccc", "s")[2], one[2]);
+        assert_ne!(chat("aaaabbbbcccc", "t")[0], one[0]);
+        let two = r#"{"cache_salt":"s","messages":[{"role":"user","content":"aa"},{"role":"user","content":"aabb"}]}"#;
+        assert_ne!(blocks(two)[0], one[0], "structure counts");
+    }
+
     proptest! {
         #[test]
         fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let served = Served { models: &[], max_context_tokens: 100 };
+            let served = Served { models: &[], max_context_tokens: 100, block_tokens: 4 };
             let _ = served.job(Api::Chat, &body);
             let _ = served.job(Api::Completion, &body);
         }

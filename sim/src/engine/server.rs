@@ -5,7 +5,7 @@
 //! that is told to stop without a timeout.
 #![allow(clippy::disallowed_methods)] // a rim: sockets and clocks
 
-use super::answer::Form;
+use super::answer::{Form, embedding};
 use super::error::ApiError;
 use super::request::{Api, Served};
 use super::service::Service;
@@ -47,10 +47,13 @@ pub async fn serve(
     let listen = |source| EngineError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let bound = listener.local_addr().map_err(listen)?;
-    let router = router(Engine::new(config));
+    let engine = Engine::new(config);
+    let service = engine.service.clone();
+    let router = router(engine);
     ready(bound);
     tokio::select! {
         never = accept(listener, router) => match never {},
+        never = service.run() => match never {},
         () = shutdown => Ok(()),
     }
 }
@@ -105,9 +108,8 @@ struct Engine {
 
 impl Engine {
     fn new(config: Config) -> Arc<Engine> {
-        let service = Service::new(config.pace(), config.slots, config.queue);
         Arc::new(Engine {
-            service: Arc::new(service),
+            service: Service::new(config.settings()),
             body_budget: Semaphore::new(BODY_BUDGET_KIB as usize),
             started: unix_ms(),
             next_id: AtomicU64::new(0),
@@ -173,16 +175,22 @@ impl Engine {
         let Config {
             models,
             max_context_tokens,
+            block_tokens,
             ..
         } = &self.config;
         let job = Served {
             models,
             max_context_tokens: *max_context_tokens,
+            block_tokens: *block_tokens,
         }
         .job(api, &body)?;
         drop(body);
+        let place = self.service.enter(&job)?;
+        if api == Api::Embedding {
+            self.service.prefill(place).await;
+            return Ok(json_response(StatusCode::OK, embedding(&job)));
+        }
         let form = Form::new(&job, id, unix_ms() / 1000);
-        let place = self.service.enter()?;
         if job.stream {
             let events = Body::from_stream(self.service.stream(&job, form, place));
             let headers = [
@@ -206,6 +214,7 @@ fn router(engine: Arc<Engine>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
+        .route("/v1/embeddings", post(embeddings))
         .route("/v1/models", get(models))
         .route("/health", get(|| async { StatusCode::OK }))
         .route("/metrics", get(metrics))
@@ -222,6 +231,10 @@ async fn chat(engine: State<Arc<Engine>>, headers: HeaderMap, body: Body) -> Res
 
 async fn completion(engine: State<Arc<Engine>>, headers: HeaderMap, body: Body) -> Response {
     complete(&engine, Api::Completion, &headers, body).await
+}
+
+async fn embeddings(engine: State<Arc<Engine>>, headers: HeaderMap, body: Body) -> Response {
+    complete(&engine, Api::Embedding, &headers, body).await
 }
 
 async fn complete(engine: &Engine, api: Api, headers: &HeaderMap, body: Body) -> Response {

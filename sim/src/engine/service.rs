@@ -1,104 +1,158 @@
-//! The requests in flight: who runs, who waits, and the release of both when one goes away.
+//! The requests in flight: the model of the engine on tokio's clock, and the release of what a
+//! request holds when it goes away.
 //!
-//! Every request holds a [`Place`]; dropping it, for whatever reason, frees the slot at once.
-#![allow(clippy::disallowed_methods)] // a rim: it runs the pace on tokio's clock
+//! One task lets the model's time pass and marks what each request has to say; the requests' own
+//! tasks say it. Every request holds a [`Place`]; dropping it, for whatever reason, aborts it in the
+//! model at once, and one that is not read holds nothing but its place.
+#![allow(clippy::disallowed_methods)] // a rim: it runs the model on tokio's clock
 
 use super::answer::{DONE, Form};
 use super::error::ApiError;
 use super::metrics::Reading;
-use super::pace::{Arrival, Line, Pace, Ticket};
 use super::request::Job;
 use super::text::Answer;
-use bytes::Bytes;
+use crate::model::{Arrival, Engine, Event, Settings};
+use bytes::{Bytes, BytesMut};
+use forebay_proto::Now;
 use futures::{Stream, stream};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::sync::oneshot;
+use std::sync::atomic::{AtomicU32, Ordering};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 /// The engine without its sockets.
 pub(super) struct Service {
-    pace: Pace,
+    origin: Instant,
     state: Mutex<State>,
+    /// Something arrived: the model may have an earlier deadline.
+    arrived: Notify,
 }
 
 struct State {
-    line: Line,
-    /// Who waits is told through these; never more than wait in the line.
-    calls: HashMap<Ticket, oneshot::Sender<()>>,
-    /// All but the gauges, which the line knows.
+    engine: Engine,
+    said: HashMap<u64, Arc<Said>>,
+    newest: u64,
+    /// All but what the model counts.
     counted: Reading,
+    events: Vec<Event>,
+}
+
+/// What one request may say by now.
+#[derive(Default)]
+struct Said {
+    tokens: AtomicU32,
+    cached: AtomicU32,
+    more: Notify,
 }
 
 impl Service {
-    pub(super) fn new(pace: Pace, slots: usize, queue: usize) -> Service {
-        let state = State {
-            line: Line::new(slots, queue),
-            calls: HashMap::new(),
-            counted: Reading::default(),
-        };
-        Service {
-            pace,
-            state: Mutex::new(state),
+    pub(super) fn new(settings: Settings) -> Arc<Service> {
+        Arc::new(Service {
+            origin: Instant::now(),
+            state: Mutex::new(State {
+                engine: Engine::new(settings),
+                said: HashMap::new(),
+                newest: 0,
+                counted: Reading::default(),
+                events: Vec::new(),
+            }),
+            arrived: Notify::new(),
+        })
+    }
+
+    /// Lets the model's time pass, until it is dropped.
+    pub(super) async fn run(&self) -> Infallible {
+        loop {
+            let next = {
+                let mut state = self.state.lock();
+                state.advance(self.now());
+                state.engine.next_deadline()
+            };
+            match next {
+                Some(next) => {
+                    let until = self.origin + next.since(Now::default());
+                    tokio::select! {
+                        () = sleep_until(until) => {}
+                        // An iteration under way is not cut short, but an idle engine begins.
+                        () = self.arrived.notified() => {}
+                    }
+                }
+                None => self.arrived.notified().await,
+            }
         }
+    }
+
+    fn now(&self) -> Now {
+        Now::at(self.origin.elapsed())
     }
 
     pub(super) fn reading(&self) -> Reading {
         let state = self.state.lock();
+        let counts = state.engine.counts();
         Reading {
-            running: state.line.running(),
-            waiting: state.line.waiting(),
+            running: state.engine.running(),
+            waiting: state.engine.waiting(),
+            prompt_tokens: counts.prompt_tokens,
+            cached_tokens: counts.cached_tokens,
+            generation_tokens: counts.output_tokens,
+            preemptions: counts.preemptions,
+            kv_usage: state.engine.kv_usage(),
             ..state.counted
         }
     }
 
     /// Takes a place among those that run or wait.
-    pub(super) fn enter(self: &Arc<Service>) -> Result<Place, ApiError> {
+    pub(super) fn enter(self: &Arc<Service>, job: &Job) -> Result<Place, ApiError> {
         let mut state = self.state.lock();
-        let (ticket, call) = match state.line.arrive() {
-            Arrival::Runs(ticket) => (ticket, None),
-            Arrival::Waits(ticket) => {
-                let (sender, receiver) = oneshot::channel();
-                state.calls.insert(ticket, sender);
-                (ticket, Some(receiver))
-            }
-            Arrival::Refused => {
-                state.counted.refused += 1;
-                return Err(ApiError::busy());
-            }
+        let now = self.now();
+        state.advance(now);
+        state.newest += 1;
+        let id = state.newest;
+        let arrival = Arrival {
+            id,
+            prompt_tokens: u32::try_from(job.prompt_tokens).unwrap_or(u32::MAX),
+            blocks: job.blocks.clone(),
+            output_tokens: u32::try_from(job.max_tokens).unwrap_or(u32::MAX),
         };
+        if !state.engine.arrive(now, arrival) {
+            state.counted.refused += 1;
+            return Err(ApiError::busy());
+        }
+        let said = Arc::<Said>::default();
+        state.said.insert(id, said.clone());
         drop(state);
+        self.arrived.notify_one();
         Ok(Place {
             service: self.clone(),
-            ticket,
-            call,
+            id,
+            said,
             finished: false,
         })
     }
 
-    /// Answers in one piece, when the last token is due.
-    pub(super) async fn whole(&self, job: Job, form: Form, mut place: Place) -> Bytes {
-        place.runs(job.prompt_tokens).await;
-        let start = Instant::now();
-        let (prompt_tokens, tokens) = (job.prompt_tokens, job.max_tokens);
-        sleep_until(start + self.pace.due(prompt_tokens, tokens - 1)).await;
+    /// Answers in one piece, when the last token is said.
+    pub(super) async fn whole(&self, job: Job, form: Form, place: Place) -> Bytes {
+        let tokens = u32::try_from(job.max_tokens).unwrap_or(u32::MAX);
+        place.says(tokens).await;
         let mut text = String::new();
-        for token in job
-            .prompt
-            .answer()
-            .take(usize::try_from(tokens).unwrap_or(usize::MAX))
-        {
+        for token in job.prompt.answer().take(tokens as usize) {
             text.push_str(token.as_str());
         }
-        place.said(tokens);
+        let cached = place.cached();
         place.finish();
-        form.whole(&text, tokens)
+        form.whole(&text, job.max_tokens, cached)
     }
 
-    /// Answers as server-sent events, each token when it is due.
+    /// Prefills a prompt and answers nothing.
+    pub(super) async fn prefill(&self, place: Place) {
+        place.says(1).await;
+        place.finish();
+    }
+
+    /// Answers as server-sent events, each token when it is said.
     pub(super) fn stream(
         &self,
         job: &Job,
@@ -106,41 +160,63 @@ impl Service {
         place: Place,
     ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
         let telling = Telling {
-            pace: self.pace,
             form,
             place: Some(place),
-            prompt_tokens: job.prompt_tokens,
             answer: job.prompt.answer(),
-            max_tokens: job.max_tokens,
+            max_tokens: u32::try_from(job.max_tokens).unwrap_or(u32::MAX),
             told: 0,
             include_usage: job.include_usage,
-            start: Instant::now(),
-            next: Next::Role,
         };
         stream::unfold(telling, Telling::step)
+    }
+}
+
+impl State {
+    fn advance(&mut self, now: Now) {
+        let mut events = std::mem::take(&mut self.events);
+        self.engine.advance(now, &mut events);
+        for event in events.drain(..) {
+            let (id, cached) = match event {
+                Event::First {
+                    id, cached_tokens, ..
+                } => (id, Some(cached_tokens)),
+                Event::Token { id, .. } => (id, None),
+                Event::Finished { .. } => continue,
+            };
+            if let Some(said) = self.said.get(&id) {
+                if let Some(cached) = cached {
+                    said.cached.store(cached, Ordering::Relaxed);
+                }
+                said.tokens.fetch_add(1, Ordering::Release);
+                said.more.notify_one();
+            }
+        }
+        self.events = events;
     }
 }
 
 /// A running or waiting request's hold on the engine.
 pub(super) struct Place {
     service: Arc<Service>,
-    ticket: Ticket,
-    call: Option<oneshot::Receiver<()>>,
+    id: u64,
+    said: Arc<Said>,
     finished: bool,
 }
 
 impl Place {
-    /// Waits until the request may run.
-    async fn runs(&mut self, prompt_tokens: u64) {
-        if let Some(call) = self.call.take() {
-            // The sender is kept until it is used, or until this place is dropped.
-            let _ = call.await;
+    /// Waits until so many tokens are said; returns how many are.
+    async fn says(&self, tokens: u32) -> u32 {
+        loop {
+            let said = self.said.tokens.load(Ordering::Acquire);
+            if said >= tokens {
+                return said;
+            }
+            self.said.more.notified().await;
         }
-        self.service.state.lock().counted.prompt_tokens += prompt_tokens;
     }
 
-    fn said(&self, tokens: u64) {
-        self.service.state.lock().counted.generation_tokens += tokens;
+    fn cached(&self) -> u32 {
+        self.said.cached.load(Ordering::Relaxed)
     }
 
     fn finish(mut self) {
@@ -156,98 +232,49 @@ impl Drop for Place {
         } else {
             state.counted.aborted += 1;
         }
-        state.calls.remove(&self.ticket);
-        let next = state.line.leave(self.ticket);
-        if let Some(call) = next.and_then(|next| state.calls.remove(&next)) {
-            // Were its receiver gone, its own drop would free the slot again.
-            let _ = call.send(());
-        }
+        state.said.remove(&self.id);
+        state.engine.abort(self.id);
     }
 }
 
 /// A stream under way.
 struct Telling {
-    pace: Pace,
     form: Form,
     /// Given up with the last token.
     place: Option<Place>,
-    prompt_tokens: u64,
     answer: Answer,
-    max_tokens: u64,
-    told: u64,
+    max_tokens: u32,
+    told: u32,
     include_usage: bool,
-    start: Instant,
-    next: Next,
-}
-
-enum Next {
-    Role,
-    Token,
-    Usage,
-    Done,
-    End,
 }
 
 impl Telling {
+    /// All that is said and was not told, in one piece.
     async fn step(mut self) -> Option<(Result<Bytes, Infallible>, Telling)> {
-        let event = loop {
-            match self.next {
-                Next::Role => {
-                    if let Some(place) = &mut self.place {
-                        place.runs(self.prompt_tokens).await;
-                    }
-                    self.start = Instant::now();
-                    self.wait(self.pace.due(self.prompt_tokens, 0)).await;
-                    self.next = Next::Token;
-                    if let Some(event) = self.form.role_event() {
-                        break event;
-                    }
-                }
-                Next::Token => {
-                    self.wait(self.pace.due(self.prompt_tokens, self.told))
-                        .await;
-                    break self.token();
-                }
-                Next::Usage => {
-                    self.next = Next::Done;
-                    break self.form.usage_event(self.told);
-                }
-                Next::Done => {
-                    self.next = Next::End;
-                    break DONE;
-                }
-                Next::End => return None,
+        let place = self.place.as_ref()?;
+        let said = place.says(self.told + 1).await.min(self.max_tokens);
+        let mut piece = BytesMut::new();
+        if self.told == 0
+            && let Some(role) = self.form.role_event()
+        {
+            piece.extend_from_slice(&role);
+        }
+        while self.told < said {
+            let token = self.answer.next().expect("an answer has no end");
+            self.told += 1;
+            let last = self.told == self.max_tokens;
+            self.form.token_event(token, last, &mut piece);
+        }
+        if self.told == self.max_tokens
+            && let Some(place) = self.place.take()
+        {
+            if self.include_usage {
+                let cached = place.cached();
+                piece.extend_from_slice(&self.form.usage_event(self.told.into(), cached));
             }
-        };
-        Some((Ok(event), self))
-    }
-
-    fn token(&mut self) -> Bytes {
-        let token = self.answer.next().expect("an answer has no end");
-        self.told += 1;
-        if let Some(place) = &self.place {
-            place.said(1);
+            piece.extend_from_slice(&DONE);
+            place.finish();
         }
-        let last = self.told == self.max_tokens;
-        if last {
-            self.next = if self.include_usage {
-                Next::Usage
-            } else {
-                Next::Done
-            };
-            if let Some(place) = self.place.take() {
-                place.finish();
-            }
-        }
-        self.form.token_event(token, last)
-    }
-
-    /// Waits for a moment counted from the start. What is overdue goes out without a pause, so
-    /// that events which are due together leave in one write.
-    async fn wait(&self, due: Duration) {
-        let at = self.start + due;
-        if at > Instant::now() {
-            sleep_until(at).await;
-        }
+        Some((Ok(piece.freeze()), self))
     }
 }

@@ -47,6 +47,23 @@ impl Prompt {
         }
     }
 
+    /// Hashes everything up to here, for the engine's cache.
+    pub(super) const fn hash(&self) -> u64 {
+        self.state.0
+    }
+
+    /// Bytes of content so far.
+    pub(super) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A scope: prompts of different ones share nothing, and say what they would say without.
+    pub(super) fn salted(salt: &str) -> Prompt {
+        let mut prompt = Prompt::empty();
+        prompt.begin_message(salt);
+        prompt
+    }
+
     /// Structure: it changes the text but does not count as prompt.
     pub(super) fn begin_message(&mut self, role: &str) {
         self.state.fold(&[0xff]);
