@@ -64,6 +64,8 @@ pub(crate) enum Verb {
     Config(verbs::config::ConfigArgs),
     /// Send a real trace to an endpoint and measure what its users would see.
     Replay(verbs::replay::ReplayArgs),
+    /// Send a real trace through a fresh fleet for each placement policy, and compare them.
+    Compare(verbs::compare::CompareArgs),
     /// Print a page of the documentation that follows from the code.
     #[command(hide = true)]
     Docs(verbs::docs::DocsArgs),

@@ -58,6 +58,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Status(args) => verbs::status::run(&args),
         Verb::Config(args) => verbs::config::run(args),
         Verb::Replay(args) => verbs::replay::run(args),
+        Verb::Compare(args) => verbs::compare::run(&args),
         Verb::Docs(args) => {
             verbs::docs::run(&args);
             Ok(())

@@ -45,7 +45,10 @@ async fn a_replay_of_the_sample_has_no_errors() {
         report.errors_by
     );
     assert_eq!((report.input_tokens, report.output_tokens), (input, output));
-    assert!(report.cached_token_ratio > Some(0.0), "its first block is everybody's");
+    assert!(
+        report.cached_token_ratio > Some(0.0),
+        "its first block is everybody's"
+    );
     assert!(report.ttft_ms.p50.unwrap() > 0.0 && report.tpot_ms.p50.unwrap() > 0.0);
     assert!(report.e2e_ms.p50.unwrap() > report.ttft_ms.p50.unwrap());
     let last = last.unwrap();

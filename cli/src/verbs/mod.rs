@@ -2,6 +2,7 @@
 
 pub(crate) mod ask;
 pub(crate) mod ca;
+pub(crate) mod compare;
 pub(crate) mod config;
 pub(crate) mod docs;
 pub(crate) mod init;

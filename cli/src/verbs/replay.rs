@@ -1,11 +1,12 @@
 //! `forebay replay`: a real trace through an endpoint, open loop.
 
-use std::path::PathBuf;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use forebay_sim::replay::{self, ApiKey, Percentiles, Progress, Report};
-use forebay_sim::trace::{Options, Trace};
+use forebay_sim::replay::{self, ApiKey, Endpoint, OneRequest, Percentiles, Progress, Report};
+use forebay_sim::trace::{Options, SAMPLES, Sample, Trace};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::exit::{CliError, Exit};
@@ -14,18 +15,14 @@ use crate::output::{OutputArgs, say, table};
 /// Options of `forebay replay`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  forebay replay --limit 200\n  forebay replay trace.jsonl.gz --target http://10.0.0.5:8080 --speed 2 --output json\n\nWhat is measured: every request has an intended start, the trace's own divided by --speed, and is sent then, whether or not earlier ones were answered. \"first token\" and \"end to end\" count from that intended start, so that a slow fleet cannot hide by delaying the generator; \"between tokens\" is each request's mean after its first token; \"send lag\" is how much later than intended requests were sent, which is this machine's doing, not the fleet's. All are of good answers only, in milliseconds.\n\nThe shipped sample is the first 400 requests (141 s) of the conversation trace of Mooncake (Qin et al., FAST 2025), Apache-2.0: lengths, times and shared blocks, no text. The texts sent are made up to match.\n\nExits with 1 when a request had an error, with 7 when the target does not answer."
+    after_help = "Examples:\n  forebay replay --limit 200\n  forebay replay agentic-coding --limit 50\n  forebay replay trace.jsonl.gz --target http://10.0.0.5:8080 --speed 2 --output json\n\nWhat is measured: every request has an intended start, the trace's own divided by --speed, and is sent then, whether or not earlier ones were answered. \"first token\" and \"end to end\" count from that intended start, so that a slow fleet cannot hide by delaying the generator; \"between tokens\" is each request's mean after its first token; \"send lag\" is how much later than intended requests were sent, which is this machine's doing, not the fleet's. All are of good answers only, in milliseconds.\n\nThe shipped samples are the first 300 or 400 requests of public traces (sim/data/README.md has sources and licences): lengths, times and shared blocks, no text. The texts sent are made up to match.\n\nExits with 1 when a request had an error, with 7 when the target does not answer."
 )]
 pub(crate) struct ReplayArgs {
-    /// JSON lines, gzipped or not; default: the sample of a real trace that ships with Forebay.
-    #[arg(value_name = "TRACE")]
-    trace: Option<PathBuf>,
+    #[command(flatten)]
+    trace: TraceArgs,
     /// Base URL to send to, without TLS; give it again and requests take turns.
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
     target: Vec<String>,
-    /// Send the first N requests only.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    limit: Option<u32>,
     /// How many times faster than recorded: 2 is twice the requests a second.
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     speed: f64,
@@ -47,6 +44,9 @@ pub(crate) struct ReplayArgs {
     /// Requests that may be unanswered at once; what is due beyond is an error.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     max_in_flight: usize,
+    /// Write a line of JSON for each request: worker, times in ms, tokens.
+    #[arg(long, value_name = "FILE")]
+    per_request: Option<PathBuf>,
     /// Check every answer's text, which only the emulated engine makes predictable.
     #[arg(long)]
     verify: bool,
@@ -54,34 +54,149 @@ pub(crate) struct ReplayArgs {
     output: OutputArgs,
 }
 
+/// Which requests are sent, and as what.
+#[derive(Debug, Args)]
+pub(crate) struct TraceArgs {
+    /// JSON lines, gzipped or not, or the name of a sample that ships with Forebay:
+    /// mooncake-conversation (the default), agentic-coding, lmcache-agents, azure-2023-code or
+    /// azure-2023-conv.
+    #[arg(value_name = "TRACE")]
+    trace: Option<PathBuf>,
+    /// Send the first N requests only.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Tokens of one KV block of the trace; default: from the manifest.json beside it, else 512.
+    #[arg(long, value_name = "TOKENS")]
+    block_size: Option<u32>,
+    /// Spread arrivals inside the quantum to which the trace's timestamps were rounded (Mooncake: 3 s).
+    #[arg(long)]
+    jitter: bool,
+    /// Which arrivals --jitter draws.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Send prompts as chats or as completions.
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = Kind::Chat)]
+    endpoint: Kind,
+}
+
+/// What prompts are sent as.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Kind {
+    Chat,
+    Completions,
+}
+
+impl TraceArgs {
+    /// The name of what is sent.
+    pub(crate) fn name(&self) -> String {
+        let path = self.trace.as_ref();
+        path.map_or_else(
+            || SAMPLES[0].name.to_owned(),
+            |path| path.display().to_string(),
+        )
+    }
+
+    /// Reads the trace; targets are to be named yet.
+    pub(crate) fn config(&self) -> Result<replay::Config, CliError> {
+        let limit = self.limit.map(|limit| limit as usize);
+        let name = self.trace.as_ref().and_then(|path| path.to_str());
+        let sample = match &self.trace {
+            None => Some(&SAMPLES[0]),
+            Some(path) if path.exists() => None,
+            Some(_) => name.and_then(Sample::named),
+        };
+        let mut trace = match (sample, &self.trace) {
+            (Some(sample), _) => sample.read(limit)?,
+            (None, Some(path)) => Trace::open(
+                path,
+                Options {
+                    limit,
+                    block_tokens: self.block_size,
+                },
+            )?,
+            (None, None) => Trace::sample(limit)?,
+        };
+        if let Some(block_size) = self.block_size {
+            trace.block_tokens = block_size;
+        }
+        Ok(replay::Config {
+            limit,
+            jitter: self.jitter.then_some(self.seed),
+            endpoint: match self.endpoint {
+                Kind::Chat => Endpoint::Chat,
+                Kind::Completions => Endpoint::Completions,
+            },
+            targets: Vec::new(),
+            ..replay::Config::new(trace, String::new())
+        })
+    }
+}
+
+/// Writes a line for each request.
+pub(crate) struct Lines {
+    path: PathBuf,
+    file: std::io::BufWriter<std::fs::File>,
+    problem: Option<std::io::Error>,
+}
+
+impl Lines {
+    pub(crate) fn create(path: &Path) -> Result<Self, CliError> {
+        let file = std::fs::File::create(path).map_err(|error| CliError::File {
+            path: path.into(),
+            error,
+        })?;
+        Ok(Self {
+            path: path.into(),
+            file: std::io::BufWriter::new(file),
+            problem: None,
+        })
+    }
+
+    pub(crate) fn write(&mut self, request: &OneRequest) {
+        if self.problem.is_none() {
+            let line = serde_json::to_string(request).expect("plain data serialises");
+            self.problem = writeln!(self.file, "{line}").err();
+        }
+    }
+
+    pub(crate) fn finish(mut self) -> Result<(), CliError> {
+        let problem = self.problem.take().or(self.file.flush().err());
+        problem.map_or(Ok(()), |error| {
+            Err(CliError::File {
+                path: self.path.clone(),
+                error,
+            })
+        })
+    }
+}
+
 /// Runs `forebay replay`.
 pub(crate) fn run(args: ReplayArgs) -> Result<(), CliError> {
-    let limit = args.limit.map(|limit| limit as usize);
-    let trace = match &args.trace {
-        None => Trace::sample(limit)?,
-        Some(path) => Trace::open(
-            path,
-            Options {
-                limit,
-                ..Options::default()
-            },
-        )?,
-    };
     let config = replay::Config {
-        trace,
         targets: args.target,
         speed: args.speed,
-        limit,
         model: args.model,
         api_key: args.api_key.map(ApiKey),
         timeout: Duration::from_secs(args.request_timeout),
         max_in_flight: args.max_in_flight,
         verify: args.verify,
+        ..args.trace.config()?
     };
+    let mut lines = args.per_request.as_deref().map(Lines::create).transpose()?;
     let mut shown = Shown::new();
-    let report = crate::roles::threads()?
-        .block_on(replay::run(config, |progress| shown.update(progress)))?;
+    let report = crate::roles::threads()?.block_on(replay::run_each(
+        config,
+        |progress| shown.update(progress),
+        |request| {
+            if let Some(lines) = &mut lines {
+                lines.write(&request);
+            }
+        },
+    ))?;
     shown.clear();
+    if let Some(lines) = lines {
+        lines.finish()?;
+    }
     args.output.print(&report, || page(&report));
     if report.errors > 0 {
         return Err(CliError::because(
@@ -96,13 +211,13 @@ pub(crate) fn run(args: ReplayArgs) -> Result<(), CliError> {
 }
 
 /// Progress on stderr: a bar on a terminal, else a line now and then.
-struct Shown {
+pub(crate) struct Shown {
     bar: Option<ProgressBar>,
     next_line: Duration,
 }
 
 impl Shown {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let bar = std::io::IsTerminal::is_terminal(&std::io::stderr()).then(|| {
             let style = ProgressStyle::with_template(
                 "{wide_bar} {pos}/{len} requests, {msg}, {elapsed} elapsed, {eta} left",
@@ -116,7 +231,7 @@ impl Shown {
         }
     }
 
-    fn update(&mut self, progress: Progress) {
+    pub(crate) fn update(&mut self, progress: Progress) {
         let Progress {
             total,
             done,
@@ -141,7 +256,7 @@ impl Shown {
         }
     }
 
-    fn clear(&self) {
+    pub(crate) fn clear(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -200,6 +315,6 @@ fn page(report: &Report) -> String {
     text
 }
 
-fn ms(value: Option<f64>) -> String {
+pub(crate) fn ms(value: Option<f64>) -> String {
     value.map_or_else(String::new, |ms| format!("{ms:.1}"))
 }

@@ -1,7 +1,7 @@
 //! The HTTP side of a replay: one request out, one outcome back.
 #![allow(clippy::disallowed_methods)] // a rim: it measures with tokio's clock
 
-use super::plan::Planned;
+use super::plan::{Endpoint, Planned};
 use super::reply::{Fault, Reply, Served};
 use super::report::Outcome;
 use super::sse::Splitter;
@@ -22,11 +22,11 @@ use tokio::time::{Instant, timeout, timeout_at};
 #[derive(Clone, Debug)]
 pub(super) struct Target {
     base: String,
-    chat: Uri,
+    requests: Uri,
 }
 
 impl Target {
-    pub(super) fn parse(text: &str) -> Result<Target, ReplayError> {
+    pub(super) fn parse(text: &str, endpoint: Endpoint) -> Result<Target, ReplayError> {
         let bad = || ReplayError::Target(text.to_owned());
         let base = text
             .trim_end_matches('/')
@@ -40,10 +40,10 @@ impl Target {
         if !http || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
             return Err(bad());
         }
-        let chat = format!("{base}/v1/chat/completions")
+        let requests = format!("{base}{}", endpoint.path())
             .parse()
             .map_err(|_| bad())?;
-        Ok(Target { base, chat })
+        Ok(Target { base, requests })
     }
 }
 
@@ -122,8 +122,10 @@ impl Client {
     pub(super) async fn send(self, target: Target, planned: Planned, intended: Instant) -> Outcome {
         let sent = Instant::now();
         let deadline = sent + self.timeout;
-        let request = self.request(Method::POST, target.chat, planned.body);
+        let request = self.request(Method::POST, target.requests, planned.body);
         let mut outcome = Outcome {
+            index: planned.index,
+            intended: planned.start,
             lag: Some(sent.saturating_duration_since(intended)),
             worker: None,
             result: Err(Fault::ours(None, "timeout")),
@@ -240,7 +242,9 @@ mod tests {
 
     #[test]
     fn a_target_is_a_base_url() {
-        let base = |text: &str| Target::parse(text).map(|target| target.chat.to_string());
+        let base = |text: &str| {
+            Target::parse(text, Endpoint::Chat).map(|target| target.requests.to_string())
+        };
         let chat = "http://h:1/v1/chat/completions";
         for good in [
             "http://h:1",

@@ -16,9 +16,9 @@ mod run;
 pub mod sse;
 mod words;
 
-pub use plan::{Expected, Plan, Planned};
-pub use report::{ErrorCount, Lag, Percentiles, Report};
-pub use run::run;
+pub use plan::{Endpoint, Expected, Options, Plan, Planned};
+pub use report::{ErrorCount, Lag, OneRequest, Percentiles, Report};
+pub use run::{run, run_each};
 
 use crate::trace::Trace;
 use std::time::Duration;
@@ -42,6 +42,10 @@ pub struct Config {
     pub timeout: Duration,
     /// Requests that may be unanswered at once; what is due beyond is an error and not sent.
     pub max_in_flight: usize,
+    /// Spread arrivals inside the quantum of the trace's timestamps, by this seed.
+    pub jitter: Option<u64>,
+    /// What the requests are sent to.
+    pub endpoint: Endpoint,
     /// Check the text of every answer, which has to come from the emulated engine.
     pub verify: bool,
 }
@@ -59,6 +63,8 @@ impl Config {
             api_key: None,
             timeout: Duration::from_secs(600),
             max_in_flight: 10_000,
+            jitter: None,
+            endpoint: Endpoint::Chat,
             verify: false,
         }
     }

@@ -33,56 +33,109 @@ pub struct Expected {
     pub prompt: Option<Prompt>,
 }
 
-/// The requests of a trace in order, each made when it is asked for.
+/// What the requests are sent to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/chat/completions`: a prompt is one message.
+    #[default]
+    Chat,
+    /// `/v1/completions`: a prompt is text.
+    Completions,
+}
+
+impl Endpoint {
+    /// The path.
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::Chat => "/v1/chat/completions",
+            Self::Completions => "/v1/completions",
+        }
+    }
+}
+
+/// How a trace is sent.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The model to ask for.
+    pub model: String,
+    /// How many times the trace's own speed; finite and greater than 0.
+    pub speed: f64,
+    /// At most so many requests.
+    pub limit: Option<usize>,
+    /// Spread arrivals inside the quantum of the trace's timestamps, by this seed.
+    pub jitter: Option<u64>,
+    /// What they are sent to.
+    pub endpoint: Endpoint,
+    /// The answers' texts are expected, too.
+    pub verify: bool,
+}
+
+/// The requests of a trace in the order of their arrival, each made when it is asked for.
 pub struct Plan {
-    requests: std::iter::Enumerate<std::vec::IntoIter<Request>>,
+    /// With their places in the trace.
+    requests: std::vec::IntoIter<(u64, Request)>,
     first: Duration,
     block_tokens: u32,
-    model: String,
-    speed: f64,
-    verify: bool,
+    options: Options,
 }
 
 impl Plan {
-    /// Plans the first `limit` requests of a trace at `speed` times its own speed, which must be
-    /// finite and greater than 0. With `verify` the answers' texts are expected too.
+    /// Plans the first requests of a trace.
     #[must_use]
-    pub fn new(
-        trace: Trace,
-        model: String,
-        speed: f64,
-        limit: Option<usize>,
-        verify: bool,
-    ) -> Plan {
+    pub fn new(trace: Trace, options: Options) -> Plan {
         let Trace {
             block_tokens,
+            quantum,
             mut requests,
         } = trace;
-        requests.truncate(limit.unwrap_or(usize::MAX));
+        requests.truncate(options.limit.unwrap_or(usize::MAX));
+        let mut requests: Vec<(u64, Request)> = (0..).zip(requests).collect();
+        if let Some(seed) = options.jitter {
+            for (index, request) in &mut requests {
+                request.at += quantum.mul_f64(fraction(seed, *index));
+            }
+            requests.sort_by_key(|(_, request)| request.at);
+        }
         let first = requests
             .first()
-            .map_or(Duration::ZERO, |request| request.at);
-        let requests = requests.into_iter().enumerate();
+            .map_or(Duration::ZERO, |(_, request)| request.at);
         Plan {
-            requests,
+            requests: requests.into_iter(),
             first,
             block_tokens,
-            model,
-            speed,
-            verify,
+            options,
         }
     }
 
     fn planned(&self, index: u64, request: &Request) -> Planned {
         let content = self.content(index, request);
-        let prompt = self.verify.then(|| Prompt::chat([("user", &*content)]));
+        let Options {
+            model,
+            speed,
+            endpoint,
+            verify,
+            ..
+        } = &self.options;
+        let prompt = verify.then(|| match endpoint {
+            Endpoint::Chat => Prompt::chat([("user", &*content)]),
+            Endpoint::Completions => Prompt::completion(&content),
+        });
         let since = request.at.saturating_sub(self.first).as_secs_f64();
+        let (messages, text) = match endpoint {
+            Endpoint::Chat => {
+                let message = Message {
+                    role: "user",
+                    content: &content,
+                };
+                (Some([message]), None)
+            }
+            Endpoint::Completions => (None, Some(&*content)),
+        };
         let body = Body {
-            model: &self.model,
-            messages: [Message {
-                role: "user",
-                content: &content,
-            }],
+            model,
+            messages,
+            prompt: text,
             max_tokens: request.output_tokens,
             stream: true,
             stream_options: StreamOptions {
@@ -91,7 +144,7 @@ impl Plan {
         };
         Planned {
             index,
-            start: Duration::try_from_secs_f64(since / self.speed).unwrap_or(Duration::MAX),
+            start: Duration::try_from_secs_f64(since / speed).unwrap_or(Duration::MAX),
             body: serde_json::to_vec(&body)
                 .expect("strings and numbers serialise")
                 .into(),
@@ -124,7 +177,7 @@ impl Iterator for Plan {
 
     fn next(&mut self) -> Option<Planned> {
         let (index, request) = self.requests.next()?;
-        Some(self.planned(index as u64, &request))
+        Some(self.planned(index, &request))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -137,7 +190,10 @@ impl ExactSizeIterator for Plan {}
 #[derive(Serialize)]
 struct Body<'a> {
     model: &'a str,
-    messages: [Message<'a>; 1],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    messages: Option<[Message<'a>; 1]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt: Option<&'a str>,
     max_tokens: u32,
     stream: bool,
     stream_options: StreamOptions,
@@ -154,20 +210,81 @@ struct StreamOptions {
     include_usage: bool,
 }
 
+/// A number from 0 to 1 that follows from both (splitmix64).
+fn fraction(seed: u64, index: u64) -> f64 {
+    let mut z = seed ^ index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
+}
+
 const BYTES_PER_TOKEN: usize = 4;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::Options;
+    use crate::trace::Options as TraceOptions;
 
     fn plan(lines: &[&str], block_tokens: u32, speed: f64, limit: Option<usize>) -> Vec<Planned> {
-        let options = Options {
+        let options = TraceOptions {
             block_tokens: Some(block_tokens),
             limit: None,
         };
         let trace = Trace::from_bytes(lines.join("\n").as_bytes(), options).unwrap();
-        Plan::new(trace, "m".to_owned(), speed, limit, true).collect()
+        Plan::new(trace, options_of(speed, limit)).collect()
+    }
+
+    fn options_of(speed: f64, limit: Option<usize>) -> Options {
+        Options {
+            model: "m".to_owned(),
+            speed,
+            limit,
+            jitter: None,
+            endpoint: Endpoint::Chat,
+            verify: true,
+        }
+    }
+
+    #[test]
+    fn jitter_spreads_arrivals_inside_their_quantum_and_always_alike() {
+        let trace = Trace::sample(Some(200)).unwrap();
+        let plan = |jitter| -> Vec<(u64, Duration)> {
+            let options = Options {
+                jitter,
+                ..options_of(1.0, None)
+            };
+            let plan = Plan::new(trace.clone(), options);
+            plan.requests
+                .map(|(index, request)| (index, request.at))
+                .collect()
+        };
+        let spread = plan(Some(1));
+        assert_eq!(spread, plan(Some(1)));
+        assert_ne!(spread, plan(Some(2)));
+        assert!(spread.is_sorted_by_key(|(_, at)| *at));
+        for (index, at) in &spread {
+            let own = trace.requests[*index as usize].at;
+            assert!((own..own + trace.quantum).contains(at));
+        }
+        let distinct = |plan: &[(u64, Duration)]| {
+            let times: std::collections::BTreeSet<_> = plan.iter().map(|(_, at)| *at).collect();
+            times.len()
+        };
+        assert!(distinct(&plan(None)) < 60 && distinct(&spread) > 190);
+    }
+
+    #[test]
+    fn a_completion_has_the_same_text_as_a_chat() {
+        let line = r#"{"timestamp":0,"input_length":40,"output_length":7,"hash_ids":[1]}"#;
+        let trace = Trace::from_bytes(line.as_bytes(), TraceOptions::default()).unwrap();
+        let options = Options {
+            endpoint: Endpoint::Completions,
+            ..options_of(1.0, None)
+        };
+        let planned = Plan::new(trace, options).next().unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&planned.body).unwrap();
+        assert_eq!(body["prompt"], content(&plan(&[line], 512, 1.0, None)[0]));
+        assert!(body.get("messages").is_none());
     }
 
     fn content(planned: &Planned) -> String {

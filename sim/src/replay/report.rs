@@ -55,6 +55,8 @@ pub struct ErrorCount {
 /// The lag in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Lag {
+    /// Half were sent within; absent if none was.
+    pub p50: Option<f64>,
     /// 99 of 100 were sent within; absent if none was.
     pub p99: Option<f64>,
 }
@@ -62,6 +64,8 @@ pub struct Lag {
 /// Percentiles in milliseconds; absent if nothing was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Percentiles {
+    /// The mean.
+    pub mean: Option<f64>,
     /// The median.
     pub p50: Option<f64>,
     /// 90 of 100 are within.
@@ -70,12 +74,63 @@ pub struct Percentiles {
     pub p99: Option<f64>,
 }
 
+/// One request, as a line of a file. Times are in milliseconds from the first intended start.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct OneRequest {
+    /// Its place in the trace, from 0.
+    pub index: u64,
+    /// When it was to be sent.
+    pub intended_ms: f64,
+    /// When it was sent; absent: it was not.
+    pub start_ms: Option<f64>,
+    /// Who served it, where the answer says so.
+    pub worker: Option<String>,
+    /// `ok`, or the error's code.
+    pub outcome: String,
+    /// When the first token came.
+    pub first_byte_ms: Option<f64>,
+    /// When the answer's end came.
+    pub end_ms: Option<f64>,
+    /// As the engine counted.
+    pub prompt_tokens: Option<u64>,
+    /// As the engine counted.
+    pub output_tokens: Option<u64>,
+    /// As the engine counted; absent is not zero.
+    pub cached_tokens: Option<u64>,
+}
+
 /// What became of one request.
 pub(super) struct Outcome {
+    /// Its place in the trace.
+    pub(super) index: u64,
+    /// From the first intended start to its own.
+    pub(super) intended: Duration,
     /// From the intended start to the sending; `None` if it was not sent.
     pub(super) lag: Option<Duration>,
     pub(super) worker: Option<String>,
     pub(super) result: Result<Served, Fault>,
+}
+
+impl Outcome {
+    pub(super) fn line(&self) -> OneRequest {
+        let ms = |after: Duration| (self.intended + after).as_secs_f64() * 1e3;
+        let served = self.result.as_ref().ok();
+        OneRequest {
+            index: self.index,
+            intended_ms: ms(Duration::ZERO),
+            start_ms: self.lag.map(ms),
+            worker: self.worker.clone(),
+            outcome: match &self.result {
+                Ok(_) => "ok".to_owned(),
+                Err(fault) => fault.code.to_string(),
+            },
+            first_byte_ms: served.map(|served| ms(served.first_token)),
+            end_ms: served.map(|served| ms(served.end)),
+            prompt_tokens: served.map(|served| served.prompt_tokens),
+            output_tokens: served.map(|served| served.output_tokens),
+            cached_tokens: served.and_then(|served| served.cached_tokens),
+        }
+    }
 }
 
 /// Adds outcomes up.
@@ -177,6 +232,7 @@ impl Tally {
             errors: self.errors,
             errors_by,
             send_lag_ms: Lag {
+                p50: percentile(&self.lag, 0.5),
                 p99: percentile(&self.lag, 0.99),
             },
             ttft_ms: percentiles(&self.ttft),
@@ -198,7 +254,9 @@ fn count<K: Ord>(counts: &mut BTreeMap<K, u64>, key: K, other: impl FnOnce() -> 
 }
 
 fn percentiles(histogram: &Histogram<u64>) -> Percentiles {
+    let mean = histogram.mean() / 1_000.0;
     Percentiles {
+        mean: (!histogram.is_empty()).then_some(mean),
         p50: percentile(histogram, 0.5),
         p90: percentile(histogram, 0.9),
         p99: percentile(histogram, 0.99),
@@ -234,6 +292,8 @@ mod tests {
             cached_tokens,
         };
         Outcome {
+            index: 0,
+            intended: ms(7),
             lag: Some(ms(1)),
             worker: Some("w1".to_owned()),
             result: Ok(served),
@@ -242,6 +302,8 @@ mod tests {
 
     fn failed(status: Option<u16>, code: &'static str) -> Outcome {
         Outcome {
+            index: 0,
+            intended: Duration::ZERO,
             lag: None,
             worker: None,
             result: Err(Fault::ours(status, code)),
@@ -280,6 +342,19 @@ mod tests {
         near(report.tpot_ms.p90, 10.0);
         near(report.e2e_ms.p50, 100.0);
         near(report.send_lag_ms.p99, 1.0);
+    }
+
+    #[test]
+    fn a_line_counts_from_the_first_intended_start() {
+        let line = served(30, Some(25)).line();
+        assert_eq!((line.intended_ms, line.start_ms), (7.0, Some(8.0)));
+        assert_eq!((line.first_byte_ms, line.end_ms), (Some(37.0), Some(87.0)));
+        assert_eq!(
+            (line.outcome.as_str(), line.cached_tokens),
+            ("ok", Some(25))
+        );
+        let line = failed(Some(503), "no_capacity").line();
+        assert_eq!((line.outcome.as_str(), line.end_ms), ("no_capacity", None));
     }
 
     #[test]

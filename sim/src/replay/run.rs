@@ -2,9 +2,9 @@
 #![allow(clippy::disallowed_methods)] // a rim: it keeps time with tokio's clock
 
 use super::client::{Client, Target};
-use super::plan::{Plan, Planned};
+use super::plan::{Options, Plan, Planned};
 use super::reply::Fault;
-use super::report::{Outcome, Report, Tally};
+use super::report::{OneRequest, Outcome, Report, Tally};
 use super::{Config, Progress, ReplayError};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -17,9 +17,19 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 /// # Errors
 ///
 /// Only what keeps the replay from starting: errors of requests are in the report.
-pub async fn run(
+pub async fn run(config: Config, progress: impl FnMut(Progress)) -> Result<Report, ReplayError> {
+    run_each(config, progress, |_| {}).await
+}
+
+/// As [`run`]; `each` is told of every request when it is over.
+///
+/// # Errors
+///
+/// As [`run`].
+pub async fn run_each(
     config: Config,
     mut progress: impl FnMut(Progress),
+    mut each: impl FnMut(OneRequest),
 ) -> Result<Report, ReplayError> {
     let targets = checked_targets(&config)?;
     let client = Client::new(config.api_key.as_ref(), config.timeout)?;
@@ -27,13 +37,15 @@ pub async fn run(
         Some(model) => model,
         None => client.first_model(&targets[0]).await?,
     };
-    let plan = Plan::new(
-        config.trace,
+    let options = Options {
         model,
-        config.speed,
-        config.limit,
-        config.verify,
-    );
+        speed: config.speed,
+        limit: config.limit,
+        jitter: config.jitter,
+        endpoint: config.endpoint,
+        verify: config.verify,
+    };
+    let plan = Plan::new(config.trace, options);
     let total = plan.len() as u64;
     let mut making = JoinSet::new();
     let mut plan = made_ahead(&mut making, plan);
@@ -57,12 +69,16 @@ pub async fn run(
                     let target = targets[planned.index as usize % targets.len()].clone();
                     in_flight.spawn(client.clone().send(target, planned, due));
                 } else {
-                    tally.record(not_sent());
+                    let outcome = not_sent(planned.index, planned.start);
+                    each(outcome.line());
+                    tally.record(outcome);
                 }
                 next = plan.recv().await;
             }
             Some(joined) = in_flight.join_next(), if !in_flight.is_empty() => {
-                tally.record(outcome(joined));
+                let outcome = outcome(joined);
+                each(outcome.line());
+                tally.record(outcome);
             }
             _ = ticks.tick() => progress(now(&tally, total, in_flight.len(), start)),
         }
@@ -84,7 +100,7 @@ fn checked_targets(config: &Config) -> Result<Vec<Target>, ReplayError> {
     config
         .targets
         .iter()
-        .map(|target| Target::parse(target))
+        .map(|target| Target::parse(target, config.endpoint))
         .collect()
 }
 
@@ -107,13 +123,15 @@ fn outcome(joined: Result<Outcome, JoinError>) -> Outcome {
         Ok(outcome) => outcome,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => not_sent(), // only a runtime that shuts down cancels what is in flight
+            Err(_) => not_sent(0, Duration::ZERO), // only a runtime that shuts down cancels what is in flight
         },
     }
 }
 
-fn not_sent() -> Outcome {
+fn not_sent(index: u64, intended: Duration) -> Outcome {
     Outcome {
+        index,
+        intended,
         lag: None,
         worker: None,
         result: Err(Fault::ours(None, "in_flight_limit")),

@@ -17,6 +17,8 @@ mod line;
 mod manifest;
 mod read;
 
+use std::time::Duration;
+
 pub use line::{BlockRun, LineError, Request};
 pub use read::{Options, Reader, Trace, TraceError};
 
@@ -44,5 +46,46 @@ pub const MAX_TOTAL_RUNS: usize = 20_000_000;
 /// The largest trace that is read, in bytes after decompression.
 pub const MAX_TRACE_BYTES: u64 = 4 << 30;
 
-pub(crate) static SAMPLE: &[u8] =
-    include_bytes!("../../data/mooncake-conversation-sample.jsonl.gz");
+/// A trace that ships with Forebay; `data/README.md` has sources and licences.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// Its name.
+    pub name: &'static str,
+    bytes: &'static [u8],
+    block_tokens: u32,
+    quantum: Duration,
+}
+
+/// All samples, the default first.
+pub static SAMPLES: [Sample; 5] = [
+    Sample {
+        name: "mooncake-conversation",
+        bytes: include_bytes!("../../data/mooncake-conversation-sample.jsonl.gz"),
+        block_tokens: 512,
+        quantum: Duration::from_secs(3),
+    },
+    Sample {
+        name: "agentic-coding",
+        bytes: include_bytes!("../../data/agentic-coding-sample.jsonl.gz"),
+        block_tokens: 64,
+        quantum: Duration::ZERO,
+    },
+    Sample {
+        name: "lmcache-agents",
+        bytes: include_bytes!("../../data/lmcache-agents-sample.jsonl.gz"),
+        block_tokens: 16,
+        quantum: Duration::ZERO,
+    },
+    Sample {
+        name: "azure-2023-code",
+        bytes: include_bytes!("../../data/azure-2023-code-sample.jsonl.gz"),
+        block_tokens: 512,
+        quantum: Duration::ZERO,
+    },
+    Sample {
+        name: "azure-2023-conv",
+        bytes: include_bytes!("../../data/azure-2023-conv-sample.jsonl.gz"),
+        block_tokens: 512,
+        quantum: Duration::ZERO,
+    },
+];

@@ -2,8 +2,9 @@
 
 use super::line::{LineError, Request};
 use super::{
-    DEFAULT_BLOCK_TOKENS, MAX_LINE_BYTES, MAX_REQUESTS, MAX_TOTAL_RUNS, MAX_TRACE_BYTES, SAMPLE,
-    manifest,
+    DEFAULT_BLOCK_TOKENS, MAX_LINE_BYTES, MAX_REQUESTS, MAX_TOTAL_RUNS, MAX_TRACE_BYTES, SAMPLES,
+    Sample,
+    manifest::{self, Entry},
 };
 use flate2::bufread::MultiGzDecoder;
 use std::fs::File;
@@ -16,6 +17,8 @@ use std::time::Duration;
 pub struct Trace {
     /// Tokens in one block.
     pub block_tokens: u32,
+    /// Arrivals are rounded down to multiples of this; zero: they are exact.
+    pub quantum: Duration,
     /// The requests in arrival order; never empty.
     pub requests: Vec<Request>,
 }
@@ -97,13 +100,7 @@ impl Trace {
     ///
     /// As [`Trace::from_bytes`]; a limit of 0 is the only way to get one.
     pub fn sample(limit: Option<usize>) -> Result<Trace, TraceError> {
-        Trace::from_bytes(
-            SAMPLE,
-            Options {
-                block_tokens: None,
-                limit,
-            },
-        )
+        SAMPLES[0].read(limit)
     }
 
     /// Reads a file, plain or gzipped.
@@ -116,15 +113,23 @@ impl Trace {
             path: path.to_owned(),
             source,
         })?;
-        let block_tokens = match options.block_tokens {
-            Some(given) => given,
-            None => listed_block_tokens(path)?.unwrap_or(DEFAULT_BLOCK_TOKENS),
+        let listed = match options.block_tokens {
+            // Who knows the block size needs no manifest.
+            Some(_) => listed(path).unwrap_or(None),
+            None => listed(path)?,
         };
+        let block_tokens = options
+            .block_tokens
+            .or(listed.map(|listed| listed.block_size));
         let options = Options {
-            block_tokens: Some(block_tokens),
+            block_tokens: Some(block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS)),
             ..options
         };
-        Trace::read(BufReader::new(file), options)
+        let quantum = listed.map_or(0, |listed| listed.quantum_ms);
+        Ok(Trace {
+            quantum: Duration::from_millis(quantum.into()),
+            ..Trace::read(BufReader::new(file), options)?
+        })
     }
 
     /// Reads a trace from memory, plain or gzipped.
@@ -158,8 +163,33 @@ impl Trace {
         }
         Ok(Trace {
             block_tokens,
+            quantum: Duration::ZERO,
             requests,
         })
+    }
+}
+
+impl Sample {
+    /// Reads it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Trace::from_bytes`]; a limit of 0 is the only way to get one.
+    pub fn read(&self, limit: Option<usize>) -> Result<Trace, TraceError> {
+        let options = Options {
+            block_tokens: Some(self.block_tokens),
+            limit,
+        };
+        Ok(Trace {
+            quantum: self.quantum,
+            ..Trace::from_bytes(self.bytes, options)?
+        })
+    }
+
+    /// The sample of this name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<&'static Sample> {
+        SAMPLES.iter().find(|sample| sample.name == name)
     }
 }
 
@@ -253,7 +283,7 @@ fn collect<R: BufRead>(mut reader: Reader<R>, limit: usize) -> Result<Vec<Reques
     Ok(requests)
 }
 
-fn listed_block_tokens(trace: &Path) -> Result<Option<u32>, TraceError> {
+fn listed(trace: &Path) -> Result<Option<Entry>, TraceError> {
     let path = trace.with_file_name("manifest.json");
     let bad = |reason: String| TraceError::Manifest {
         path: path.clone(),
@@ -272,7 +302,7 @@ fn listed_block_tokens(trace: &Path) -> Result<Option<u32>, TraceError> {
         .file_name()
         .map(|name| name.to_string_lossy())
         .unwrap_or_default();
-    manifest::block_size_of(&bytes, &name).map_err(|error| bad(error.to_string()))
+    manifest::entry_of(&bytes, &name).map_err(|error| bad(error.to_string()))
 }
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
@@ -399,7 +429,7 @@ mod tests {
 
         #[test]
         fn no_damaged_sample_panics(at in 0_usize..5000, byte: u8) {
-            let mut bytes = SAMPLE.to_vec();
+            let mut bytes = SAMPLES[0].bytes.to_vec();
             let at = at % bytes.len();
             bytes[at] = byte;
             let _ = Trace::from_bytes(&bytes, Options::default());
