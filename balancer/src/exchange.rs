@@ -19,6 +19,7 @@ use crate::body::Read;
 use crate::core::dispatch::{Ask, Sought, Ticket};
 use crate::core::error::{ApiError, Code};
 use crate::core::head::Head;
+use crate::core::limits::Running;
 use crate::core::retry::{Attempts, Failure, Next};
 use crate::metrics::Outcome;
 use crate::prompt::{self, Fingerprinted};
@@ -50,6 +51,8 @@ pub(crate) const EVENTS_AHEAD: usize = 8;
 const GRACE: Duration = Duration::from_secs(2);
 /// Until those that refused are asked once more.
 const AFTER_REFUSALS: Duration = Duration::from_millis(10);
+/// A client is never told to stay away for longer.
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// A waiting request looks for itself this often, for changes that are no events.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -57,6 +60,8 @@ pub(crate) struct Exchange {
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracked: Tracked,
     pub(crate) request_id: String,
+    /// Counts against the key's requests at once.
+    pub(crate) _running: Running,
     pub(crate) tenant: Arc<str>,
     pub(crate) path: &'static str,
     pub(crate) head: Head,
@@ -136,7 +141,7 @@ impl Exchange {
                         &mut line.refused
                     };
                     list.push(incarnation);
-                    (Failure::NotStarted, full())
+                    (Failure::NotStarted, full().after(self.likely_wait()))
                 }
                 Ended::Failed(failure) => {
                     self.shared.metrics.placed(&worker, Outcome::Failed);
@@ -201,7 +206,7 @@ impl Exchange {
                 Err(NoChoice::Busy) => {
                     without_capacity = None;
                     if now >= line.until {
-                        return Err(waited());
+                        return Err(waited().after(self.likely_wait()));
                     }
                 }
                 Err(NoChoice::NoCapacity | NoChoice::UnknownModel) => {
@@ -216,6 +221,12 @@ impl Exchange {
                 }
             }
         }
+    }
+
+    /// When the first of the workers will have room, as far as is known.
+    fn likely_wait(&self) -> Option<Duration> {
+        let wait = self.shared.dispatch().view().least_wait(&self.model)?;
+        Some(wait.clamp(Duration::from_secs(1), LONGEST_RETRY))
     }
 
     fn try_place(&self, ask: &Ask) -> Result<Option<Placement>, ApiError> {
@@ -267,7 +278,11 @@ impl<'a> Waiting<'a> {
         let joined = shared.change(|dispatch, _| dispatch.enqueue(ask.clone(), wake, limit));
         joined
             .then_some(Self { shared, ask, woken })
-            .ok_or_else(full)
+            .ok_or_else(|| {
+                let wait = shared.dispatch().view().least_wait(&ask.model);
+                let wait = wait.map(|wait| wait.clamp(Duration::from_secs(1), LONGEST_RETRY));
+                full().after(wait)
+            })
     }
 }
 

@@ -20,8 +20,10 @@ use tokio::sync::mpsc;
 use crate::body::{self, Unread};
 use crate::core::auth::Principal;
 use crate::core::error::{ApiError, Code};
+use crate::core::limits::{Exceeded, Left, written};
 use crate::core::{head, request_id};
 use crate::exchange::{EVENTS_AHEAD, Event, Exchange, ReplyHead, died, nobody, unknown_model};
+use crate::fleet::Fleet;
 use crate::links::Task;
 use crate::metrics::Outcome;
 use crate::prompt::Fingerprinted;
@@ -33,6 +35,9 @@ const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const DROPPED_REASON: HeaderName = HeaderName::from_static("x-forebay-dropped-reason");
 const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attempts");
+const RATE_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
+const RATE_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
+const RATE_RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
 const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Paths that are placed on workers.
@@ -46,9 +51,13 @@ pub(crate) async fn answer(
     let given = request.headers().get(REQUEST_ID).map(HeaderValue::as_bytes);
     let id = request_id::choose(given, rand::rng().random());
     let version = request.version();
-    let mut response = route(&shared, request, &id)
+    let mut left = None;
+    let mut response = route(&shared, request, &id, &mut left)
         .await
         .unwrap_or_else(|error| refuse(&error, version));
+    if let Some(left) = left {
+        show_left(response.headers_mut(), left);
+    }
     let id = HeaderValue::from_str(&id).expect("its characters were checked");
     response.headers_mut().insert(REQUEST_ID, id);
     Ok(response)
@@ -58,6 +67,7 @@ async fn route(
     shared: &Arc<Shared>,
     request: Request<Incoming>,
     id: &str,
+    left: &mut Option<Left>,
 ) -> Result<Response<Reply>, ApiError> {
     let path = request.uri().path().to_owned();
     let get = matches!(*request.method(), Method::GET | Method::HEAD);
@@ -65,7 +75,7 @@ async fn route(
         if request.method() != Method::POST {
             return Ok(wrong_method("POST", request.version()));
         }
-        return place(shared, request, id, path).await;
+        return place(shared, request, id, path, left).await;
     }
     let model = path.strip_prefix("/v1/models/");
     if !(path == "/health" || path == "/v1/models" || model.is_some()) {
@@ -80,7 +90,7 @@ async fn route(
     if path == "/health" {
         return Ok(whole(StatusCode::OK, &json!({"status": "ok"})));
     }
-    principal(shared, &request)?;
+    let principal = principal(shared, &request)?;
     let facts = shared.facts();
     let object =
         |model: &str| json!({"id": model, "object": "model", "created": 0, "owned_by": "forebay"});
@@ -89,6 +99,7 @@ async fn route(
             let models: Vec<_> = facts
                 .iter()
                 .flat_map(|facts| facts.models())
+                .filter(|model| principal.may_ask(model))
                 .map(object)
                 .collect();
             Ok(whole(
@@ -102,8 +113,60 @@ async fn route(
             if !known {
                 return Err(unknown_model());
             }
+            if !principal.may_ask(&model) {
+                return Err(not_allowed());
+            }
             Ok(whole(StatusCode::OK, &object(&model)))
         }
+    }
+}
+
+fn not_allowed() -> ApiError {
+    ApiError::new(
+        Code::ModelNotAllowed,
+        "this API key may not ask that model: GET /v1/models lists those that it may",
+    )
+    .about("model")
+}
+
+fn exceeded(exceeded: Exceeded) -> ApiError {
+    let message = match exceeded.retry_after {
+        Some(_) => "this API key has asked as often in a minute as it may: ask again later",
+        None => "this API key has as many requests under way as it may: wait for one to end",
+    };
+    ApiError::new(Code::RateLimitExceeded, message).after(exceeded.retry_after)
+}
+
+/// Refuses what no worker could answer in full, where all say how much they can.
+fn check_length(fleet: &Fleet, model: &str, max_tokens: Option<u64>) -> Result<(), ApiError> {
+    let workers = fleet.workers.iter().filter(|known| known.serves(model));
+    let known = workers.map(|known| known.spec.max_context_tokens);
+    let most = known.reduce(|most, one| {
+        // One that does not say may have any.
+        if most == 0 || one == 0 {
+            0
+        } else {
+            most.max(one)
+        }
+    });
+    match (most, max_tokens) {
+        (Some(most), Some(asked)) if most > 0 && asked >= most.into() => Err(ApiError::new(
+            Code::ContextLengthExceeded,
+            format!(
+                "the longest context of this model is {most} tokens, prompt included, and the answer alone is to have up to {asked}: ask for fewer"
+            ),
+        )
+        .about("messages")),
+        _ => Ok(()),
+    }
+}
+
+/// What is left to a limited key.
+fn show_left(headers: &mut hyper::HeaderMap, left: Left) {
+    headers.insert(RATE_LIMIT, left.limit.into());
+    headers.insert(RATE_REMAINING, left.remaining.into());
+    if let Ok(reset) = HeaderValue::from_str(&written(left.reset)) {
+        headers.insert(RATE_RESET, reset);
     }
 }
 
@@ -117,6 +180,7 @@ async fn place(
     request: Request<Incoming>,
     id: &str,
     path: &'static str,
+    left: &mut Option<Left>,
 ) -> Result<Response<Reply>, ApiError> {
     if shared.draining.load(Ordering::Relaxed) {
         return Err(ApiError::new(
@@ -125,6 +189,9 @@ async fn place(
         ));
     }
     let principal = principal(shared, &request)?;
+    let asked = principal.meter.ask(shared.now());
+    *left = asked.1;
+    let running = asked.0.map_err(exceeded)?;
     let mut tracked = shared.track(id, &principal.tenant).ok_or_else(|| {
         ApiError::new(
             Code::Overloaded,
@@ -136,6 +203,10 @@ async fn place(
         let head = head::parse(body.text.expose())?;
         let facts = shared.facts().ok_or_else(nobody)?;
         let (model, pool) = facts.pool_of(&head.model).ok_or_else(unknown_model)?;
+        if !principal.may_ask(&model) {
+            return Err(not_allowed().into());
+        }
+        check_length(&facts.fleet, &model, head.max_tokens)?;
         Ok((body, head, facts, model, pool))
     };
     let (body, head, facts, model, pool_name) = match prepared.await {
@@ -151,6 +222,7 @@ async fn place(
     };
     tracked.asks_for(&model);
     let exchange = Exchange {
+        _running: running,
         shared: shared.clone(),
         tracked,
         request_id: id.to_owned(),
@@ -237,9 +309,11 @@ fn refuse(error: &ApiError, version: Version) -> Response<Reply> {
     let status = StatusCode::from_u16(row.status).expect("the table has valid statuses");
     let mut response = whole(status, &error.object());
     let headers = response.headers_mut();
-    if let Some(after) = row.retry_after {
-        headers.insert(RETRY_AFTER, after.as_secs().into());
-        headers.insert(RETRY_AFTER_MS, (after.as_secs() * 1_000).into());
+    if let Some(after) = error.ask_again() {
+        let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        // Whole seconds, never too early.
+        headers.insert(RETRY_AFTER, millis.div_ceil(1_000).into());
+        headers.insert(RETRY_AFTER_MS, millis.into());
     }
     if let Some(reason) = row.dropped {
         headers.insert(DROPPED_REASON, HeaderValue::from_static(reason));

@@ -24,7 +24,9 @@ mod run;
 mod serve;
 mod shared;
 mod socket;
+mod tls;
 
 pub use crate::core::auth::KeysError;
 pub use fleet::Fleet;
 pub use run::{BalancerError, Bound, Config, Limits, Settings, run, serve};
+pub use tls::{TlsError, TlsPaths};

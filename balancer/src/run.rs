@@ -17,6 +17,7 @@ use crate::core::auth::{Keys, KeysError};
 use crate::fleet::Fleet;
 use crate::links::Links;
 use crate::shared::Shared;
+use crate::tls::{Tls, TlsError, TlsPaths};
 
 /// What bounds a client, whatever it does. The defaults are those of the manual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub struct Limits {
     pub connections: usize,
     /// From the connection to enough bytes to know the protocol.
     pub first_bytes: Duration,
+    /// From one request's end to the end of the next one's head.
+    pub header: Duration,
     /// Longest wait for the next byte of a body.
     pub body_pause: Duration,
     /// How long a client may take no byte.
@@ -36,6 +39,7 @@ impl Default for Limits {
         Self {
             connections: 16_384,
             first_bytes: Duration::from_secs(10),
+            header: Duration::from_secs(10),
             body_pause: Duration::from_secs(10),
             stall: Duration::from_secs(30),
         }
@@ -53,6 +57,8 @@ pub struct Settings {
     pub keys: Option<PathBuf>,
     /// For development: the tenant of any key, and of none.
     pub any_key_tenant: Option<String>,
+    /// Certificate and key for clients; none: they speak plain HTTP.
+    pub tls: Option<TlsPaths>,
     /// Largest body in bytes.
     pub max_body_bytes: u64,
     /// How long a stream's status line waits for the engine's first byte.
@@ -72,6 +78,7 @@ impl Settings {
             admin: None,
             keys: None,
             any_key_tenant: None,
+            tls: None,
             max_body_bytes: 32 << 20,
             hold_headers_ms: 15_000,
             drain_timeout_ms: 30_000,
@@ -97,6 +104,8 @@ pub struct Config {
     pub keys: Option<PathBuf>,
     /// For development: the tenant of any key, and of none.
     pub any_key_tenant: Option<String>,
+    /// Certificate and key for clients; none: they speak plain HTTP.
+    pub tls: Option<TlsPaths>,
     /// Largest body in bytes.
     pub max_body_bytes: u64,
     /// How long a stream's status line waits for the engine's first byte.
@@ -112,6 +121,7 @@ impl Config {
             admin: self.admin,
             keys: self.keys.clone(),
             any_key_tenant: self.any_key_tenant.clone(),
+            tls: self.tls.clone(),
             max_body_bytes: self.max_body_bytes,
             hold_headers_ms: self.hold_headers_ms,
             drain_timeout_ms: self.drain_timeout_ms,
@@ -149,6 +159,9 @@ pub enum BalancerError {
     /// The keys file cannot be used.
     #[error(transparent)]
     Keys(#[from] KeysError),
+    /// The certificate or key for clients cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Nobody could ask.
     #[error("nobody may ask: give --keys FILE, or --any-key-tenant NAME for development")]
     NoKeys,
@@ -265,6 +278,7 @@ async fn until_drained(
         return Err(BalancerError::WrongRole(identity));
     }
     let keys = keys(&settings)?;
+    let tls = settings.tls.as_ref().map(Tls::load).transpose()?;
     let listener = listen(settings.listen).await?;
     let listen = listener
         .local_addr()
@@ -273,7 +287,7 @@ async fn until_drained(
             error,
         })?;
     let admin_at = settings.admin;
-    let shared = Shared::new(settings, keys);
+    let shared = Shared::new(settings, keys, tls);
     let admin = match admin_at {
         Some(address) => {
             let pages = admin::admin(&shared, &identity.name);

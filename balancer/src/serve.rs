@@ -9,9 +9,9 @@ use std::time::Duration;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use rand::Rng;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
@@ -26,8 +26,6 @@ use crate::socket::Socket;
 
 /// Connections beyond those that are told so, at once.
 const MAX_TURNED_AWAY: usize = 256;
-/// From one request's end to the next one's head, and for that head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_HEAD_BYTES: usize = 64 << 10;
 const MAX_STREAMS: u32 = 256;
 const STREAM_WINDOW_BYTES: u32 = 256 << 10;
@@ -56,10 +54,11 @@ pub(crate) async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) {
-    let _followers = [
+    let mut followers = vec![
         Task::spawn(follow(links, facts)),
         Task::spawn(links::watch(shared.clone())),
     ];
+    followers.extend(shared.tls.clone().map(|tls| Task::spawn(tls.watch())));
     let graceful = GracefulShutdown::new();
     tokio::select! {
         () = accept(&shared, &listener, &graceful) => {}
@@ -92,11 +91,18 @@ async fn accept(shared: &Arc<Shared>, listener: &TcpListener, graceful: &Gracefu
         let _ = stream.set_nodelay(true);
         match room.clone().try_acquire_owned() {
             Ok(place) => {
-                let connection = talk(shared, stream, graceful);
+                let graceful = graceful.watcher();
                 let shared = shared.clone();
                 tokio::spawn(async move {
                     let _open = Open::new(&shared, place);
-                    connection.await;
+                    match &shared.tls {
+                        None => talk(&shared, stream, graceful).await,
+                        Some(tls) => {
+                            if let Some(stream) = tls.accept(stream).await {
+                                talk(&shared, stream, graceful).await;
+                            }
+                        }
+                    }
                 });
             }
             Err(_) => {
@@ -131,16 +137,15 @@ impl Drop for Open<'_> {
     }
 }
 
-fn talk(
-    shared: &Arc<Shared>,
-    stream: TcpStream,
-    graceful: &GracefulShutdown,
-) -> impl Future<Output = ()> + Send + use<> {
+async fn talk<S>(shared: &Arc<Shared>, stream: S, graceful: Watcher)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
+        .header_read_timeout(shared.settings.limits.header)
         .max_buf_size(MAX_HEAD_BYTES);
     builder
         .http2()
@@ -161,11 +166,8 @@ fn talk(
             service,
         )
         .into_owned();
-    let connection = graceful.watch(connection);
-    async move {
-        if let Err(error) = connection.await {
-            tracing::trace!(%error, "a client's connection ended early");
-        }
+    if let Err(error) = graceful.watch(connection).await {
+        tracing::trace!(%error, "a client's connection ended early");
     }
 }
 

@@ -23,6 +23,7 @@ use crate::core::lengths::Lengths;
 use crate::core::retry::Budget;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
+use crate::tls::Tls;
 
 /// Requests at once.
 const MAX_REQUESTS: usize = 65_536;
@@ -36,6 +37,8 @@ pub(crate) type Dispatcher = Dispatch<Link, Wake>;
 pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) keys: Keys,
+    /// On the client port, if there is to be any.
+    pub(crate) tls: Option<Arc<Tls>>,
     pub(crate) metrics: Metrics,
     pub(crate) budgets: Mutex<BTreeMap<Arc<str>, Budget>>,
     pub(crate) draining: AtomicBool,
@@ -71,10 +74,11 @@ impl Facts {
 }
 
 impl Shared {
-    pub(crate) fn new(settings: Settings, keys: Keys) -> Arc<Self> {
+    pub(crate) fn new(settings: Settings, keys: Keys, tls: Option<Tls>) -> Arc<Self> {
         Arc::new(Self {
             settings,
             keys,
+            tls: tls.map(Arc::new),
             metrics: Metrics::default(),
             budgets: Mutex::default(),
             draining: AtomicBool::new(false),

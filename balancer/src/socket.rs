@@ -12,7 +12,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::Limits;
@@ -22,8 +21,8 @@ const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 4 << 20;
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-pub(crate) struct Socket {
-    inner: TcpStream,
+pub(crate) struct Socket<S> {
+    inner: S,
     /// Until the protocol is known.
     opening: Option<Pin<Box<Sleep>>>,
     preface_seen: usize,
@@ -34,8 +33,8 @@ pub(crate) struct Socket {
     lingering: Option<(Pin<Box<Sleep>>, usize)>,
 }
 
-impl Socket {
-    pub(crate) fn new(inner: TcpStream, limits: Limits) -> Self {
+impl<S> Socket<S> {
+    pub(crate) fn new(inner: S, limits: Limits) -> Self {
         Self {
             inner,
             opening: Some(Box::pin(sleep(limits.first_bytes))),
@@ -78,7 +77,7 @@ impl Socket {
     }
 }
 
-impl AsyncRead for Socket {
+impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -97,7 +96,7 @@ impl AsyncRead for Socket {
     }
 }
 
-impl AsyncWrite for Socket {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

@@ -75,6 +75,7 @@ async fn every_change_of_the_facts_arrives_and_the_last_ones_outlive_the_control
         credentials: paths(Role::Balancer, "b1"),
         keys: None,
         any_key_tenant: Some("dev".into()),
+        tls: None,
         max_body_bytes: 32 << 20,
         hold_headers_ms: 15_000,
         drain_timeout_ms: 1_000,

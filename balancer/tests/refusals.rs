@@ -237,6 +237,7 @@ fn config(dir: &std::path::Path, role: Role) -> Config {
         credentials: credentials(dir, &authority, role, "x1"),
         keys: None,
         any_key_tenant: Some("dev".into()),
+        tls: None,
         max_body_bytes: 32 << 20,
         hold_headers_ms: 15_000,
         drain_timeout_ms: 1_000,

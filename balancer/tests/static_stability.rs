@@ -65,6 +65,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         credentials: credentials(dir.path(), &authority, Role::Balancer, "b1"),
         keys: None,
         any_key_tenant: Some("dev".into()),
+        tls: None,
         max_body_bytes: 32 << 20,
         hold_headers_ms: 15_000,
         drain_timeout_ms: 1_000,

@@ -118,6 +118,15 @@ impl View {
         }
     }
 
+    /// The shortest wait for a slot among workers that serve a model; `None`: none can be reached.
+    #[must_use]
+    pub fn least_wait(&self, model: &str) -> Option<Duration> {
+        let reachable = self.workers().filter(|(_, worker)| {
+            worker.known.serves(model) && worker.open() && worker.incarnation().is_some()
+        });
+        reachable.map(|(_, worker)| worker.queueing().wait()).min()
+    }
+
     /// Whether any worker is there to serve the request, now or once it has room.
     #[must_use]
     pub fn has_capacity(&self, model: &str, tried: &[WorkerId]) -> bool {

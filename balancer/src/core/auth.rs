@@ -7,16 +7,27 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::core::error::{ApiError, Code};
+use crate::core::limits::{Allowance, Meter};
 
 /// Keys in one file.
 pub(crate) const MAX_KEYS: usize = 65_536;
 
 /// On whose behalf a request runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Principal {
     pub(crate) tenant: Arc<str>,
     /// May see which worker served it, and at which attempt.
     pub(crate) debug: bool,
+    /// Models that it may ask; empty: all.
+    models: Arc<[String]>,
+    pub(crate) meter: Arc<Meter>,
+}
+
+impl Principal {
+    /// Whether its key may ask this model.
+    pub(crate) fn may_ask(&self, model: &str) -> bool {
+        self.models.is_empty() || self.models.iter().any(|allowed| allowed == model)
+    }
 }
 
 /// Why a keys file cannot be used.
@@ -65,6 +76,10 @@ struct Entry {
     tenant: String,
     #[serde(default)]
     debug: bool,
+    #[serde(default)]
+    models: Vec<String>,
+    requests_per_minute: Option<u32>,
+    max_parallel: Option<u32>,
 }
 
 impl Keys {
@@ -75,6 +90,8 @@ impl Keys {
             anyone: Some(Principal {
                 tenant: tenant.into(),
                 debug: true,
+                models: Arc::default(),
+                meter: Arc::default(),
             }),
         }
     }
@@ -98,9 +115,18 @@ impl Keys {
                 .ok_or_else(|| wrong(format!("keys[{i}].sha256 is not 64 hex digits")))?;
             forebay_proto::ids::check_name("tenant", &entry.tenant)
                 .map_err(|_| wrong(format!("keys[{i}].tenant is not a name")))?;
+            if entry.requests_per_minute == Some(0) || entry.max_parallel == Some(0) {
+                let problem = format!("keys[{i}] may ask nothing: a limit of 0 is none");
+                return Err(wrong(problem));
+            }
             let principal = Principal {
                 tenant: entry.tenant.into(),
                 debug: entry.debug,
+                models: entry.models.into(),
+                meter: Meter::new(Allowance {
+                    requests_per_minute: entry.requests_per_minute,
+                    max_parallel: entry.max_parallel,
+                }),
             };
             known.push((hash, principal));
         }
@@ -217,6 +243,19 @@ mod tests {
             assert_eq!(who(&keys, Some(wrong)), None, "{wrong}");
         }
         assert_eq!(who(&keys, None), None);
+    }
+
+    #[test]
+    fn a_key_may_be_for_some_models_only() {
+        let text = format!(
+            "[[keys]]\nsha256 = \"{}\"\ntenant = \"a\"\nmodels = [\"m\"]\n",
+            hex("k")
+        );
+        let principal = keys(&text).unwrap().principal(Some(b"Bearer k")).unwrap();
+        assert!(principal.may_ask("m") && !principal.may_ask("n"));
+        assert!(Keys::anyone("dev").principal(None).unwrap().may_ask("n"));
+        let none = format!("{text}requests_per_minute = 0\n");
+        assert!(keys(&none).unwrap_err().contains("keys[0] may ask nothing"));
     }
 
     #[test]

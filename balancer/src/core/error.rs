@@ -16,6 +16,12 @@ pub enum Code {
     ModelRequired,
     /// The API key is missing or unknown.
     InvalidApiKey,
+    /// The key may not ask this model.
+    ModelNotAllowed,
+    /// The key has asked as much as it may.
+    RateLimitExceeded,
+    /// No worker has so large a context.
+    ContextLengthExceeded,
     /// No worker in the facts serves the model.
     ModelNotFound,
     /// No such path.
@@ -59,11 +65,14 @@ pub struct Row {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         Self::InvalidJson,
         Self::DuplicateKey,
         Self::ModelRequired,
         Self::InvalidApiKey,
+        Self::ModelNotAllowed,
+        Self::RateLimitExceeded,
+        Self::ContextLengthExceeded,
         Self::ModelNotFound,
         Self::NotFound,
         Self::MethodNotAllowed,
@@ -111,6 +120,11 @@ impl Code {
             Self::DuplicateKey => row(400, INVALID, "duplicate_key"),
             Self::ModelRequired => row(400, INVALID, "model_required"),
             Self::InvalidApiKey => row(401, "authentication_error", "invalid_api_key"),
+            Self::ModelNotAllowed => row(403, "permission_error", "model_not_allowed"),
+            Self::RateLimitExceeded => {
+                again(row(429, "rate_limit_error", "rate_limit_exceeded"), 1)
+            }
+            Self::ContextLengthExceeded => row(400, INVALID, "context_length_exceeded"),
             Self::ModelNotFound => row(404, INVALID, "model_not_found"),
             Self::NotFound => row(404, INVALID, "not_found"),
             Self::MethodNotAllowed => row(405, INVALID, "method_not_allowed"),
@@ -141,6 +155,8 @@ pub struct ApiError {
     pub message: Cow<'static, str>,
     /// The field at fault, where there is one.
     pub param: Option<&'static str>,
+    /// When to ask again, where that is known better than the table knows it.
+    pub retry_after: Option<Duration>,
 }
 
 impl ApiError {
@@ -151,7 +167,22 @@ impl ApiError {
             code,
             message: message.into(),
             param: None,
+            retry_after: None,
         }
+    }
+
+    /// When asking again will help, at the earliest.
+    #[must_use]
+    pub const fn after(mut self, wait: Option<Duration>) -> Self {
+        self.retry_after = wait;
+        self
+    }
+
+    /// When to ask again, for the client; none: asking again does not help.
+    #[must_use]
+    pub fn ask_again(&self) -> Option<Duration> {
+        let usual = self.code.row().retry_after?;
+        Some(self.retry_after.unwrap_or(usual))
     }
 
     /// The field at fault.
@@ -192,6 +223,7 @@ mod tests {
             assert!(!others.clone().any(|other| other == row.code), "{code:?}");
             let kind = match row.status {
                 401 => "authentication_error",
+                403 => "permission_error",
                 429 => "rate_limit_error",
                 503 => "overloaded_error",
                 502 | 504 => "api_error",

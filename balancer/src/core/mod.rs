@@ -5,5 +5,6 @@ pub(crate) mod dispatch;
 pub mod error;
 pub(crate) mod head;
 pub(crate) mod lengths;
+pub(crate) mod limits;
 pub(crate) mod request_id;
 pub(crate) mod retry;

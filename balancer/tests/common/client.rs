@@ -92,6 +92,12 @@ impl Client {
         }
     }
 
+    /// What comes next, of whatever protocol; empty at the end.
+    pub async fn next_bytes(&mut self) -> Vec<u8> {
+        self.more().await;
+        std::mem::take(&mut self.read)
+    }
+
     pub async fn head(&mut self) -> Head {
         let head = self.upto(b"\r\n\r\n").await.expect("an answer");
         let text = String::from_utf8(head).unwrap();

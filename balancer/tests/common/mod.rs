@@ -129,6 +129,24 @@ impl World {
         world
     }
 
+    /// Why a balancer does not start.
+    pub async fn refused(setup: Setup) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::create("test", 1).unwrap();
+        let paths = credentials(dir.path(), &authority, Role::Balancer, "b1");
+        let endpoint = Endpoint::client(&Credentials::load(&paths).unwrap()).unwrap();
+        let (_fleet, facts) = watch::channel(None);
+        let never = std::future::pending();
+        let served = serve(
+            setup.settings,
+            endpoint,
+            facts,
+            |_| panic!("it starts"),
+            never,
+        );
+        served.await.unwrap_err().to_string()
+    }
+
     pub async fn with(agents: usize) -> Self {
         Self::new(Setup {
             agents,

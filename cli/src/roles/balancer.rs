@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use forebay_balancer::Config;
+use forebay_balancer::{Config, TlsPaths};
 
 use super::ProcessArgs;
 use crate::context::{CellArgs, check_control};
@@ -43,6 +43,23 @@ pub(crate) struct BalancerArgs {
     /// Take any API key, and none, as this tenant's; for development.
     #[arg(long, value_name = "NAME", env = "FOREBAY_ANY_KEY_TENANT")]
     any_key_tenant: Option<String>,
+    /// Certificate for clients, as PEM, with those that signed it; read again when it changes.
+    /// Without it clients speak plain HTTP.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_key",
+        env = "FOREBAY_TLS_CERT"
+    )]
+    tls_cert: Option<PathBuf>,
+    /// Its key, as PEM.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_cert",
+        env = "FOREBAY_TLS_KEY"
+    )]
+    tls_key: Option<PathBuf>,
     /// Longest request body in bytes.
     #[arg(
         long,
@@ -85,6 +102,10 @@ pub(crate) fn run(args: BalancerArgs) -> Result<(), CliError> {
         credentials: args.cell.certificate.paths()?,
         keys: args.keys,
         any_key_tenant: args.any_key_tenant,
+        tls: args
+            .tls_cert
+            .zip(args.tls_key)
+            .map(|(cert, key)| TlsPaths { cert, key }),
         max_body_bytes: args.max_body_bytes,
         hold_headers_ms: args.hold_headers_ms,
         drain_timeout_ms: args.drain_timeout_ms,
