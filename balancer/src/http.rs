@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::header::{
-    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue,
+    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
     RETRY_AFTER,
 };
 use hyper::{Method, Request, Response, StatusCode, Version};
@@ -69,6 +69,7 @@ async fn route(
     id: &str,
     left: &mut Option<Left>,
 ) -> Result<Response<Reply>, ApiError> {
+    check_host(&request)?;
     let path = request.uri().path().to_owned();
     let get = matches!(*request.method(), Method::GET | Method::HEAD);
     if let Some(path) = PLACED.into_iter().find(|placed| *placed == path) {
@@ -119,6 +120,19 @@ async fn route(
             Ok(whole(StatusCode::OK, &object(&model)))
         }
     }
+}
+
+/// One name, or whoever stands in front might have meant another.
+fn check_host(request: &Request<Incoming>) -> Result<(), ApiError> {
+    let hosts = request.headers().get_all(HOST).iter().count();
+    let wanted = request.version() == Version::HTTP_11;
+    if hosts > 1 || (wanted && hosts == 0) {
+        return Err(ApiError::new(
+            Code::BadRequest,
+            "send exactly one `host` header",
+        ));
+    }
+    Ok(())
 }
 
 fn not_allowed() -> ApiError {

@@ -26,11 +26,45 @@ pub(crate) struct Socket<S> {
     /// Until the protocol is known.
     opening: Option<Pin<Box<Sleep>>>,
     preface_seen: usize,
+    head: Head,
     /// How long the client may take no byte.
     patience: Duration,
     /// While the client takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
     lingering: Option<(Pin<Box<Sleep>>, usize)>,
+}
+
+/// The first head of an HTTP/1 connection, as far as it has come.
+///
+/// A line that ends without a carriage return is one line to some and two to others: a connection
+/// that begins so is closed. (Later heads are read by one party only: nothing of them is passed on.)
+#[derive(Default)]
+struct Head {
+    /// Of its end, `CR LF CR LF`.
+    seen: usize,
+    whole: bool,
+}
+
+impl Head {
+    /// Whether it is still sound.
+    fn take(&mut self, bytes: &[u8]) -> bool {
+        for byte in bytes {
+            if self.whole {
+                return true;
+            }
+            let expects_lf = self.seen % 2 == 1;
+            self.seen = match byte {
+                b'\r' if expects_lf => return false,
+                b'\r' => self.seen + 1,
+                b'\n' if expects_lf => self.seen + 1,
+                b'\n' => return false,
+                _ if expects_lf => return false,
+                _ => 0,
+            };
+            self.whole = self.seen == 4;
+        }
+        true
+    }
 }
 
 impl<S> Socket<S> {
@@ -39,6 +73,7 @@ impl<S> Socket<S> {
             inner,
             opening: Some(Box::pin(sleep(limits.first_bytes))),
             preface_seen: 0,
+            head: Head::default(),
             patience: limits.stall,
             stalled: None,
             lingering: None,
@@ -91,6 +126,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
             self.opened_by(&buffer.filled()[before..]);
+        }
+        if self.preface_seen < PREFACE.len() && !self.head.take(&buffer.filled()[before..]) {
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }
         read
     }

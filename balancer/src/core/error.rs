@@ -8,6 +8,8 @@ use serde_json::json;
 /// What went wrong, as the `code` of an OpenAI error object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
+    /// The request's head is not what HTTP asks for.
+    BadRequest,
     /// The body is not JSON, or not an object with fields of the right types.
     InvalidJson,
     /// A key appears twice: the engine might read the other one.
@@ -65,7 +67,8 @@ pub struct Row {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
+        Self::BadRequest,
         Self::InvalidJson,
         Self::DuplicateKey,
         Self::ModelRequired,
@@ -116,6 +119,7 @@ impl Code {
             }
         }
         match self {
+            Self::BadRequest => closing(row(400, INVALID, "bad_request")),
             Self::InvalidJson => row(400, INVALID, "invalid_json"),
             Self::DuplicateKey => row(400, INVALID, "duplicate_key"),
             Self::ModelRequired => row(400, INVALID, "model_required"),
