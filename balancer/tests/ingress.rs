@@ -122,7 +122,7 @@ fn a_pair_that_is_none_is_named() {
     };
     certificate(&other);
     let mixed = TlsPaths {
-        cert: paths.cert.clone(),
+        cert: paths.cert,
         key: other.key,
     };
     assert!(start(&mixed).contains("cannot be used together"));

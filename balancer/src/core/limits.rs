@@ -140,7 +140,7 @@ mod tests {
         assert_eq!(asked, Err(Exceeded { retry_after: after }));
         assert_eq!((left.limit, left.remaining), (60, 0));
         assert_eq!(written(left.reset), "1m0s");
-        assert_eq!(ask(999).0.is_err(), true);
+        assert!(ask(999).0.is_err());
         assert_eq!(ask(1_001).0, Ok(()));
         assert_eq!(ask(120_000).1.remaining, 59);
     }

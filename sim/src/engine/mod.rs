@@ -9,6 +9,8 @@
 //! It does not tokenize (four bytes are a token) and stops only at the requested length. [`serve`]
 //! is the shell; the rest is pure.
 
+#[cfg(test)]
+mod against_model;
 mod answer;
 mod error;
 mod metrics;
