@@ -217,9 +217,10 @@ fn of_server(error: &forebay_consensus::server::ServerError) -> Exit {
 fn of_balancer(error: &forebay_balancer::BalancerError) -> Exit {
     use forebay_balancer::BalancerError;
     match error {
-        BalancerError::Keys(_) | BalancerError::NoKeys | BalancerError::Credentials(_) => {
-            Exit::Usage
-        }
+        BalancerError::Keys(_)
+        | BalancerError::NoKeys
+        | BalancerError::Tls(_)
+        | BalancerError::Credentials(_) => Exit::Usage,
         BalancerError::WrongRole(_) => Exit::Unauthorized,
         BalancerError::Taken(_)
         | BalancerError::Listen { .. }

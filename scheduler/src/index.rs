@@ -1,12 +1,16 @@
 //! Which worker holds which chunk: what a balancer looks a prompt up in.
 //!
 //! A map from a chunk's fingerprint to its few holders. Fingerprints are keyed hashes, so they are not
-//! hashed again. Bounded by what agents may publish (`residency::MAX_CHUNKS` a worker).
+//! hashed again, and holders are kept in order, so that a lookup is linear in what it meets. Bounded:
+//! at [`MAX_PAIRS`] nothing more is stored, which costs hits and nothing else.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use forebay_proto::WorkerId;
+
+/// Pairs of a chunk and a worker; three times what a cell is designed for.
+pub const MAX_PAIRS: usize = 32 << 20;
 
 /// How much of a prompt one worker holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,13 +61,18 @@ pub struct PrefixIndex {
 impl PrefixIndex {
     /// A worker holds a chunk, up to the end of which its prompt has so many tokens.
     pub fn store(&mut self, worker: WorkerId, chunk: u64, tokens: u32) {
+        let full = self.pairs >= MAX_PAIRS;
+        if full && !self.chunks.contains_key(&chunk) {
+            return;
+        }
         let holders = self.chunks.entry(chunk).or_default();
-        match holders.iter_mut().find(|holder| holder.worker == worker) {
-            Some(holder) => holder.tokens = tokens,
-            None => {
-                holders.push(Holder { worker, tokens });
+        match holders.binary_search_by_key(&worker, |holder| holder.worker) {
+            Ok(at) => holders[at].tokens = tokens,
+            Err(at) if !full => {
+                holders.insert(at, Holder { worker, tokens });
                 self.pairs += 1;
             }
+            Err(_) => {}
         }
     }
 
@@ -72,8 +81,8 @@ impl PrefixIndex {
         let Some(holders) = self.chunks.get_mut(&chunk) else {
             return;
         };
-        if let Some(at) = holders.iter().position(|holder| holder.worker == worker) {
-            holders.swap_remove(at);
+        if let Ok(at) = holders.binary_search_by_key(&worker, |holder| holder.worker) {
+            holders.remove(at);
             self.pairs -= 1;
             if holders.is_empty() {
                 self.chunks.remove(&chunk);
@@ -109,11 +118,13 @@ impl PrefixIndex {
                 alive = into.len();
                 continue;
             }
-            // Those that go on stand in front.
+            // Those that go on stand in front, in order as the holders are.
             let mut next = 0;
+            let mut holders = holders.iter().peekable();
             for hit in 0..alive {
                 let worker = into[hit].worker;
-                if let Some(holder) = holders.iter().find(|holder| holder.worker == worker) {
+                while holders.next_if(|holder| holder.worker < worker).is_some() {}
+                if let Some(holder) = holders.next_if(|holder| holder.worker == worker) {
                     into[hit].chunks = at + 1;
                     into[hit].tokens = into[hit].tokens.max(holder.tokens);
                     into.swap(hit, next);

@@ -21,9 +21,11 @@ pub(super) fn prepare(
     fleet: &Fleet,
     listen: &[SocketAddr],
     engine: &EngineOptions,
+    hold_headers_ms: u32,
 ) -> Result<Vec<Plan>, CliError> {
     let maker = Maker {
         dir,
+        hold_headers_ms,
         authority: authority(&dir.join("ca"))?,
         control: fleet.control_addresses(),
     };
@@ -46,6 +48,7 @@ pub(super) fn prepare(
 }
 
 struct Maker<'a> {
+    hold_headers_ms: u32,
     dir: &'a Path,
     authority: Authority,
     control: Vec<String>,
@@ -66,6 +69,7 @@ impl Maker<'_> {
         put(&mut config, "admin", &admin);
         put(&mut config, "any-key-tenant", &"dev");
         config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
+        config.insert("hold-headers-ms".into(), self.hold_headers_ms.into());
         self.plan(
             "balancer",
             name,

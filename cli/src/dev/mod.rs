@@ -57,6 +57,9 @@ pub(crate) struct DevArgs {
     /// How requests are placed; written into the fleet's configuration. Default: as it is there.
     #[arg(long, value_name = "NAME", value_parser = POLICIES)]
     policy: Option<String>,
+    /// How long balancers hold a stream's status line back for its first byte, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 15_000)]
+    hold_headers_ms: u32,
     /// Start a process that died again, after a pause that grows while it keeps dying.
     #[arg(long)]
     restart: bool,
@@ -245,7 +248,7 @@ pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
         workers: args.workers,
     };
     let mut fleet = layout::Fleet::open(&dir, &asked)?;
-    let plans = material::prepare(&dir, &fleet, &listen, &args.engine)?;
+    let plans = material::prepare(&dir, &fleet, &listen, &args.engine, args.hold_headers_ms)?;
     fleet.save(&dir)?;
     let program = hints::program();
     // The children die with the thread that starts them: this one, which lives as long as we do.

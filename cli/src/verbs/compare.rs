@@ -332,6 +332,8 @@ impl Fleet {
             .args(["--profile", &args.profile])
             .args(["--engine-speed", &args.speed.to_string()])
             .args(["--engine-kv-tokens", &args.engine_kv_tokens.to_string()])
+            // However late its first byte is, an answer names its worker.
+            .args(["--hold-headers-ms", &HOLD_HEADERS_MS.to_string()])
             .arg("--data-dir")
             .arg(dir.path().join("fleet"))
             .stdin(Stdio::null())
@@ -406,6 +408,7 @@ fn free_ports(count: u16) -> std::result::Result<SocketAddr, CliError> {
     Err(CliError::because(Exit::Failed, problem))
 }
 
+const HOLD_HEADERS_MS: u32 = 600_000;
 const UP_WITHIN: Duration = Duration::from_secs(120);
 const DOWN_WITHIN: Duration = Duration::from_secs(40);
 const SETTLE: Duration = Duration::from_secs(1);

@@ -39,6 +39,13 @@ pub struct Fleet {
     _alone: MutexGuard<'static, ()>,
 }
 
+/// Waits until no other fleet runs, and keeps others from starting.
+pub fn alone() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 pub fn forebay() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
     command.env_remove("FOREBAY_CONTEXT").stdin(Stdio::null());
@@ -75,9 +82,7 @@ pub fn within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Option<T
 impl Fleet {
     /// Starts `forebay dev` with these arguments and waits until it serves.
     pub fn start(args: &[&str]) -> Self {
-        let alone = ONE_AT_A_TIME
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let alone = alone();
         let dir = tempfile::tempdir().unwrap();
         let listen = format!("127.0.0.1:{}", free_ports(4));
         let supervisor = Self::spawn(dir.path(), &listen, args);

@@ -9,6 +9,7 @@
 )]
 
 mod clients;
+mod compare;
 mod failures;
 mod harness;
 mod lost_disks;

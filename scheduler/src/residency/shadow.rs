@@ -1,8 +1,12 @@
 //! A shadow of an engine's prefix cache: least recently used chunks go first, from a path's end.
 //!
-//! It knows prompts as chunks, answers as tokens that take room, and the engine's size. Chunks become
-//! resident when their prompt is prefilled, stay while a request uses them, and are then the newest.
-//! The size is corrected by what the engine says of each request: an engine that had less than was
+//! It knows prompts as chunks, answers as tokens that take room, and the engine's size. Chunks count as
+//! resident from the moment at which their prompt is taken: whatever is taken later runs later, and
+//! finds them. They stay while a request uses them, and are then the newest; those of a request that
+//! was over before it was prefilled never were. A request takes three steps: [`Shadow::taken`],
+//! [`Shadow::prefilled`], [`Shadow::finished`]; or [`Shadow::abandoned`] in place of the last two.
+//! Two guesses are corrected by what the engine says of each request: how many tokens its chunks have
+//! ([`Shadow::counted`]), and how much fits ([`Shadow::correct`]): an engine that had less than was
 //! predicted evicts earlier than its size says, one that had more later.
 
 use std::collections::BTreeMap;
@@ -16,6 +20,8 @@ const MOST: f64 = 1.25;
 /// How fast the size is corrected, for each answer.
 const SHRINK: f64 = 0.98;
 const GROW: f64 = 1.005;
+/// Emptier than this, it is not for its size that the shadow did not have something.
+const FULL: f64 = 0.9;
 /// Where no size is stated.
 const NOMINAL_TOKENS: u64 = 500_000;
 
@@ -31,15 +37,20 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Tokens up to the end of a chunk, from 0. The last token of a prompt is never from the cache.
+    /// Tokens up to the end of a chunk, counted from 0, where `known` chunks are known to have
+    /// `tokens`; the others share the rest by their bytes. The last token of a prompt is never from
+    /// the cache.
     #[must_use]
-    pub fn tokens_at(&self, chunk: usize) -> u32 {
-        let end = (chunk as u64 + 1) * u64::from(self.chunk_bytes);
-        let tokens = u128::from(self.prompt_tokens) * u128::from(end.min(self.prompt_bytes))
-            / u128::from(self.prompt_bytes.max(1));
-        u32::try_from(tokens)
-            .unwrap_or(u32::MAX)
-            .min(self.prompt_tokens.saturating_sub(1))
+    pub fn tokens_at(&self, chunk: usize, (known, tokens): (usize, u32)) -> u32 {
+        let bytes =
+            |chunks: usize| (chunks as u64 * u64::from(self.chunk_bytes)).min(self.prompt_bytes);
+        let (from, to) = (bytes(known), bytes(chunk + 1));
+        let rest = u128::from(self.prompt_tokens.saturating_sub(tokens));
+        let beyond = rest * u128::from(to.saturating_sub(from))
+            / u128::from((self.prompt_bytes - from).max(1));
+        let beyond = u32::try_from(beyond).unwrap_or(u32::MAX);
+        let most = self.prompt_tokens.saturating_sub(1);
+        tokens.saturating_add(beyond).min(most)
     }
 }
 
@@ -49,6 +60,10 @@ struct Entry {
     tokens: u32,
     /// Tokens of its own.
     own: u32,
+    /// Its tokens follow from an engine's count, not from an estimate.
+    counted: bool,
+    /// A prompt that has it was prefilled.
+    filled: bool,
     users: u32,
     /// Place in the order of use, while nobody uses it.
     stamp: u64,
@@ -106,24 +121,29 @@ impl Shadow {
         hit
     }
 
-    /// A prompt was prefilled: its chunks are resident, and in use until [`Shadow::finished`].
-    pub fn prefilled(&mut self, chunks: &[u64], spread: &Spread) {
+    /// A prompt was taken: its chunks are in use until [`Shadow::finished`] or [`Shadow::abandoned`].
+    /// Returns how many of them; fewer than all where no more fit the shadow.
+    pub fn taken(&mut self, chunks: &[u64], spread: &Spread) -> usize {
+        let known = self.hit(chunks);
         let mut before = 0;
         for (at, chunk) in chunks.iter().enumerate() {
-            if let Some(entry) = self.entries.get_mut(chunk) {
-                if entry.users == 0 {
-                    self.unused.remove(&entry.stamp);
-                }
-                entry.users += 1;
-                before = entry.tokens.max(before);
+            if self.hold(*chunk) {
+                before = self.entries[chunk].tokens.max(before);
                 continue;
             }
-            let tokens = spread.tokens_at(at).max(before);
+            while self.entries.len() >= MAX_CHUNKS {
+                if !self.evict_oldest() {
+                    return at;
+                }
+            }
+            let tokens = spread.tokens_at(at, known).max(before);
             let own = tokens - before;
             before = tokens;
             let entry = Entry {
                 tokens,
                 own,
+                counted: false,
+                filled: false,
                 users: 1,
                 stamp: 0,
             };
@@ -135,18 +155,78 @@ impl Shadow {
             });
         }
         self.evict();
+        chunks.len()
     }
 
-    /// A request whose prompt was prefilled is over: nobody uses its chunks for it any more. `beyond`
-    /// are the tokens that it leaves behind them: the prompt's end and the answer.
-    pub fn finished(&mut self, chunks: &[u64], beyond: u32) {
+    /// A prompt that was taken is prefilled.
+    pub fn prefilled(&mut self, chunks: &[u64]) {
+        for chunk in chunks {
+            if let Some(entry) = self.entries.get_mut(chunk) {
+                entry.filled = true;
+            }
+        }
+    }
+
+    /// A request is over before its prompt was prefilled: what nobody else brought is not there.
+    pub fn abandoned(&mut self, chunks: &[u64], held: usize) {
+        for chunk in chunks[..held].iter().rev() {
+            let stamp = self.tick();
+            let Some(entry) = self.entries.get_mut(chunk).filter(|entry| entry.users > 0) else {
+                continue;
+            };
+            entry.users -= 1;
+            if entry.users > 0 {
+                continue;
+            }
+            entry.stamp = stamp;
+            if entry.filled {
+                self.unused.insert(stamp, Unused::Chunk(*chunk));
+            } else {
+                self.drop_unused(Unused::Chunk(*chunk));
+            }
+        }
+    }
+
+    /// The engine counted the tokens of this prompt: estimates of its chunks give way to that.
+    pub fn counted(&mut self, chunks: &[u64], spread: &Spread) {
+        let mut known = (0, 0);
+        let mut before = 0;
+        for (at, chunk) in chunks.iter().enumerate() {
+            let Some(entry) = self.entries.get_mut(chunk) else {
+                break;
+            };
+            if entry.counted {
+                before = entry.tokens.max(before);
+                known = (at + 1, before);
+                continue;
+            }
+            let tokens = spread.tokens_at(at, known).max(before);
+            let own = tokens - before;
+            before = tokens;
+            self.used = self.used - u64::from(entry.own) + u64::from(own);
+            if entry.tokens != tokens {
+                self.changes.push(Change::Stored {
+                    chunk: *chunk,
+                    tokens,
+                });
+            }
+            entry.tokens = tokens;
+            entry.own = own;
+            entry.counted = true;
+        }
+        self.evict();
+    }
+
+    /// A request is over: nobody uses the `held` first of its chunks for it any more. `beyond` are the
+    /// tokens that it leaves behind them: the prompt's end and the answer.
+    pub fn finished(&mut self, chunks: &[u64], held: usize, beyond: u32) {
         if beyond > 0 {
             self.used += u64::from(beyond);
             let stamp = self.tick();
             self.unused.insert(stamp, Unused::Tokens(beyond));
         }
         // From the end: what is nearest to the root is the newest.
-        for chunk in chunks.iter().rev() {
+        for chunk in chunks[..held].iter().rev() {
             let stamp = self.tick();
             if let Some(entry) = self.entries.get_mut(chunk)
                 && entry.users > 0
@@ -166,7 +246,9 @@ impl Shadow {
     pub fn correct(&mut self, predicted: u32, reported: u32, tolerance: u32) {
         let factor = if predicted > reported.saturating_add(tolerance) {
             SHRINK
-        } else if reported > predicted.saturating_add(tolerance) {
+        } else if reported > predicted.saturating_add(tolerance)
+            && self.used as f64 >= self.capacity * FULL
+        {
             GROW
         } else {
             return;
@@ -175,10 +257,19 @@ impl Shadow {
         self.evict();
     }
 
-    /// What nobody uses is not believed any more.
-    pub fn forget_unused(&mut self) {
-        while let Some((_, oldest)) = self.unused.pop_first() {
-            self.drop_unused(oldest);
+    /// A point in the order of use: what is used from here on is newer.
+    #[must_use]
+    pub const fn mark(&self) -> u64 {
+        self.clock
+    }
+
+    /// What was last used before a [`Shadow::mark`] is not believed any more.
+    pub fn forget_before(&mut self, mark: u64) {
+        while let Some(oldest) = self.unused.first_entry()
+            && *oldest.key() <= mark
+        {
+            let unused = oldest.remove();
+            self.drop_unused(unused);
         }
     }
 
@@ -212,13 +303,29 @@ impl Shadow {
         self.clock
     }
 
-    fn evict(&mut self) {
-        while self.used as f64 > self.capacity || self.entries.len() > MAX_CHUNKS {
-            let Some((_, oldest)) = self.unused.pop_first() else {
-                return;
-            };
-            self.drop_unused(oldest);
+    /// Takes a chunk into use, if it is resident.
+    fn hold(&mut self, chunk: u64) -> bool {
+        let Some(entry) = self.entries.get_mut(&chunk) else {
+            return false;
+        };
+        if entry.users == 0 {
+            self.unused.remove(&entry.stamp);
         }
+        entry.users += 1;
+        true
+    }
+
+    fn evict(&mut self) {
+        while self.used as f64 > self.capacity && self.evict_oldest() {}
+    }
+
+    /// Returns whether there was anything that nobody uses.
+    fn evict_oldest(&mut self) -> bool {
+        let oldest = self.unused.pop_first();
+        if let Some((_, unused)) = oldest {
+            self.drop_unused(unused);
+        }
+        oldest.is_some()
     }
 
     fn drop_unused(&mut self, unused: Unused) {

@@ -21,8 +21,9 @@ fn spread(chunks: usize) -> Spread {
 }
 
 fn run(shadow: &mut Shadow, chunks: &[u64]) {
-    shadow.prefilled(chunks, &spread(chunks.len()));
-    shadow.finished(chunks, 0);
+    let held = shadow.taken(chunks, &spread(chunks.len()));
+    shadow.prefilled(chunks);
+    shadow.finished(chunks, held, 0);
 }
 
 #[test]
@@ -32,7 +33,15 @@ fn tokens_lie_evenly_on_chunks_and_the_last_is_never_cached() {
         prompt_bytes: 512,
         chunk_bytes: 256,
     };
-    assert_eq!((spread.tokens_at(0), spread.tokens_at(1)), (5, 9));
+    assert_eq!(
+        (spread.tokens_at(0, (0, 0)), spread.tokens_at(1, (0, 0))),
+        (5, 9)
+    );
+    assert_eq!(
+        spread.tokens_at(1, (1, 2)),
+        9,
+        "what is known is not spread again"
+    );
 }
 
 #[test]
@@ -53,12 +62,46 @@ fn what_was_prefilled_is_resident_until_others_need_the_room() {
 #[test]
 fn what_is_in_use_stays_and_answers_take_room() {
     let mut shadow = Shadow::new(500);
-    shadow.prefilled(&[1, 2, 3], &spread(3));
+    assert_eq!(shadow.taken(&[1, 2, 3], &spread(3)), 3);
+    shadow.prefilled(&[1, 2, 3]);
     run(&mut shadow, &[10, 11, 12]);
     assert_eq!(shadow.hit(&[1, 2, 3]), (3, 300));
     assert_eq!(shadow.hit(&[10, 11, 12]), (2, 200));
-    shadow.finished(&[1, 2, 3], 100);
+    shadow.finished(&[1, 2, 3], 3, 100);
     assert_eq!(shadow.hit(&[10, 11]), (1, 100));
+}
+
+#[test]
+fn what_was_taken_counts_and_is_gone_if_it_was_never_prefilled() {
+    let mut shadow = Shadow::new(1_000);
+    run(&mut shadow, &[1]);
+    shadow.taken(&[1, 2, 3], &spread(3));
+    assert_eq!(shadow.hit(&[1, 2, 3]), (3, 300));
+    shadow.taken(&[1, 2, 4], &spread(3));
+    shadow.abandoned(&[1, 2, 3], 3);
+    assert_eq!(
+        shadow.hit(&[1, 2, 3]),
+        (2, 200),
+        "another has begun the second"
+    );
+    shadow.abandoned(&[1, 2, 4], 3);
+    assert_eq!(shadow.hit(&[1, 2, 3]), (1, 100));
+    assert_eq!(shadow.tokens().0, 100);
+}
+
+#[test]
+fn an_engines_count_takes_the_place_of_an_estimate() {
+    let mut shadow = Shadow::new(1_000);
+    let held = shadow.taken(&[1, 2], &spread(2));
+    shadow.prefilled(&[1, 2]);
+    let counted = Spread {
+        prompt_tokens: 401,
+        ..spread(2)
+    };
+    shadow.counted(&[1, 2], &counted);
+    shadow.finished(&[1, 2], held, 0);
+    assert_eq!(shadow.hit(&[1]), (1, 200));
+    assert_eq!(shadow.tokens().0, 400);
 }
 
 #[test]
@@ -71,7 +114,18 @@ fn the_size_follows_what_the_engine_says() {
     assert!((600..700).contains(&shrunk), "{shrunk}");
     (0..1_000).for_each(|_| shadow.correct(500, 100, 200));
     assert_eq!(shadow.tokens().1, 250);
-    (0..1_000).for_each(|_| shadow.correct(0, 500, 200));
+    shadow.correct(0, 500, 200);
+    assert_eq!(
+        shadow.tokens().1,
+        250,
+        "it has room: its size is not to blame"
+    );
+    for n in 0..2_000 {
+        shadow.finished(&[], 0, 10);
+        if n > 100 {
+            shadow.correct(0, 500, 200);
+        }
+    }
     assert_eq!(shadow.tokens().1, 1_250);
     shadow.correct(300, 200, 200);
     assert_eq!(shadow.tokens().1, 1_250, "within the grain");
@@ -242,9 +296,15 @@ proptest! {
         let mut mirror: BTreeMap<u64, u32> = BTreeMap::new();
         for (family, length, answer) in paths {
             let chunks: Vec<u64> = (0..length as u64).map(|at| family * 100 + at).collect();
-            shadow.prefilled(&chunks, &spread(length));
+            let held = shadow.taken(&chunks, &spread(length));
             prop_assert_eq!(shadow.hit(&chunks).0, length);
-            shadow.finished(&chunks, answer);
+            if answer % 3 == 0 {
+                shadow.abandoned(&chunks, held);
+            } else {
+                shadow.prefilled(&chunks);
+                shadow.counted(&chunks, &spread(length));
+                shadow.finished(&chunks, held, answer);
+            }
             let (used, capacity) = shadow.tokens();
             prop_assert!(used <= capacity, "{} of {}", used, capacity);
             for change in shadow.take_changes() {

@@ -142,6 +142,7 @@ impl Core {
         };
         self.body_bytes += offer.body_bytes;
         let cached_tokens = self.cache.hit(&offer.prompt);
+        let held = self.cache.taken(&offer.prompt);
         let unseen_prefill = (!offer.stream).then(|| self.prefill_time(offer, cached_tokens));
         let placement = Placement {
             stage,
@@ -149,6 +150,7 @@ impl Core {
             deadline: now + offer.deadline,
             body_bytes: offer.body_bytes,
             prompt: offer.prompt.clone(),
+            held,
             cached_tokens,
             max_tokens: offer.max_tokens,
             unseen_prefill,

@@ -42,6 +42,14 @@ impl Prompt {
     }
 }
 
+/// What a placement holds of the cache.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    chunks: usize,
+    /// Of which life of the engine's cache.
+    life: u64,
+}
+
 /// A grade that changed, for whoever reads the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GradeChange {
@@ -63,6 +71,8 @@ pub(super) struct Cache {
     life: u64,
     kv_tokens: u64,
     forgotten: Now,
+    /// The order of use, as of then.
+    mark: u64,
     told: Option<GradeChange>,
 }
 
@@ -82,6 +92,7 @@ impl Cache {
             life,
             kv_tokens,
             forgotten: Now::default(),
+            mark: 0,
             told: None,
         }
     }
@@ -92,21 +103,45 @@ impl Cache {
         tokens.min(prompt.tokens.saturating_sub(1))
     }
 
+    /// The prompt was taken: it will be resident before anything that is taken later runs. Returns how
+    /// many of its chunks are held for it.
+    pub(super) fn taken(&mut self, prompt: &Prompt) -> Held {
+        let spread = prompt.spread(prompt.tokens);
+        let chunks = self.shadow.taken(&prompt.chunks, &spread);
+        self.note();
+        Held {
+            chunks,
+            life: self.life,
+        }
+    }
+
     /// The prompt is prefilled.
     pub(super) fn prefilled(&mut self, prompt: &Prompt) {
-        self.shadow
-            .prefilled(&prompt.chunks, &prompt.spread(prompt.tokens));
-        self.note();
+        self.shadow.prefilled(&prompt.chunks);
+    }
+
+    /// The request is over and was not prefilled.
+    pub(super) fn abandoned(&mut self, prompt: &Prompt, held: Held) {
+        if held.life == self.life {
+            self.shadow.abandoned(&prompt.chunks, held.chunks);
+            self.note();
+        }
     }
 
     /// A request whose prompt was prefilled is over.
-    pub(super) fn finished(&mut self, prompt: &Prompt, usage: Usage) {
+    pub(super) fn finished(&mut self, prompt: &Prompt, held: Held, usage: Usage) {
+        if held.life != self.life {
+            return;
+        }
         let tokens = usage.prompt_tokens.unwrap_or(prompt.tokens);
+        if let Some(counted) = usage.prompt_tokens {
+            self.shadow.counted(&prompt.chunks, &prompt.spread(counted));
+        }
         let (_, resident) = self.shadow.hit(&prompt.chunks);
         let beyond = tokens.saturating_sub(resident);
         let answer = usage.completion_tokens.unwrap_or(0);
         self.shadow
-            .finished(&prompt.chunks, beyond.saturating_add(answer));
+            .finished(&prompt.chunks, held.chunks, beyond.saturating_add(answer));
         self.note();
     }
 
@@ -133,8 +168,10 @@ impl Cache {
     /// Time passed: without a grade nothing is believed for long.
     pub(super) fn pass(&mut self, now: Now) {
         if self.check.grade() == Grade::Blind && now.since(self.forgotten) >= BLIND_FOR {
+            // Everything gets one to two of these spans.
             self.forgotten = now;
-            self.shadow.forget_unused();
+            self.shadow.forget_before(self.mark);
+            self.mark = self.shadow.mark();
             self.note();
         }
     }
@@ -143,6 +180,7 @@ impl Cache {
     pub(super) fn lost(&mut self) {
         self.life = self.life.wrapping_add(1);
         self.shadow = Shadow::new(self.kv_tokens);
+        self.mark = 0;
         self.check.reset();
         self.publisher = Publisher::new(self.incarnation, self.life, self.check.grade());
     }

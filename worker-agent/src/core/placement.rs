@@ -6,7 +6,7 @@ use forebay_proto::Now;
 use forebay_scheduler::Load;
 use forebay_scheduler::model::attention_pairs;
 
-use super::cache::Prompt;
+use super::cache::{Held, Prompt};
 
 /// One placement of this agent's life; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -140,6 +140,7 @@ pub(super) struct Placement {
     /// What it holds of the body budget.
     pub(super) body_bytes: u64,
     pub(super) prompt: Prompt,
+    pub(super) held: Held,
     /// Tokens of the prompt that were predicted to be in the cache when it was taken.
     pub(super) cached_tokens: u32,
     /// Most tokens of the answer; 0: not known.

@@ -343,10 +343,16 @@ impl Core {
         match placement.stage {
             Stage::Dispatched { .. } if whole => {
                 self.cache.prefilled(&placement.prompt);
-                self.cache.finished(&placement.prompt, placement.usage);
+                let Placement { prompt, usage, .. } = &placement;
+                self.cache.finished(prompt, placement.held, *usage);
             }
-            Stage::Streaming { .. } => self.cache.finished(&placement.prompt, placement.usage),
-            Stage::Queued | Stage::Dispatched { .. } => {}
+            Stage::Streaming { .. } => {
+                let Placement { prompt, usage, .. } = &placement;
+                self.cache.finished(prompt, placement.held, *usage);
+            }
+            Stage::Queued | Stage::Dispatched { .. } => {
+                self.cache.abandoned(&placement.prompt, placement.held);
+            }
         }
         if end == End::Complete {
             self.cache

@@ -1,0 +1,78 @@
+//! `forebay compare`, with its hit ratio recomputed by somebody who knows none of its code.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::harness::{alone, forebay};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
+}
+
+/// Compares two policies on the sample; their results and lines are checked alike for each endpoint.
+fn compared(endpoint: &str, policies: &str) -> Value {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = forebay();
+    command.args([
+        "compare",
+        "--policies",
+        policies,
+        "--limit",
+        "60",
+        "--jitter",
+    ]);
+    command.args(["--workers", "3", "--balancers", "2", "--speed", "10"]);
+    command.args(["--endpoint", endpoint, "--output", "json"]);
+    command.arg("--per-request").arg(dir.path());
+    let done = command.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    let result: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(result["schema_version"], 1);
+    for policy in policies.split(',') {
+        let of = &result["policies"][policy];
+        assert_eq!(
+            (&of["requests"], &of["errors"]),
+            (&60.into(), &0.into()),
+            "{of}"
+        );
+        assert!(
+            of["ttft_ms"]["p99"].as_f64() >= of["ttft_ms"]["p50"].as_f64(),
+            "{of}"
+        );
+        assert!(
+            of["tpot_ms"]["p50"].as_f64() > Some(20.0),
+            "in the trace's time: {of}"
+        );
+        assert!(of["workers"].as_object().unwrap().len() > 1, "{of}");
+        let lines = dir.path().join(format!("{policy}.jsonl"));
+        let checked = Command::new("python3")
+            .arg(root().join("docs/evidence/recompute_hits.py"))
+            .arg(root().join("sim/data/mooncake-conversation-sample.jsonl.gz"))
+            .arg(lines)
+            .args(["--block-size", "512"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&checked.stdout);
+        assert!(checked.status.success(), "{policy}: {said}");
+    }
+    result
+}
+
+#[test]
+fn policies_are_compared_on_fleets_of_their_own_and_the_hit_ratio_holds() {
+    let result = compared("chat", "forebay,round-robin");
+    let ratio = |policy: &str| result["policies"][policy]["cached_token_ratio"].as_f64();
+    assert!(ratio("forebay") > ratio("round-robin"), "{result}");
+}
+
+#[test]
+fn completions_are_compared_alike() {
+    compared("completions", "forebay");
+}
