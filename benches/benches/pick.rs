@@ -14,7 +14,8 @@ use forebay_benches::Timed;
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
-use forebay_scheduler::{Acceptance, Known, Load, View};
+use forebay_scheduler::policy::{self, Request};
+use forebay_scheduler::{Acceptance, Known, Load, View, Work};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -73,7 +74,7 @@ fn world(workers: u32, rng: &mut StdRng) -> View {
         };
         view.report(Now::default(), load);
         for _ in 0..8 {
-            view.book(WorkerId(worker));
+            view.book(WorkerId(worker), Work::default());
         }
     }
     view
@@ -87,8 +88,13 @@ fn main() {
     for workers in [10, 100, 1_000] {
         let mut rng = StdRng::seed_from_u64(1);
         let view = world(workers, &mut rng);
+        let request = Request {
+            prompt_tokens: 4_000.0,
+            ..Request::of("m")
+        };
+        let policy = policy::default();
         let picked = Timed::run(PICKS, || {
-            black_box(view.pick(Now::default(), "m", &[], &mut rng)).expect("all are open");
+            black_box(view.pick(Now::default(), &request, policy, &mut rng)).expect("all are open");
         });
         let loads: Vec<(u32, u64)> = (0..workers).map(|_| rng.random()).collect();
         let plain = Timed::run(PICKS, || {
