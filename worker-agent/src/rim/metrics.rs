@@ -6,6 +6,8 @@ use forebay_admin::prometheus_client::metrics::family::Family;
 use forebay_admin::prometheus_client::metrics::gauge::Gauge;
 use forebay_admin::prometheus_client::registry::Registry;
 
+use forebay_scheduler::residency::Grade;
+
 use crate::core::{Core, End, Ending, EngineState, RefusalReason};
 
 type Labels = [(&'static str, &'static str); 1];
@@ -18,6 +20,10 @@ pub(super) struct Metrics {
     slots: Gauge,
     body_bytes: Gauge,
     engine_up: Gauge,
+    resident: Gauge,
+    trusted: Gauge,
+    predicted: Gauge,
+    reported: Gauge,
     accepted: Counter,
     refused: Family<Labels, Counter>,
     ended: Family<Labels, Counter>,
@@ -67,6 +73,26 @@ impl Metrics {
             "Whether the engine answers",
             &self.engine_up,
         );
+        gauge(
+            "forebay_agent_resident_chunks",
+            "Chunks of prompts that are believed to be in the engine's cache",
+            &self.resident,
+        );
+        gauge(
+            "forebay_agent_residency_trusted",
+            "Whether predictions of the engine's cache hold; 0: the grade is blind",
+            &self.trusted,
+        );
+        gauge(
+            "forebay_agent_cached_tokens_predicted",
+            "Prompt tokens that were predicted to be cached, where the engine told how many were",
+            &self.predicted,
+        );
+        gauge(
+            "forebay_agent_cached_tokens_reported",
+            "Prompt tokens that were cached, as the engine told",
+            &self.reported,
+        );
         registry.register(
             "forebay_agent_accepted",
             "Placements taken",
@@ -102,6 +128,12 @@ impl Metrics {
         self.body_bytes.set(body_bytes);
         self.engine_up
             .set((core.engine() == EngineState::Up).into());
+        let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        self.resident.set(number(core.resident_chunks() as u64));
+        self.trusted.set((core.grade() != Grade::Blind).into());
+        let (predicted, reported) = core.cached_tokens();
+        self.predicted.set(number(predicted));
+        self.reported.set(number(reported));
     }
 
     pub(super) fn accepted(&self) {
