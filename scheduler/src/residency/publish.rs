@@ -91,6 +91,22 @@ impl Publisher {
         self.grade = grade;
     }
 
+    /// Whether the next [`Publisher::flush`] may have something to tell.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        !self.touched.is_empty() || self.grade != self.grade_told
+    }
+
+    /// Whether somebody with this cursor needs a snapshot.
+    #[must_use]
+    pub fn needs_snapshot(&self, cursor: Option<Cursor>) -> bool {
+        let Some(cursor) = cursor.filter(|cursor| cursor.cache == self.cache) else {
+            return true;
+        };
+        let oldest = self.ring.front().map_or(self.seq + 1, |delta| delta.seq);
+        cursor.seq > self.seq || cursor.seq + 1 < oldest
+    }
+
     /// How many chunks are resident.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -171,19 +187,14 @@ impl Publisher {
     /// What somebody with this cursor needs; `None`: has nothing.
     #[must_use]
     pub fn since(&self, cursor: Option<Cursor>) -> Next {
-        let Some(cursor) = cursor.filter(|cursor| cursor.cache == self.cache) else {
+        let Some(cursor) = cursor.filter(|_| !self.needs_snapshot(cursor)) else {
             return Next::Snapshot(self.snapshot());
         };
         if cursor.seq == self.seq {
             return Next::Nothing;
         }
-        match self.ring.front() {
-            Some(oldest) if oldest.seq <= cursor.seq + 1 && cursor.seq < self.seq => {
-                let first = self.ring.partition_point(|delta| delta.seq <= cursor.seq);
-                Next::Deltas(self.ring.range(first..).cloned().collect())
-            }
-            Some(_) | None => Next::Snapshot(self.snapshot()),
-        }
+        let first = self.ring.partition_point(|delta| delta.seq <= cursor.seq);
+        Next::Deltas(self.ring.range(first..).cloned().collect())
     }
 
     fn snapshot(&self) -> Vec<wire::ResidencySnapshot> {
