@@ -36,8 +36,8 @@ impl Prompt {
     }
 
     fn grain_tokens(&self) -> u32 {
-        let bytes = u64::from(self.chunk_bytes * GRAIN_CHUNKS);
-        let tokens = u64::from(self.tokens) * bytes / self.bytes.max(1);
+        let bytes = u128::from(self.chunk_bytes) * u128::from(GRAIN_CHUNKS);
+        let tokens = u128::from(self.tokens) * bytes / u128::from(self.bytes.max(1));
         u32::try_from(tokens).unwrap_or(u32::MAX)
     }
 }
@@ -74,6 +74,8 @@ pub(super) struct Cache {
     /// The order of use, as of then.
     mark: u64,
     told: Option<GradeChange>,
+    /// The engine counted something once.
+    counts: bool,
 }
 
 impl std::fmt::Debug for Cache {
@@ -94,6 +96,7 @@ impl Cache {
             forgotten: Now::default(),
             mark: 0,
             told: None,
+            counts: false,
         }
     }
 
@@ -146,8 +149,13 @@ impl Cache {
     }
 
     /// The engine said, or did not say, what it had of a prompt.
-    pub(super) fn observe(&mut self, prompt: &Prompt, predicted: u32, usage: Usage) {
-        if prompt.chunks.is_empty() || usage == Usage::default() {
+    ///
+    /// An answer without any count, of an engine that counts, is none: it refused the request.
+    pub(super) fn observe(&mut self, prompt: &Prompt, held: Held, predicted: u32, usage: Usage) {
+        let counts = usage != Usage::default();
+        self.counts |= counts;
+        let silent = !counts && self.counts;
+        if prompt.chunks.is_empty() || silent || held.life != self.life {
             return;
         }
         let grain = prompt.grain_tokens();
@@ -181,12 +189,17 @@ impl Cache {
         self.life = self.life.wrapping_add(1);
         self.shadow = Shadow::new(self.kv_tokens);
         self.mark = 0;
+        self.counts = false;
         self.check.reset();
         self.publisher = Publisher::new(self.incarnation, self.life, self.check.grade());
     }
 
     fn note(&mut self) {
         self.publisher.note(self.shadow.take_changes());
+    }
+
+    pub(super) fn news(&self) -> (u64, bool) {
+        (self.life, self.publisher.is_pending())
     }
 
     pub(super) const fn publisher(&mut self) -> &mut Publisher {

@@ -304,6 +304,12 @@ impl Core {
         self.cache.publisher()
     }
 
+    /// Which life of the engine's cache is published, and whether there is something to tell of it.
+    #[must_use]
+    pub fn residency_news(&self) -> (u64, bool) {
+        self.cache.news()
+    }
+
     /// A change of the grade that nobody was told of yet.
     pub fn take_grade_change(&mut self) -> Option<GradeChange> {
         self.cache.take_grade_change()
@@ -355,8 +361,9 @@ impl Core {
             }
         }
         if end == End::Complete {
+            let Placement { prompt, usage, .. } = &placement;
             self.cache
-                .observe(&placement.prompt, placement.cached_tokens, placement.usage);
+                .observe(prompt, placement.held, placement.cached_tokens, *usage);
         }
         let [queue, first_byte, service] = placement.times(now);
         match placement.stage {

@@ -394,3 +394,63 @@ fn an_engine_that_does_not_count_is_believed_for_two_minutes_at_most() {
     (0..30).for_each(|now| serve(&mut core, 123_000 + now, Some(1_000)));
     assert_eq!(core.take_grade_change(), Some(GradeChange::Restored));
 }
+
+#[test]
+fn an_engine_that_counts_nothing_at_all_is_not_trusted_and_a_refusal_is_no_silence() {
+    let serve = |core: &mut Core, now, usage| {
+        let id = with_prompt(core, now, prompt(0..10)).id;
+        core.first_byte(at(now), id);
+        core.usage(id, usage);
+        core.end(at(now), id, End::Complete);
+    };
+    let mut core = open();
+    (1..=20).for_each(|now| serve(&mut core, now, Usage::default()));
+    assert_eq!(core.take_grade_change(), Some(GradeChange::Silent));
+
+    let mut core = open();
+    let counted = Usage {
+        prompt_tokens: Some(1_001),
+        cached_tokens: Some(0),
+        completion_tokens: Some(1),
+    };
+    serve(&mut core, 1, counted);
+    (2..=40).for_each(|now| serve(&mut core, now, Usage::default()));
+    assert_eq!(core.take_grade_change(), None);
+}
+
+#[test]
+fn what_was_placed_before_the_engine_went_away_says_nothing_of_its_new_cache() {
+    let mut core = open();
+    let id = with_prompt(&mut core, 1, prompt(0..10)).id;
+    core.first_byte(at(2), id);
+    core.engine_down(at(3));
+    core.engine_up(&["m".into()]);
+    let (life, _) = core.residency_news();
+    core.usage(
+        id,
+        Usage {
+            prompt_tokens: Some(1_001),
+            cached_tokens: Some(900),
+            completion_tokens: Some(5),
+        },
+    );
+    core.end(at(4), id, End::Complete);
+    assert_eq!(core.resident_chunks(), 0);
+    assert_eq!(core.cached_tokens(), (0, 0));
+    assert_eq!(core.residency_news(), (life, false));
+}
+
+#[test]
+fn forgetting_is_news_without_a_report() {
+    let mut core = open();
+    for now in 1..=20 {
+        let id = with_prompt(&mut core, now, prompt(0..10)).id;
+        core.first_byte(at(now), id);
+        core.end(at(now), id, End::Complete);
+    }
+    core.expire(at(61_000));
+    core.publisher().flush();
+    let before = core.seq();
+    core.expire(at(122_000));
+    assert_eq!((core.seq(), core.residency_news().1), (before, true));
+}

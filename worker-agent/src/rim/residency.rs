@@ -28,6 +28,14 @@ pub(super) async fn tell(
     let telling = async {
         loop {
             changed.mark_unchanged();
+            let far_behind = shared.with(|core, _| core.publisher().needs_snapshot(cursor));
+            // Who takes its snapshot slowly makes the others wait, but not for ever.
+            let turn = match far_behind {
+                true => tokio::time::timeout(shared.patience.peer, shared.snapshots.acquire())
+                    .await
+                    .ok(),
+                false => None,
+            };
             let (next, newest) = shared.with(|core, _| {
                 let publisher = core.publisher();
                 publisher.flush();
@@ -39,6 +47,7 @@ pub(super) async fn tell(
                     return;
                 }
             }
+            drop(turn);
             cursor = Some(newest);
             if changed.changed().await.is_err() {
                 return;

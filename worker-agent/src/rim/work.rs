@@ -9,7 +9,7 @@ use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -28,6 +28,9 @@ use crate::wire;
 
 /// Connections to the engine kept beyond those of its slots: for probes.
 const SPARE_CONNECTIONS: usize = 2;
+
+/// Balancers that are sent a snapshot of the cache at once; others wait for their turn.
+const SNAPSHOTS: usize = 4;
 
 /// For the last frames of what just ended to arrive.
 const TELLING: Duration = Duration::from_secs(1);
@@ -128,6 +131,7 @@ impl Work {
             metrics,
             links: Links::default(),
             resident: watch::Sender::new(()),
+            snapshots: Semaphore::new(SNAPSHOTS),
             carried: watch::Sender::new(0),
         });
         let tasks = [
@@ -187,6 +191,8 @@ pub(super) struct Shared {
     pub(super) links: Links,
     /// Told when what is resident may have changed.
     resident: watch::Sender<()>,
+    /// Who may be sent a snapshot: each is a copy of all that is resident.
+    pub(super) snapshots: Semaphore,
     /// Streams that have not come to their end.
     carried: watch::Sender<usize>,
 }
@@ -238,6 +244,7 @@ impl Shared {
     fn enter<T>(&self, act: impl FnOnce(&mut Inner, Now) -> T) -> T {
         let mut inner = self.inner.lock();
         let before = inner.core.seq();
+        let (life, _) = inner.core.residency_news();
         let result = act(&mut inner, self.now());
         while let Some(effect) = inner.core.poll_effect() {
             self.perform(&mut inner, effect);
@@ -252,9 +259,13 @@ impl Shared {
         });
         let changed = core.seq() != before;
         let grade = inner.core.take_grade_change();
+        let (now_life, news) = inner.core.residency_news();
         drop(inner);
         if changed {
             self.changed.notify_one();
+        }
+        // Also where nothing changed that a report shows: what is not believed any more is forgotten.
+        if news || now_life != life {
             self.resident.send_replace(());
         }
         if let Some(grade) = grade {
@@ -452,7 +463,8 @@ async fn accept(endpoint: Endpoint, shared: Arc<Shared>) {
 
 /// Carries what comes on one link; its placements end with it.
 async fn serve(link: Link, shared: Arc<Shared>) {
-    if !Rpc::Place.allows(link.peer().role) {
+    let role = link.peer().role;
+    if !(Rpc::Place.allows(role) && Rpc::Follow.allows(role)) {
         return link.close(Code::Identity, "only balancers place requests");
     }
     tracing::info!(?link, "a balancer connected");
