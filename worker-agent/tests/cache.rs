@@ -27,12 +27,14 @@ struct Following {
 
 impl Following {
     async fn start(balancer: &Balancer) -> Self {
+        Self::from(balancer, &work::Follow::default()).await
+    }
+
+    /// Follows from what it says it holds.
+    async fn from(balancer: &Balancer, held: &work::Follow) -> Self {
         let (mut sender, receiver) = balancer.link.open().unwrap();
-        let nothing = work::Follow::default();
-        sender
-            .send(&Frame::message(Kind::Follow, &nothing))
-            .await
-            .unwrap();
+        let follow = Frame::message(Kind::Follow, held);
+        sender.send(&follow).await.unwrap();
         let own: Incarnation = OWN;
         Self {
             sender,
@@ -51,6 +53,15 @@ impl Following {
         }
         .unwrap()
     }
+}
+
+/// Serves one request with a prompt of three chunks.
+async fn serve(balancer: &Balancer) {
+    let body = chat(true, 3);
+    let mut placed = balancer.offer(&prompted(&body)).await;
+    placed.accepted().await;
+    placed.send_body(&body).await;
+    assert!(placed.answer().await.trailer.is_some());
 }
 
 fn prompted(body: &str) -> work::Place {
@@ -119,4 +130,62 @@ async fn counts_that_the_client_asked_for_stay() {
     let answer = placed.answer().await;
     let text = String::from_utf8(answer.text).unwrap();
     assert!(text.contains("\"usage\":{"), "{text}");
+}
+
+#[tokio::test]
+async fn who_comes_back_is_told_what_it_missed_and_who_is_lost_is_told_everything() {
+    let engine = Engine::start(([127, 0, 0, 1], 0).into(), |_| {}).await;
+    let agent = Agent::start(&engine, 2, 2).await;
+    let balancer = agent.balancer("b1").await;
+    let mut first = Following::start(&balancer).await;
+    first.next().await;
+    let held = first.follower.cursor().unwrap();
+    drop(first);
+    serve(&balancer).await;
+
+    let known = work::Follow {
+        incarnation: Some(OWN.to_wire()),
+        cache: held.cache,
+        seq: held.seq,
+    };
+    let mut back = Following::from(&balancer, &known).await;
+    let frame = tokio::time::timeout(PATIENCE, back.receiver.recv()).await;
+    assert_eq!(frame.unwrap().unwrap().unwrap().kind, Kind::ResidencyDelta);
+
+    for other in [
+        work::Follow {
+            cache: held.cache ^ 1,
+            ..known
+        },
+        work::Follow {
+            seq: held.seq + 1_000,
+            ..known
+        },
+    ] {
+        let mut lost = Following::from(&balancer, &other).await;
+        assert_eq!(lost.next().await.len(), 4, "all of it: {other:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_went_away_is_followed_into_an_empty_cache() {
+    let engine = Engine::start(([127, 0, 0, 1], 0).into(), |_| {}).await;
+    let agent = Agent::start(&engine, 2, 2).await;
+    let balancer = agent.balancer("b1").await;
+    let mut following = Following::start(&balancer).await;
+    following.next().await;
+    serve(&balancer).await;
+    following.next().await;
+    let cache = following.follower.cursor().unwrap().cache;
+    assert_eq!(following.follower.len(), 3);
+    let address = engine.kill().await;
+    let ops = loop {
+        let ops = following.next().await;
+        if following.follower.cursor().unwrap().cache != cache {
+            break ops;
+        }
+    };
+    assert_eq!(ops, [Op::Clear]);
+    assert!(following.follower.is_empty());
+    let _engine = Engine::start(address, |_| {}).await;
 }
