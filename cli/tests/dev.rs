@@ -161,6 +161,83 @@ fn a_fleet_dies_with_its_supervisor_and_resumes_from_its_directory() {
     assert!(!dir.join("data/run.json").exists());
 }
 
+/// The policy of each pool, as the control plane has it.
+fn policies(dir: &Path) -> Vec<String> {
+    let output = forebay()
+        .args(["config", "show", "--output", "json", "--context"])
+        .arg(dir.join("data/context.toml"))
+        .output()
+        .unwrap();
+    let shown: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let pools = shown["document"]["pools"].as_array().unwrap().iter();
+    pools
+        .map(|pool| pool["policy"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn a_policy_is_a_fact_of_the_fleet_and_engines_are_as_told() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path();
+    let listen = {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap().to_string()
+    };
+    let stop = |mut dev: Dev| {
+        dev.signal(Signal::TERM);
+        assert!(dev.0.wait().unwrap().success());
+    };
+    let engines = [
+        "--workers",
+        "1",
+        "--profile",
+        "llama-8b-a100",
+        "--engine-kv-tokens",
+        "64000",
+        "--engine-speed",
+        "5",
+    ];
+    let with = |policy: &'static str| [&engines[..], &["--policy", policy]].concat();
+    let first = Dev::up(dir, &listen, &with("round-robin"));
+    assert_eq!(policies(dir), ["round-robin"]);
+    for process in ["e1", "w1"] {
+        let file = dir.join(format!("data/config/{process}.toml"));
+        let config = std::fs::read_to_string(file).unwrap();
+        for said in ["llama-8b-a100", "64000", "5.0"] {
+            assert!(config.contains(said), "{config}");
+        }
+    }
+    stop(first);
+
+    // Without the flag it stays what it is; another one replaces it.
+    let again = Dev::up(dir, &listen, &engines);
+    assert_eq!(policies(dir), ["round-robin"]);
+    stop(again);
+    let other = Dev::up(dir, &listen, &with("longest-prefix"));
+    assert_eq!(policies(dir), ["longest-prefix"]);
+    stop(other);
+}
+
+#[test]
+fn names_and_numbers_are_checked_before_anything_starts() {
+    for (args, said) in [
+        (["dev", "--policy", "best"], "least-requests"),
+        (["dev", "--profile", "abacus"], "llama-70b-h100-tp4"),
+        (["dev", "--engine-speed", "0"], "greater than 0"),
+        (["dev", "--engine-kv-tokens", "3"], "at least 16"),
+        (["compare", "--policies", "forebay,best"], "bounded-hash"),
+        (["compare", "--profile", "abacus"], "llama-8b-a100"),
+        (["compare", "--speed", "0"], "greater than 0"),
+        (["compare", "no-such-trace", "--jitter"], "agentic-coding"),
+        (["replay", "no-such-trace", "--jitter"], "azure-2023-conv"),
+    ] {
+        let output = forebay().args(args).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+        assert!(stderr.contains(said), "{args:?}: {stderr}");
+    }
+}
+
 #[test]
 fn workers_are_registered_in_the_order_of_their_names_and_every_metric_is_documented() {
     let temporary = tempfile::tempdir().unwrap();

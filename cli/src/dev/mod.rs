@@ -95,14 +95,23 @@ struct EngineOptions {
     #[arg(long, value_name = "N", default_value_t = 256)]
     engine_slots: u32,
     /// Tokens that the KV cache of one holds.
-    #[arg(long, value_name = "TOKENS", default_value_t = 3_000_000)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 3_000_000, value_parser = kv_tokens)]
     engine_kv_tokens: u64,
     /// Divides all their times: 10 is ten times as fast.
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = crate::verbs::replay::speed)]
     engine_speed: f64,
     /// Tokens that prompt and answer may have together.
     #[arg(long, value_name = "TOKENS", default_value_t = 1 << 20)]
     engine_max_context: u32,
+}
+
+/// At least one block of an engine; as much as a configuration file can say.
+pub(crate) fn kv_tokens(text: &str) -> Result<u64, String> {
+    let tokens: u64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (16..=i64::MAX.unsigned_abs()).contains(&tokens) {
+        return Ok(tokens);
+    }
+    Err("must be at least 16".to_owned())
 }
 
 /// Why `dev` does not run.

@@ -48,7 +48,7 @@ pub(crate) struct CompareArgs {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
     balancers: u16,
     /// How many times faster than recorded, arrivals and engines alike.
-    #[arg(long, value_name = "X", default_value_t = 10.0)]
+    #[arg(long, value_name = "X", default_value_t = 10.0, value_parser = super::replay::speed)]
     speed: f64,
     /// The server whose latency the engines have.
     #[arg(
@@ -59,7 +59,7 @@ pub(crate) struct CompareArgs {
     )]
     profile: String,
     /// Tokens that the KV cache of one engine holds.
-    #[arg(long, value_name = "TOKENS", default_value_t = 3_000_000)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 3_000_000, value_parser = crate::dev::kv_tokens)]
     engine_kv_tokens: u64,
     /// Write a file POLICY.jsonl for each policy, with a line for each request. Times are those of the
     /// clock, not of the trace.
@@ -78,12 +78,12 @@ struct Compared {
     balancers: u16,
     profile: String,
     engine_kv_tokens: u64,
-    policies: BTreeMap<String, Result>,
+    policies: BTreeMap<String, Measured>,
 }
 
 /// One policy. Times are the trace's, but for the lag.
 #[derive(Serialize)]
-struct Result {
+struct Measured {
     requests: u64,
     errors: u64,
     errors_by: Vec<ErrorCount>,
@@ -98,11 +98,7 @@ struct Result {
 }
 
 /// Runs `forebay compare`.
-pub(crate) fn run(args: &CompareArgs) -> std::result::Result<(), CliError> {
-    if !(args.speed.is_finite() && args.speed > 0.0) {
-        let problem = format!("--speed is {}, but must be greater than 0", args.speed);
-        return Err(CliError::usage(problem));
-    }
+pub(crate) fn run(args: &CompareArgs) -> Result<(), CliError> {
     let config = args.trace.config()?;
     if let Some(dir) = &args.per_request {
         std::fs::create_dir_all(dir).map_err(|error| CliError::File {
@@ -133,16 +129,18 @@ pub(crate) fn run(args: &CompareArgs) -> std::result::Result<(), CliError> {
                 "{policy} ({at} of {}): starting a fleet",
                 policies.len()
             ));
-            let measuring = measure(args, policy, config.clone());
-            let result = tokio::select! {
-                result = measuring => result?,
-                () = &mut stop => {
-                    return Err(CliError::because(Exit::Failed, "stopped before all was compared"));
-                }
+            let mut fleet = Fleet::spawn(args, policy)?;
+            let measured = tokio::select! {
+                measured = measure(args, policy, config.clone(), &mut fleet) => measured,
+                () = &mut stop => Err(CliError::because(
+                    Exit::Failed,
+                    "stopped before all was compared",
+                )),
             };
-            compared.policies.insert((*policy).clone(), result);
+            fleet.stop().await;
+            compared.policies.insert((*policy).clone(), measured?);
         }
-        Ok(())
+        Ok::<(), CliError>(())
     })?;
     args.output.print(&compared, || page(&compared, &policies));
     warn_of_lag(&compared);
@@ -160,8 +158,9 @@ async fn measure(
     args: &CompareArgs,
     policy: &str,
     config: replay::Config,
-) -> std::result::Result<Result, CliError> {
-    let fleet = Fleet::start(args, policy).await?;
+    fleet: &mut Fleet,
+) -> Result<Measured, CliError> {
+    fleet.up().await?;
     let targets = fleet.targets.clone();
     warm_up(&targets).await?;
     let config = replay::Config {
@@ -188,12 +187,11 @@ async fn measure(
     if let Some(lines) = lines {
         lines.finish()?;
     }
-    fleet.stop().await;
-    Ok(Result::of(report, args.speed))
+    Ok(Measured::of(report, args.speed))
 }
 
 /// A few short requests: connections stand, and the fleet's facts have arrived everywhere.
-async fn warm_up(targets: &[String]) -> std::result::Result<(), CliError> {
+async fn warm_up(targets: &[String]) -> Result<(), CliError> {
     let line = "{\"timestamp\":0,\"input_length\":8,\"output_length\":1}\n";
     let trace = Trace::from_bytes(
         line.repeat(2 * targets.len()).as_bytes(),
@@ -214,7 +212,7 @@ async fn warm_up(targets: &[String]) -> std::result::Result<(), CliError> {
     }
 }
 
-impl Result {
+impl Measured {
     fn of(report: Report, speed: f64) -> Self {
         let scaled = |p: Percentiles| {
             let times = |ms: Option<f64>| ms.map(|ms| ms * speed);
@@ -302,16 +300,17 @@ fn warn_of_lag(compared: &Compared) {
     }
 }
 
-/// A `forebay dev` of its own; stopped when dropped.
+/// A `forebay dev` of its own, which takes its processes with it; killed if it is dropped unstopped.
 struct Fleet {
     child: Child,
     targets: Vec<String>,
+    log: PathBuf,
     /// Removed with everything in it.
     dir: tempfile::TempDir,
 }
 
 impl Fleet {
-    async fn start(args: &CompareArgs, policy: &str) -> std::result::Result<Self, CliError> {
+    fn spawn(args: &CompareArgs, policy: &str) -> Result<Self, CliError> {
         let failed = |what: String| CliError::because(Exit::Failed, what);
         let dir = tempfile::tempdir()
             .map_err(|error| failed(format!("cannot make a temporary directory: {error}")))?;
@@ -343,33 +342,35 @@ impl Fleet {
             .spawn()
             .map_err(|error| failed(format!("cannot start the fleet: {error}")))?;
         let ports = (0..args.balancers).map(|n| listen.port() + n);
-        let mut fleet = Self {
+        Ok(Self {
             child,
             targets: ports
                 .map(|port| format!("http://127.0.0.1:{port}"))
                 .collect(),
+            log,
             dir,
-        };
-        if fleet.is_up().await {
-            return Ok(fleet);
-        }
-        let said = std::fs::read_to_string(&log).unwrap_or_default();
-        let lines: Vec<&str> = said.trim_end().lines().rev().take(5).collect();
-        let lines: Vec<&str> = lines.into_iter().rev().collect();
-        Err(failed(format!(
-            "the fleet did not start within {} s; it says:\n{}",
-            UP_WITHIN.as_secs(),
-            lines.join("\n")
-        )))
+        })
     }
 
-    /// `dev` prints its hints once the fleet is up.
-    async fn is_up(&mut self) -> bool {
-        let Some(stdout) = &mut self.child.stdout else {
-            return false;
-        };
+    /// Waits for the hints that `dev` prints once the fleet serves.
+    async fn up(&mut self) -> Result<(), CliError> {
+        let stdout = self.child.stdout.as_mut();
+        let stdout = stdout.expect("it is piped, and taken by the stop only");
         let mut byte = [0];
-        matches!(timeout(UP_WITHIN, stdout.read(&mut byte)).await, Ok(Ok(1)))
+        let (exit, what) = match timeout(UP_WITHIN, stdout.read(&mut byte)).await {
+            Ok(Ok(1)) => return Ok(()),
+            Ok(_) => (Exit::Failed, "the fleet ended before it served".to_owned()),
+            Err(_) => {
+                let seconds = UP_WITHIN.as_secs();
+                let what = format!("the fleet did not serve within {seconds} s");
+                (Exit::TimedOut, what)
+            }
+        };
+        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = said.lines().collect();
+        let last = &lines[lines.len().saturating_sub(LINES_SHOWN)..];
+        let problem = format!("{what}; it says:\n{}", last.join("\n"));
+        Err(CliError::because(exit, problem))
     }
 
     async fn stop(mut self) {
@@ -394,12 +395,11 @@ impl Fleet {
 }
 
 /// The first of so many consecutive free ports on loopback.
-fn free_ports(count: u16) -> std::result::Result<SocketAddr, CliError> {
+fn free_ports(count: u16) -> Result<SocketAddr, CliError> {
     for _ in 0..100 {
         let first = rand::random_range(20_000..60_000_u16);
         let at = |n| SocketAddr::from((Ipv4Addr::LOCALHOST, first + n));
-        let taken: std::result::Result<Vec<_>, _> =
-            (0..count).map(|n| TcpListener::bind(at(n))).collect();
+        let taken: Result<Vec<_>, _> = (0..count).map(|n| TcpListener::bind(at(n))).collect();
         if taken.is_ok() {
             return Ok(at(0));
         }
@@ -411,6 +411,7 @@ fn free_ports(count: u16) -> std::result::Result<SocketAddr, CliError> {
 const HOLD_HEADERS_MS: u32 = 600_000;
 const UP_WITHIN: Duration = Duration::from_secs(120);
 const DOWN_WITHIN: Duration = Duration::from_secs(40);
+const LINES_SHOWN: usize = 8;
 const SETTLE: Duration = Duration::from_secs(1);
 const MOST_LAG_MS: f64 = 50.0;
 

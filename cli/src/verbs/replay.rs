@@ -102,8 +102,14 @@ impl TraceArgs {
         let name = self.trace.as_ref().and_then(|path| path.to_str());
         let sample = match &self.trace {
             None => Some(&SAMPLES[0]),
-            Some(path) if path.exists() => None,
-            Some(_) => name.and_then(Sample::named),
+            Some(path) if path.exists() || !is_bare_name(path) => None,
+            Some(path) => Some(name.and_then(Sample::named).ok_or_else(|| {
+                let names = SAMPLES.map(|sample| sample.name).join(", ");
+                CliError::usage(format!(
+                    "{} is neither a file nor a sample; the samples are {names}",
+                    path.display()
+                ))
+            })?),
         };
         let mut trace = match (sample, &self.trace) {
             (Some(sample), _) => sample.read(limit)?,
@@ -130,6 +136,20 @@ impl TraceArgs {
             ..replay::Config::new(trace, String::new())
         })
     }
+}
+
+/// Whether it cannot be anything but a sample's name or a mistake in one.
+fn is_bare_name(path: &Path) -> bool {
+    path.extension().is_none() && path.components().count() == 1
+}
+
+/// How many times faster: a number greater than 0.
+pub(crate) fn speed(text: &str) -> Result<f64, String> {
+    let speed: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if speed.is_finite() && speed > 0.0 {
+        return Ok(speed);
+    }
+    Err("must be greater than 0".to_owned())
 }
 
 /// Writes a line for each request.

@@ -128,6 +128,7 @@ impl Client {
             intended: planned.start,
             lag: Some(sent.saturating_duration_since(intended)),
             worker: None,
+            attempts: None,
             result: Err(Fault::ours(None, "timeout")),
         };
         match timeout_at(deadline, self.http.request(request)).await {
@@ -142,6 +143,7 @@ impl Client {
             }
             Ok(Ok(response)) => {
                 outcome.worker = worker(response.headers());
+                outcome.attempts = attempts(response.headers());
                 let reply = Reply::new(&planned.expected);
                 outcome.result = if response.status() == 200 {
                     streamed(response, reply, intended, deadline).await
@@ -207,6 +209,10 @@ fn worker(headers: &HeaderMap) -> Option<String> {
         .then(|| name.to_owned())
 }
 
+fn attempts(headers: &HeaderMap) -> Option<u32> {
+    headers.get(&ATTEMPTS)?.to_str().ok()?.parse().ok()
+}
+
 /// The cause at the bottom, which is what a reader can act on.
 fn deepest(error: &dyn std::error::Error) -> String {
     let mut deepest = error;
@@ -227,6 +233,7 @@ struct Model {
 }
 
 const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");
+const ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attempts");
 const MAX_WORKER_NAME: usize = 128;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);

@@ -85,6 +85,10 @@ pub struct OneRequest {
     pub start_ms: Option<f64>,
     /// Who served it, where the answer says so.
     pub worker: Option<String>,
+    /// Placements before that worker's, where the answer says so.
+    pub attempts: Option<u32>,
+    /// The HTTP status, if one came.
+    pub status: Option<u16>,
     /// `ok`, or the error's code.
     pub outcome: String,
     /// When the first token came.
@@ -108,6 +112,7 @@ pub(super) struct Outcome {
     /// From the intended start to the sending; `None` if it was not sent.
     pub(super) lag: Option<Duration>,
     pub(super) worker: Option<String>,
+    pub(super) attempts: Option<u32>,
     pub(super) result: Result<Served, Fault>,
 }
 
@@ -120,6 +125,11 @@ impl Outcome {
             intended_ms: ms(Duration::ZERO),
             start_ms: self.lag.map(ms),
             worker: self.worker.clone(),
+            attempts: self.attempts,
+            status: match &self.result {
+                Ok(_) => Some(200),
+                Err(fault) => fault.status,
+            },
             outcome: match &self.result {
                 Ok(_) => "ok".to_owned(),
                 Err(fault) => fault.code.to_string(),
@@ -296,6 +306,7 @@ mod tests {
             intended: ms(7),
             lag: Some(ms(1)),
             worker: Some("w1".to_owned()),
+            attempts: Some(1),
             result: Ok(served),
         }
     }
@@ -306,6 +317,7 @@ mod tests {
             intended: Duration::ZERO,
             lag: None,
             worker: None,
+            attempts: None,
             result: Err(Fault::ours(status, code)),
         }
     }
@@ -353,7 +365,9 @@ mod tests {
             (line.outcome.as_str(), line.cached_tokens),
             ("ok", Some(25))
         );
+        assert_eq!((line.status, line.attempts), (Some(200), Some(1)));
         let line = failed(Some(503), "no_capacity").line();
+        assert_eq!((line.status, line.attempts), (Some(503), None));
         assert_eq!((line.outcome.as_str(), line.end_ms), ("no_capacity", None));
     }
 

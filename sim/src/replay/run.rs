@@ -134,6 +134,7 @@ fn not_sent(index: u64, intended: Duration) -> Outcome {
         intended,
         lag: None,
         worker: None,
+        attempts: None,
         result: Err(Fault::ours(None, "in_flight_limit")),
     }
 }

@@ -392,6 +392,25 @@ mod tests {
     }
 
     #[test]
+    fn every_sample_is_found_by_its_name_and_fits_its_block_size() {
+        for sample in &SAMPLES {
+            let trace = Sample::named(sample.name).unwrap().read(None).unwrap();
+            assert!(trace.requests.len() >= 300, "{}", sample.name);
+            assert!(trace.requests.is_sorted_by_key(|request| request.at));
+            let has_blocks = !sample.name.starts_with("azure");
+            let size = trace.block_tokens;
+            for request in &trace.requests {
+                let blocks = u32::try_from(request.block_ids().count()).unwrap();
+                let whole = request.input_tokens / size;
+                let all = request.input_tokens.div_ceil(size);
+                let expected = if has_blocks { whole..=all } else { 0..=0 };
+                assert!(expected.contains(&blocks), "{}: {blocks}", sample.name);
+            }
+        }
+        assert!(Sample::named("no-such-trace").is_none());
+    }
+
+    #[test]
     fn the_block_size_comes_from_the_caller_the_manifest_or_the_default() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("t.jsonl");
