@@ -13,8 +13,8 @@ use forebay_scheduler::residency::{Follower, Op, Resync};
 
 use crate::shared::Shared;
 
-/// Until a stream that ended is opened anew.
-const AGAIN: Duration = Duration::from_millis(250);
+/// Until a stream that ended is opened anew, and at most, where none is any use.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 /// Changes of the index under one lock: lookups wait for no more.
 const BATCH: usize = 512;
 
@@ -30,7 +30,9 @@ pub(crate) async fn follow(
         chunks: 0,
         shared,
     };
+    let mut wait = AGAIN.0;
     loop {
+        let mut useful = false;
         if let Ok((mut sender, mut receiver)) = link.open() {
             let cursor = following.follower.cursor();
             let follow = work::Follow {
@@ -40,11 +42,16 @@ pub(crate) async fn follow(
             };
             let frame = Frame::message(Kind::Follow, &follow);
             if sender.send(&frame).await.is_ok() {
-                following.take(&mut receiver).await;
+                useful = following.take(&mut receiver).await;
             }
             receiver.stop(Code::Normal);
         }
-        tokio::time::sleep(AGAIN).await;
+        wait = if useful {
+            AGAIN.0
+        } else {
+            AGAIN.1.min(wait * 2)
+        };
+        tokio::time::sleep(wait).await;
     }
 }
 
@@ -57,19 +64,24 @@ struct Following {
 }
 
 impl Following {
-    /// Takes what comes until the stream ends or has to begin anew.
-    async fn take(&mut self, receiver: &mut FrameReceiver) {
+    /// Takes what comes until the stream ends or has to begin anew. Returns whether any was of use.
+    async fn take(&mut self, receiver: &mut FrameReceiver) -> bool {
+        let mut useful = false;
         while let Ok(Some(frame)) = receiver.recv().await {
             match self.ops(&frame) {
-                Ok(ops) => self.apply(&ops),
+                Ok(ops) => {
+                    useful = true;
+                    self.apply(&ops);
+                }
                 Err(resync) => {
                     tracing::debug!(worker = %self.incarnation, %resync, "residency begins anew");
                     self.shared.metrics.resyncs.inc();
                     self.apply(&[Op::Clear]);
-                    return;
+                    return useful;
                 }
             }
         }
+        useful
     }
 
     fn ops(&mut self, frame: &Frame) -> Result<Vec<Op>, Resync> {

@@ -1,0 +1,181 @@
+//! What a worker tells of its cache reaches the index over a real link, and is gone with the link.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)] // a test of the shell
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::*;
+use forebay_balancer::{Fleet, serve};
+use forebay_link::{Alpn, Authority, Credentials, Endpoint, FrameReceiver, FrameSender, Link};
+use forebay_proto::config::{Config, Pool};
+use forebay_proto::fleet::WorkerSpec;
+use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::wire::fleet::Desired;
+use forebay_proto::wire::work;
+use forebay_proto::{Incarnation, Revision, Role, WorkerId};
+use forebay_scheduler::Known;
+use forebay_scheduler::residency::{Change, Cursor, Grade, Next, Publisher};
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
+
+const WORKER: Incarnation = Incarnation {
+    worker: WorkerId(1),
+    grant: 1,
+    start: 1,
+};
+
+/// One stream on which a balancer follows.
+struct Told {
+    sender: FrameSender,
+    _receiver: FrameReceiver,
+    from: work::Follow,
+}
+
+impl Told {
+    async fn next(link: &Link) -> Self {
+        let (sender, mut receiver) = timeout(PATIENCE, link.accept()).await.unwrap().unwrap();
+        let frame = receiver.recv().await.unwrap().unwrap();
+        assert_eq!(frame.kind, Kind::Follow);
+        Self {
+            sender,
+            _receiver: receiver,
+            from: frame.decode().unwrap(),
+        }
+    }
+
+    fn cursor(&self) -> Option<Cursor> {
+        let Self { from, .. } = self;
+        (from.cache != 0).then_some(Cursor {
+            cache: from.cache,
+            seq: from.seq,
+        })
+    }
+
+    async fn send(&mut self, next: Next, damage: impl Fn(&mut work::ResidencyDelta)) {
+        let frames: Vec<Frame> = match next {
+            Next::Nothing => Vec::new(),
+            Next::Snapshot(pieces) => pieces
+                .iter()
+                .map(|piece| Frame::message(Kind::ResidencySnapshot, piece))
+                .collect(),
+            Next::Deltas(deltas) => deltas
+                .iter()
+                .map(|delta| {
+                    let mut delta = (**delta).clone();
+                    damage(&mut delta);
+                    Frame::message(Kind::ResidencyDelta, &delta)
+                })
+                .collect(),
+        };
+        for frame in frames {
+            self.sender.send(&frame).await.unwrap();
+        }
+    }
+}
+
+async fn metric(admin: std::net::SocketAddr, name: &str, value: u64) {
+    let line = format!("\nforebay_balancer_residency_{name} {value}\n");
+    let began = Instant::now();
+    loop {
+        let mut client = Client::to(admin).await;
+        client
+            .send("GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            .await;
+        let head = client.head().await;
+        let text = client.body(&head).await.unwrap();
+        if text.contains(&line) {
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "{line}: {text}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn stored(publisher: &mut Publisher, chunks: std::ops::Range<u64>) {
+    publisher.note(chunks.map(|chunk| Change::Stored { chunk, tokens: 9 }));
+    assert!(publisher.flush());
+}
+
+#[tokio::test]
+async fn the_index_follows_a_worker_through_damage_and_forgets_it_with_its_link() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::create("test", 1).unwrap();
+    let load =
+        |role, name| Credentials::load(&credentials(dir.path(), &authority, role, name)).unwrap();
+    let agent = Endpoint::bind(loopback(), &load(Role::Agent, "w1"), &[Alpn::Work]).unwrap();
+    agent.update_hello(|hello| hello.incarnation = Some(WORKER.to_wire()));
+    let fleet = Fleet {
+        revision: Revision(1),
+        workers: vec![Known {
+            incarnation: WORKER,
+            name: "w1".into(),
+            desired: Desired::Ready,
+            spec: WorkerSpec {
+                pool: "default".into(),
+                advertise: agent.local_addr().unwrap().to_string(),
+                engine: "vllm".into(),
+                models: vec!["m".into()],
+                revision: String::new(),
+                gpu_type: String::new(),
+                gpu_count: 0,
+                kv_tokens: 0,
+                max_context_tokens: 0,
+                adapters: Vec::new(),
+                zone: String::new(),
+                labels: Default::default(),
+                slots: 4,
+            },
+            departed: false,
+        }],
+        config: Config {
+            pools: vec![Pool::named("default")],
+        },
+        keys: Vec::new(),
+    };
+    let (_fleet, facts) = watch::channel(Some(Arc::new(fleet)));
+    let balancer = Endpoint::client(&load(Role::Balancer, "b1")).unwrap();
+    let (tell, bound) = oneshot::channel();
+    let serving = tokio::spawn(async move {
+        let bound = |bound| tell.send(bound).unwrap();
+        let settings = Setup::default().settings;
+        serve(settings, balancer, facts, bound, std::future::pending()).await
+    });
+    let admin = bound.await.unwrap().admin.unwrap();
+    let link = timeout(PATIENCE, agent.accept()).await.unwrap().unwrap();
+
+    let mut publisher = Publisher::new(WORKER, 7, Grade::Inferred);
+    stored(&mut publisher, 0..2);
+    let mut told = Told::next(&link).await;
+    assert_eq!(told.cursor(), None, "it knows nothing yet");
+    told.send(publisher.since(None), |_| {}).await;
+    metric(admin, "chunks", 2).await;
+
+    let before = publisher.newest();
+    stored(&mut publisher, 2..3);
+    told.send(publisher.since(Some(before)), |_| {}).await;
+    metric(admin, "chunks", 3).await;
+
+    // A stream that only ends is taken up where it was.
+    drop(told);
+    let mut told = Told::next(&link).await;
+    assert_eq!(told.cursor(), Some(publisher.newest()));
+    metric(admin, "chunks", 3).await;
+    metric(admin, "resyncs_total", 0).await;
+
+    let before = publisher.newest();
+    stored(&mut publisher, 3..4);
+    let damage = |delta: &mut work::ResidencyDelta| delta.checksum ^= 1;
+    told.send(publisher.since(Some(before)), damage).await;
+    metric(admin, "resyncs_total", 1).await;
+    metric(admin, "chunks", 0).await;
+    let mut told = Told::next(&link).await;
+    assert_eq!(told.cursor(), None);
+    told.send(publisher.since(None), |_| {}).await;
+    metric(admin, "chunks", 4).await;
+
+    link.close(forebay_link::Code::Normal, "the test leaves");
+    metric(admin, "chunks", 0).await;
+    serving.abort();
+}
