@@ -11,6 +11,10 @@ use super::placement::Usage;
 const BLIND_FOR: Duration = Duration::from_secs(60);
 /// Chunks by which a prediction may be off: the grain of chunks and blocks.
 const GRAIN_CHUNKS: u32 = 2;
+/// Weight of a new prompt in what is learnt of tokens in a byte.
+const SHARE: f64 = 0.05;
+/// Shorter prompts say more of templates than of text.
+const LEAST_BYTES: u64 = 256;
 
 /// A prompt, as a placement's header has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,6 +50,8 @@ impl Prompt {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Held {
     chunks: usize,
+    /// Those that were predicted to be in the cache.
+    cached: usize,
     /// Of which life of the engine's cache.
     life: u64,
 }
@@ -74,6 +80,8 @@ pub(super) struct Cache {
     /// The order of use, as of then.
     mark: u64,
     told: Option<GradeChange>,
+    /// Tokens in a byte of the prompts that the engine counted.
+    ratio: Option<f64>,
     /// The engine counted something once.
     counts: bool,
 }
@@ -96,6 +104,7 @@ impl Cache {
             forgotten: Now::default(),
             mark: 0,
             told: None,
+            ratio: None,
             counts: false,
         }
     }
@@ -109,13 +118,38 @@ impl Cache {
     /// The prompt was taken: it will be resident before anything that is taken later runs. Returns how
     /// many of its chunks are held for it.
     pub(super) fn taken(&mut self, prompt: &Prompt) -> Held {
-        let spread = prompt.spread(prompt.tokens);
+        let (cached, tokens) = self.shadow.hit(&prompt.chunks);
+        let spread = prompt.spread(self.estimate(prompt, cached, tokens));
         let chunks = self.shadow.taken(&prompt.chunks, &spread);
         self.note();
         Held {
             chunks,
+            cached,
             life: self.life,
         }
+    }
+
+    /// The prompt's length: what is known of its first chunks, and the rest as this engine counts; the
+    /// balancer's estimate until it has counted something.
+    fn estimate(&self, prompt: &Prompt, known: usize, tokens: u32) -> u32 {
+        let Some(ratio) = self.ratio else {
+            return prompt.tokens;
+        };
+        let rest = prompt
+            .bytes
+            .saturating_sub(known as u64 * u64::from(prompt.chunk_bytes));
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // saturates
+        let rest = (rest as f64 * ratio).ceil() as u32;
+        tokens.saturating_add(rest)
+    }
+
+    fn learn(&mut self, prompt: &Prompt, tokens: u32) {
+        if prompt.bytes < LEAST_BYTES || tokens == 0 {
+            return;
+        }
+        let sample = f64::from(tokens) / prompt.bytes as f64;
+        let ratio = self.ratio.get_or_insert(sample);
+        *ratio += SHARE * (sample - *ratio);
     }
 
     /// The prompt is prefilled.
@@ -138,6 +172,7 @@ impl Cache {
         }
         let tokens = usage.prompt_tokens.unwrap_or(prompt.tokens);
         if let Some(counted) = usage.prompt_tokens {
+            self.learn(prompt, counted);
             self.shadow.counted(&prompt.chunks, &prompt.spread(counted));
         }
         let (_, resident) = self.shadow.hit(&prompt.chunks);
@@ -159,6 +194,13 @@ impl Cache {
             return;
         }
         let grain = prompt.grain_tokens();
+        // An estimate of lengths that was too high is no wrong belief of what is resident.
+        let predicted = match (usage.prompt_tokens, held.cached.checked_sub(1)) {
+            (Some(counted), Some(last)) => {
+                predicted.min(prompt.spread(counted).tokens_at(last, (0, 0)))
+            }
+            _ => predicted,
+        };
         if let Some(reported) = usage.cached_tokens {
             self.shadow.correct(predicted, reported, grain);
         }

@@ -454,3 +454,31 @@ fn forgetting_is_news_without_a_report() {
     core.expire(at(122_000));
     assert_eq!((core.seq(), core.residency_news().1), (before, true));
 }
+
+#[test]
+fn tokens_are_as_the_engine_counts_them_and_a_wrong_estimate_is_no_wrong_belief() {
+    let mut core = open();
+    // The balancer takes prompts for twice as long as they are; the engine has what is predicted.
+    let mut serve = |now: u64, chunks, cached| {
+        let mut long = prompt(chunks);
+        let tokens = long.tokens;
+        long.tokens *= 2;
+        let id = with_prompt(&mut core, now, long).id;
+        core.first_byte(at(now), id);
+        let usage = Usage {
+            prompt_tokens: Some(tokens),
+            cached_tokens: Some(cached),
+            completion_tokens: Some(1),
+        };
+        core.usage(id, usage);
+        core.end(at(now), id, End::Complete);
+        core.publisher().flush();
+        core.cached_tokens()
+    };
+    assert_eq!(serve(1, 0..10, 0), (0, 0));
+    assert_eq!(serve(2, 0..10, 1_000), (1_000, 1_000));
+    for now in 3..120 {
+        serve(now, 0..10, 992);
+    }
+    assert_eq!(core.take_grade_change(), None);
+}
