@@ -28,6 +28,15 @@ pub struct Choice {
     pub work: Work,
 }
 
+impl Choice {
+    /// Length of the prompt, as the decision took it.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
+    pub const fn prompt_tokens(&self) -> u32 {
+        self.work.context_tokens as u32
+    }
+}
+
 /// What one request adds to a worker's backlog.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Work {
@@ -50,9 +59,11 @@ pub enum NoChoice {
     Busy,
 }
 
-struct Scored {
+/// A worker that may serve the request. Small, because every pick has one for every worker: what a
+/// policy sees is made when it is asked, and once more for the one that is chosen.
+struct Eligible<'a> {
     incarnation: Incarnation,
-    candidate: Candidate,
+    worker: &'a Worker,
     score: Score,
 }
 
@@ -73,179 +84,159 @@ impl View {
         policy: &dyn Policy,
         rng: &mut impl Rng,
     ) -> Result<Choice, NoChoice> {
-        let mut serving = self
-            .workers()
-            .filter(|(_, worker)| worker.known.serves(request.model))
-            .peekable();
+        let mut serving = self.serving(request.model).peekable();
         serving.peek().ok_or(NoChoice::UnknownModel)?;
-        let mut candidates = Vec::new();
-        let mut suspects = Vec::new();
+        let (mut eligible, mut suspects) = (Vec::new(), Vec::new());
         let (mut full, mut in_flight) = (false, 0);
-        for (id, worker) in serving {
-            let open = worker.open() && !request.tried.contains(&id);
+        for worker in serving {
+            let open = worker.open() && !request.tried.contains(&worker.id());
             let Some(incarnation) = worker.incarnation().filter(|_| open) else {
                 continue;
             };
-            if worker.suspect(now) {
-                suspects.push((incarnation, worker));
-                continue;
-            }
-            let place = candidates.len();
-            let candidate = candidate(now, request, place, incarnation, worker);
-            if worker.full() {
-                full = true;
-                continue;
-            }
-            in_flight += u64::from(candidate.queueing.present);
-            candidates.push(Scored {
+            let one = Eligible {
                 incarnation,
-                candidate,
+                worker,
                 score: Score::default(),
-            });
+            };
+            if worker.suspect(now) {
+                suspects.push(one);
+            } else if worker.full() {
+                full = true;
+            } else {
+                in_flight += u64::from(worker.queueing().present);
+                eligible.push(one);
+            }
         }
         let field = Field {
-            candidates: candidates.len(),
+            candidates: eligible.len(),
             in_flight,
             draws: [rng.random(), rng.random()],
         };
-        for scored in &mut candidates {
-            scored.score = policy.score(request, &scored.candidate, &field);
+        for (place, one) in eligible.iter_mut().enumerate() {
+            let candidate = one.candidate(now, request, place);
+            one.score = policy.score(request, &candidate, &field);
         }
-        match best(&candidates, request, policy, rng) {
-            Some(best) => Ok(best.choice(request, policy, field.candidates)),
+        match best(now, &eligible, request, policy, rng) {
+            Some(best) => Ok(best.choice(now, request, policy, eligible.len())),
             None if full => Err(NoChoice::Busy),
-            None => two_choices(now, request, &suspects, rng).ok_or(NoChoice::NoCapacity),
+            None => two_choices(&suspects, rng)
+                .map(|one| one.choice(now, request, policy, suspects.len()))
+                .ok_or(NoChoice::NoCapacity),
         }
     }
 
     /// The shortest wait for a slot among workers that serve a model; `None`: none can be reached.
     #[must_use]
     pub fn least_wait(&self, model: &str) -> Option<Duration> {
-        let reachable = self.workers().filter(|(_, worker)| {
-            worker.known.serves(model) && worker.open() && worker.incarnation().is_some()
-        });
-        reachable.map(|(_, worker)| worker.queueing().wait()).min()
+        let serving = self.serving(model);
+        let reachable = serving.filter(|worker| worker.open() && worker.incarnation().is_some());
+        reachable.map(|worker| worker.queueing().wait()).min()
     }
 
     /// Whether any worker is there to serve the request, now or once it has room.
     #[must_use]
     pub fn has_capacity(&self, model: &str, tried: &[WorkerId]) -> bool {
-        self.workers().any(|(id, worker)| {
-            worker.known.serves(model)
-                && worker.open()
-                && worker.incarnation().is_some()
-                && !tried.contains(&id)
+        self.serving(model).any(|worker| {
+            worker.open() && worker.incarnation().is_some() && !tried.contains(&worker.id())
         })
     }
 }
 
-impl Scored {
-    fn choice(&self, request: &Request<'_>, policy: &dyn Policy, candidates: usize) -> Choice {
+impl Eligible<'_> {
+    #[inline]
+    fn candidate(&self, now: Now, request: &Request<'_>, place: usize) -> Candidate {
+        let worker = self.incarnation.worker;
+        let held = request.hits.binary_search_by_key(&worker, |hit| hit.worker);
+        let held = held.map_or(0.0, |at| f64::from(request.hits[at].tokens));
+        let load = self.worker.load.as_ref();
+        Candidate {
+            worker,
+            place,
+            // The last token of a prompt is always computed.
+            cached_tokens: held.min(request.prompt_tokens - 1.0).max(0.0),
+            backlog: self.worker.backlog(now),
+            profile: load.and_then(|load| load.model).unwrap_or_default(),
+            queueing: self.worker.queueing(),
+            age: self.worker.age(now),
+        }
+    }
+
+    fn choice(
+        &self,
+        now: Now,
+        request: &Request<'_>,
+        policy: &dyn Policy,
+        candidates: usize,
+    ) -> Choice {
         let Candidate {
             cached_tokens,
             backlog,
             profile,
             queueing,
             ..
-        } = &self.candidate;
+        } = self.candidate(now, request, 0);
         let uncached_tokens = request.prompt_tokens - cached_tokens;
         let wait = queueing.wait();
-        let ttft_ms = profile.ttft_ms(backlog, *cached_tokens, uncached_tokens);
+        let ttft_ms = profile.ttft_ms(&backlog, cached_tokens, uncached_tokens);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
-        let cached = *cached_tokens as u32;
+        let cached = cached_tokens as u32;
+        let prefill = Duration::try_from_secs_f64(ttft_ms / 1e3).unwrap_or(Duration::MAX);
         Choice {
             incarnation: self.incarnation,
             score: self.score,
             candidates,
             cached_tokens: cached,
-            ttft: wait + Duration::try_from_secs_f64(ttft_ms / 1e3).unwrap_or(Duration::MAX / 2),
+            ttft: wait.saturating_add(prefill),
             wait: policy.predicts().then_some(wait),
             work: Work {
                 uncached_tokens,
-                pairs: crate::model::attention_pairs(*cached_tokens, uncached_tokens),
+                pairs: crate::model::attention_pairs(cached_tokens, uncached_tokens),
                 context_tokens: request.prompt_tokens,
             },
         }
     }
 }
 
-fn candidate(
-    now: Now,
-    request: &Request<'_>,
-    place: usize,
-    incarnation: Incarnation,
-    worker: &Worker,
-) -> Candidate {
-    let hit = request
-        .hits
-        .binary_search_by_key(&incarnation.worker, |hit| hit.worker)
-        .map_or(0.0, |at| f64::from(request.hits[at].tokens));
-    Candidate {
-        worker: incarnation.worker,
-        place,
-        // The last token of a prompt is always computed.
-        cached_tokens: hit.min(request.prompt_tokens - 1.0).max(0.0),
-        backlog: worker.backlog(now),
-        profile: worker.load.and_then(|load| load.model).unwrap_or_default(),
-        queueing: worker.queueing(),
-        age: worker.age(now),
-    }
-}
-
 /// The least score; within the policy's tolerance by the conversation, and else at random: a tie
 /// broken by number would send everything to one worker.
-fn best<'a>(
-    candidates: &'a [Scored],
+fn best<'a, 'v>(
+    now: Now,
+    eligible: &'a [Eligible<'v>],
     request: &Request<'_>,
     policy: &dyn Policy,
     rng: &mut impl Rng,
-) -> Option<&'a Scored> {
-    let compared = |one: &&Scored, other: &&Scored| {
+) -> Option<&'a Eligible<'v>> {
+    let compared = |one: &&Eligible<'_>, other: &&Eligible<'_>| {
         let (one, other) = (one.score, other.score);
         one.partial_cmp(&other).unwrap_or(std::cmp::Ordering::Equal)
     };
-    let least = candidates.iter().min_by(compared)?;
-    let tolerance = policy.tolerance(least.score, least.candidate.age);
-    let near = |scored: &&Scored| {
-        let exactly = scored.score == least.score;
-        exactly || (tolerance > 0.0 && scored.score.first - least.score.first <= tolerance)
+    let least = eligible.iter().min_by(compared)?;
+    let tolerance = policy.tolerance(least.score, least.worker.age(now));
+    let near = |one: &&Eligible<'_>| {
+        let exactly = one.score == least.score;
+        exactly || (tolerance > 0.0 && one.score.first - least.score.first <= tolerance)
     };
-    let near = candidates.iter().filter(near);
+    let near = eligible.iter().filter(near);
     match request.conversation.filter(|_| tolerance > 0.0) {
         Some(conversation) => {
-            near.max_by_key(|scored| rendezvous(conversation, scored.candidate.worker))
+            near.max_by_key(|one| rendezvous(conversation, one.incarnation.worker))
         }
         None => near
-            .map(|scored| (scored, rng.random::<u64>()))
+            .map(|one| (one, rng.random::<u64>()))
             .min_by(|(one, draw), (other, other_draw)| {
                 let second = one.score.second.total_cmp(&other.score.second);
                 second.then(draw.cmp(other_draw))
             })
-            .map(|(scored, _)| scored),
+            .map(|(one, _)| one),
     }
 }
 
-fn two_choices(
-    now: Now,
-    request: &Request<'_>,
-    reachable: &[(Incarnation, &Worker)],
-    rng: &mut impl Rng,
-) -> Option<Choice> {
-    let mut draw = || {
-        let at = rng.random_range(0..reachable.len().max(1));
-        let (incarnation, worker) = reachable.get(at)?;
-        Some(Scored {
-            incarnation: *incarnation,
-            candidate: candidate(now, request, at, *incarnation, worker),
-            score: Score {
-                first: worker.queueing().present.into(),
-                second: 0.0,
-            },
-        })
-    };
+/// Of two that are drawn the one with fewer own bookings: of silent workers nothing else is known.
+fn two_choices<'a, 'v>(silent: &'a [Eligible<'v>], rng: &mut impl Rng) -> Option<&'a Eligible<'v>> {
+    let mut draw = || silent.get(rng.random_range(0..silent.len().max(1)));
     let (one, other) = (draw()?, draw()?);
-    let chosen = if one.score <= other.score { one } else { other };
-    Some(chosen.choice(request, crate::policy::default(), reachable.len()))
+    let fewer = one.worker.own_bookings() <= other.worker.own_bookings();
+    Some(if fewer { one } else { other })
 }
 
 impl Profile {

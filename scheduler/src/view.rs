@@ -4,7 +4,7 @@
 //! agent gave with its acceptance is held, the report contains it and it is not added again;
 //! a release is taken off likewise until a report contains that (DESIGN §5, rule 4).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use forebay_proto::fleet::WorkerSpec;
@@ -12,7 +12,7 @@ use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, WorkerId};
 
 use crate::load::{Acceptance, Load};
-use crate::model::Backlog;
+use crate::model::{Backlog, Profile};
 use crate::pick::Work;
 use crate::wait::Queueing;
 
@@ -86,16 +86,41 @@ pub(crate) struct Worker {
     /// When the report that is held came.
     reported: Now,
     pub(crate) load: Option<Load>,
+    /// Tokens of the reported backlog that are prefilled in a millisecond.
+    drain_per_ms: f64,
     bookings: BTreeMap<u64, Booking>,
     /// What the bookings add to the report that is held; kept by [`Worker::settle`], because every
     /// pick asks every worker.
     beyond: i64,
     /// The same in tokens.
     beyond_work: Work,
+    /// Requests that are over and that the report still has.
+    beyond_over: u32,
 }
 
 impl Worker {
+    fn new(known: Known) -> Self {
+        Self {
+            known,
+            connected: None,
+            heard: Now::default(),
+            reported: Now::default(),
+            load: None,
+            drain_per_ms: 0.0,
+            bookings: BTreeMap::new(),
+            beyond: 0,
+            beyond_work: Work::default(),
+            beyond_over: 0,
+        }
+    }
+
+    /// Who it is.
+    pub(crate) const fn id(&self) -> WorkerId {
+        self.known.incarnation.worker
+    }
+
     /// The start that a placement would go to.
+    #[inline]
     pub(crate) fn incarnation(&self) -> Option<Incarnation> {
         let fenced_by = self.known.incarnation;
         self.connected.filter(|connected| {
@@ -104,32 +129,49 @@ impl Worker {
     }
 
     /// Whether facts and its own last word let it take placements.
+    #[inline]
     pub(crate) fn open(&self) -> bool {
         self.known.desired == Desired::Ready
             && self
                 .load
+                .as_ref()
                 .is_none_or(|load| load.acceptance == Acceptance::Open)
     }
 
     /// Whether nothing was heard for so long that it may be dead.
+    #[inline]
     pub(crate) fn suspect(&self, now: Now) -> bool {
-        let interval = self.load.map_or(SUSPECT_AFTER, |load| load.interval);
-        now.since(self.heard) > (interval * SUSPECT_AFTER_INTERVALS).max(SUSPECT_AFTER)
+        let silence = now.since(self.heard);
+        if silence <= SUSPECT_AFTER {
+            return false;
+        }
+        let interval = self
+            .load
+            .as_ref()
+            .map_or(SUSPECT_AFTER, |load| load.interval);
+        silence > interval * SUSPECT_AFTER_INTERVALS
     }
 
     /// What a new request would find: the last report and what is known beyond it.
+    #[inline]
     pub(crate) fn queueing(&self) -> Queueing {
-        let reported = self
-            .load
-            .map_or(0, |load| i64::from(load.running) + i64::from(load.queued));
+        let (reported, slots, service) = match &self.load {
+            Some(load) => (
+                i64::from(load.running) + i64::from(load.queued),
+                load.slots,
+                load.service,
+            ),
+            None => (0, self.known.spec.slots, Duration::ZERO),
+        };
         Queueing {
             present: u32::try_from((reported + self.beyond).max(0)).unwrap_or(u32::MAX),
-            slots: self.load.map_or(self.known.spec.slots, |load| load.slots),
-            service: self.load.map_or(Duration::ZERO, |load| load.service),
+            slots,
+            service,
         }
     }
 
     /// How old the report is; a worker that has sent none is as old as can be.
+    #[inline]
     pub(crate) fn age(&self, now: Now) -> Duration {
         match self.load {
             Some(_) => now.since(self.reported),
@@ -139,9 +181,10 @@ impl Worker {
 
     /// What a new request would find before it, in tokens: the report, less what was prefilled since,
     /// and the bookings that it does not contain.
+    #[inline]
     pub(crate) fn backlog(&self, now: Now) -> Backlog {
         let present = f64::from(self.queueing().present);
-        let Some(load) = self.load else {
+        let Some(load) = &self.load else {
             return Backlog {
                 decodes: present,
                 ..Backlog::default()
@@ -149,14 +192,15 @@ impl Worker {
         };
         let mut backlog = load.backlog;
         match load.model {
-            Some(model) => {
-                let since_ms = now.since(self.reported).as_secs_f64() * 1e3;
-                let rate = model.drain_per_ms(backlog.decodes, backlog.context_tokens);
-                let left = (backlog.pending_tokens - since_ms * rate).max(0.0);
+            Some(_) => {
                 if backlog.pending_tokens > 0.0 {
+                    let since_ms = now.since(self.reported).as_secs_f64() * 1e3;
+                    let drained = since_ms * self.drain_per_ms;
+                    let left = (backlog.pending_tokens - drained).max(0.0);
                     backlog.pending_pairs *= left / backlog.pending_tokens;
+                    backlog.pending_tokens = left;
                 }
-                backlog.pending_tokens = left;
+                backlog.decodes = (backlog.decodes - f64::from(self.beyond_over)).max(0.0);
             }
             // It says nothing of its tokens: requests are all that is known.
             None => backlog.decodes = present,
@@ -173,10 +217,17 @@ impl Worker {
     }
 
     /// Whether slots and queue are taken, as far as is known.
+    #[inline]
     pub(crate) fn full(&self) -> bool {
-        let queue_limit = self.load.map_or(0, |load| load.queue_limit);
+        let queue_limit = self.load.as_ref().map_or(0, |load| load.queue_limit);
         let queueing = self.queueing();
         queueing.present >= queueing.slots.saturating_add(queue_limit)
+    }
+
+    /// Bookings that are not released.
+    pub(crate) fn own_bookings(&self) -> usize {
+        let bookings = self.bookings.values();
+        bookings.filter(|held| held.released.is_none()).count()
     }
 
     /// After any change of bookings or report: forgets what is over and counts the rest.
@@ -189,7 +240,7 @@ impl Worker {
             .values()
             .map(|booking| booking.beyond(seq))
             .sum();
-        let mut work = Work::default();
+        let (mut work, mut over) = (Work::default(), 0);
         for booking in self.bookings.values() {
             match booking.beyond(seq) {
                 1 => {
@@ -197,11 +248,15 @@ impl Worker {
                     work.pairs += booking.work.pairs;
                 }
                 // It is over, and the report still has its decode.
-                -1 => work.context_tokens -= booking.work.context_tokens,
+                -1 => {
+                    work.context_tokens -= booking.work.context_tokens;
+                    over += 1;
+                }
                 _ => {}
             }
         }
         self.beyond_work = work;
+        self.beyond_over = over;
     }
 }
 
@@ -209,42 +264,44 @@ impl Worker {
 /// that the balancer has in flight.
 #[derive(Clone, Debug, Default)]
 pub struct View {
-    workers: BTreeMap<WorkerId, Worker>,
+    /// By id.
+    workers: Vec<Worker>,
+    /// Places in `workers` of those that serve a model or adapter.
+    serving: BTreeMap<String, Vec<usize>>,
     next_booking: u64,
 }
 
 impl View {
     /// Takes new facts over. Workers that are gone from them are forgotten, bookings included.
     pub fn set_known(&mut self, known: impl IntoIterator<Item = Known>) {
-        let mut present = BTreeSet::new();
+        let held = std::mem::take(&mut self.workers).into_iter();
+        let mut held: BTreeMap<_, _> = held.map(|worker| (worker.id(), worker)).collect();
+        let mut present = BTreeMap::new();
         for known in known {
             let id = known.incarnation.worker;
-            present.insert(id);
-            match self.workers.get_mut(&id) {
-                Some(worker) => worker.known = known,
-                None => {
-                    let worker = Worker {
-                        known,
-                        connected: None,
-                        heard: Now::default(),
-                        reported: Now::default(),
-                        load: None,
-                        bookings: BTreeMap::new(),
-                        beyond: 0,
-                        beyond_work: Work::default(),
-                    };
-                    self.workers.insert(id, worker);
+            let worker = match present.remove(&id).or_else(|| held.remove(&id)) {
+                Some(worker) => Worker { known, ..worker },
+                None => Worker::new(known),
+            };
+            present.insert(id, worker);
+        }
+        self.workers = present.into_values().collect();
+        self.serving.clear();
+        for (at, worker) in self.workers.iter().enumerate() {
+            for name in worker.known.names() {
+                let serving = self.serving.entry(name.to_owned()).or_default();
+                if serving.last() != Some(&at) {
+                    serving.push(at);
                 }
             }
         }
-        self.workers.retain(|id, _| present.contains(id));
     }
 
     /// A link to this start of a worker stands. What was known of an earlier start is void.
     ///
     /// Returns whether it may serve: it is not older than what is known.
     pub fn connected(&mut self, now: Now, incarnation: Incarnation) -> bool {
-        let Some(worker) = self.workers.get_mut(&incarnation.worker) else {
+        let Some(worker) = self.worker(incarnation.worker) else {
             return false;
         };
         if incarnation < worker.known.incarnation
@@ -266,7 +323,7 @@ impl View {
 
     /// The link to this start is gone. Bookings on it are released by their own guards.
     pub fn disconnected(&mut self, incarnation: Incarnation) {
-        if let Some(worker) = self.workers.get_mut(&incarnation.worker)
+        if let Some(worker) = self.worker(incarnation.worker)
             && worker.connected == Some(incarnation)
         {
             worker.connected = None;
@@ -277,7 +334,7 @@ impl View {
 
     /// Takes a report over if it is newer than the one held. Returns whether it is.
     pub fn report(&mut self, now: Now, load: Load) -> bool {
-        let Some(worker) = self.workers.get_mut(&load.incarnation.worker) else {
+        let Some(worker) = self.worker(load.incarnation.worker) else {
             return false;
         };
         if worker.connected != Some(load.incarnation) {
@@ -288,6 +345,13 @@ impl View {
             return false;
         }
         worker.load = Some(load);
+        let Backlog {
+            decodes,
+            context_tokens,
+            ..
+        } = load.backlog;
+        let rate = |model: Profile| model.drain_per_ms(decodes, context_tokens);
+        worker.drain_per_ms = load.model.map_or(0.0, rate);
         worker.reported = now;
         worker.settle();
         true
@@ -297,7 +361,7 @@ impl View {
     pub fn suspects(&self, now: Now) -> impl Iterator<Item = Incarnation> {
         let suspects = self
             .workers
-            .values()
+            .iter()
             .filter(move |worker| worker.suspect(now));
         suspects.filter_map(|worker| worker.connected)
     }
@@ -306,7 +370,7 @@ impl View {
     pub fn book(&mut self, worker: WorkerId, work: Work) -> BookingId {
         self.next_booking += 1;
         let number = self.next_booking;
-        if let Some(worker) = self.workers.get_mut(&worker) {
+        if let Some(worker) = self.worker(worker) {
             let booking = Booking {
                 work,
                 ..Booking::default()
@@ -319,7 +383,7 @@ impl View {
 
     /// The agent took it; reports from `report_seq` on contain it.
     pub fn accepted(&mut self, id: BookingId, report_seq: u64) {
-        let Some(worker) = self.workers.get_mut(&id.worker) else {
+        let Some(worker) = self.worker(id.worker) else {
             return;
         };
         if let Some(booking) = worker.bookings.get_mut(&id.number) {
@@ -331,7 +395,7 @@ impl View {
     /// It is over. With the trailer's `report_seq` it is taken off until a report says so; without
     /// (refused, or the link is gone) it vanishes at once.
     pub fn released(&mut self, id: BookingId, report_seq: Option<u64>) {
-        let Some(worker) = self.workers.get_mut(&id.worker) else {
+        let Some(worker) = self.worker(id.worker) else {
             return;
         };
         match (worker.bookings.get_mut(&id.number), report_seq) {
@@ -350,17 +414,16 @@ impl View {
     pub fn open_bookings(&self, worker: Option<WorkerId>) -> usize {
         self.workers
             .iter()
-            .filter(|(id, _)| worker.is_none_or(|wanted| wanted == **id))
-            .flat_map(|(_, worker)| worker.bookings.values())
-            .filter(|booking| booking.released.is_none())
-            .count()
+            .filter(|held| worker.is_none_or(|wanted| wanted == held.id()))
+            .map(Worker::own_bookings)
+            .sum()
     }
 
     /// Every model and adapter that a worker in the facts serves, with the first pool by name that has it.
     #[must_use]
     pub fn models(&self) -> BTreeMap<&str, &str> {
         let mut models = BTreeMap::<&str, &str>::new();
-        for worker in self.workers.values() {
+        for worker in &self.workers {
             let pool = worker.known.spec.pool.as_str();
             for model in worker.known.names() {
                 let first = models.entry(model).or_insert(pool);
@@ -373,11 +436,18 @@ impl View {
     /// What the facts say of each worker, and its start that is connected.
     pub fn iter(&self) -> impl Iterator<Item = (&Known, Option<Incarnation>, Option<&Load>)> {
         self.workers
-            .values()
+            .iter()
             .map(|worker| (&worker.known, worker.connected, worker.load.as_ref()))
     }
 
-    pub(crate) fn workers(&self) -> impl Iterator<Item = (WorkerId, &Worker)> {
-        self.workers.iter().map(|(id, worker)| (*id, worker))
+    /// Those that serve a model or adapter, by id.
+    pub(crate) fn serving(&self, model: &str) -> impl Iterator<Item = &Worker> {
+        let places = self.serving.get(model).into_iter().flatten();
+        places.map(|at| &self.workers[*at])
+    }
+
+    fn worker(&mut self, id: WorkerId) -> Option<&mut Worker> {
+        let at = self.workers.binary_search_by_key(&id, Worker::id).ok()?;
+        self.workers.get_mut(at)
     }
 }

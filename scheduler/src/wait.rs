@@ -23,6 +23,9 @@ impl Queueing {
     pub fn wait(&self) -> Duration {
         let slots = self.slots.max(1);
         let in_the_way = self.present.saturating_add(1).saturating_sub(slots);
+        if in_the_way == 0 {
+            return Duration::ZERO;
+        }
         let service = if self.service.is_zero() {
             NOMINAL_SERVICE
         } else {

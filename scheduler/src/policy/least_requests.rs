@@ -1,4 +1,5 @@
-//! Baseline: the worker with the fewest requests (join the shortest queue), equals at random.
+//! Baseline: the worker with the fewest requests, equals at random (join the shortest queue, Winston
+//! 1977; `least_conn` and `least_request` of proxies).
 
 use super::{Candidate, Field, Policy, Request, Score};
 

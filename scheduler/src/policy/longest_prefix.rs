@@ -1,4 +1,6 @@
-//! Baseline: the worker that holds most of the prompt, then the one with the fewest requests.
+//! Baseline: the worker that holds most of the prompt, then the one with the fewest requests, equals at
+//! random (the longest-prefix-match of SGLang's scheduler, Zheng et al. 2024, taken from the batch to
+//! the fleet).
 
 use super::{Candidate, Field, Policy, Request, Score};
 

@@ -35,7 +35,7 @@ pub struct Request<'a> {
     pub conversation: Option<u64>,
     /// Keyed hash of the prompt's beginning.
     pub head: u64,
-    /// Counts the balancer's decisions.
+    /// Counts the balancer's decisions for this model.
     pub turn: u64,
 }
 

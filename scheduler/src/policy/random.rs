@@ -1,4 +1,4 @@
-//! Baseline: any worker.
+//! Baseline: any worker, all alike (the yardstick of Mitzenmacher 2001).
 
 use super::{Candidate, Field, Policy, Request, Score};
 

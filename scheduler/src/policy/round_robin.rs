@@ -1,4 +1,6 @@
-//! Baseline: each worker in turn, whatever it has to do.
+//! Baseline: each worker in turn, whatever it has to do (the default of nginx, Envoy and Kubernetes'
+//! IPVS). Turns are counted for each model, from a random one on: balancers that start together
+//! would all begin with the same worker.
 
 use super::{Candidate, Field, Policy, Request, Score};
 
