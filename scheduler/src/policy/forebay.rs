@@ -2,9 +2,9 @@
 //! for the delay that the prefill inflicts on those who are there already.
 //!
 //! `J = TTFT̂ + η·X`: `TTFT̂` by the worker's latency model behind its backlog, with what it holds of the
-//! prompt; `X` the prefill time of the rest times the requests that decode beside it. That sum covers
-//! the published rules (min-TTFT of Mooncake with η = 0, LMetric's product as the pure externality);
-//! a small η held the tail in simulations, 0.5 and more lost it.
+//! prompt; `X` the prefill time of the rest times the requests that are there, decoding or waiting.
+//! That sum covers the published rules (min-TTFT of Mooncake with η = 0, LMetric's product as the pure
+//! externality); a small η held the tail in simulations, 0.5 and more lost it.
 //!
 //! Near-ties, within what the view's age makes meaningless, go by the rendezvous hash of the
 //! conversation, so that balancers which see different things still keep a conversation together.
@@ -41,11 +41,10 @@ impl Policy for Forebay {
         let ttft = slot + profile.ttft_ms(backlog, *cached_tokens, uncached);
         let own = profile.token_ms * uncached
             + profile.pair_ms * attention_pairs(*cached_tokens, uncached);
-        let slots = f64::from(queueing.slots.max(1));
         Score {
-            first: ttft + ETA * own * backlog.decodes,
+            first: ttft + ETA * own * f64::from(queueing.present),
             // In tenths: less is no reason.
-            second: (f64::from(queueing.present) * 10.0 / slots).floor(),
+            second: (u64::from(queueing.present) * 10 / u64::from(queueing.slots.max(1))) as f64,
         }
     }
 
