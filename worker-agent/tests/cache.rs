@@ -189,3 +189,22 @@ async fn an_engine_that_went_away_is_followed_into_an_empty_cache() {
     assert!(following.follower.is_empty());
     let _engine = Engine::start(address, |_| {}).await;
 }
+
+#[tokio::test]
+async fn a_prompt_that_the_engine_refused_is_not_resident() {
+    let engine = Engine::start(([127, 0, 0, 1], 0).into(), |_| {}).await;
+    let agent = Agent::start(&engine, 2, 2).await;
+    let balancer = agent.balancer("b1").await;
+    let body = r#"{"model":"m","messages":[]}"#;
+    let place = work::Place {
+        stream: false,
+        ..prompted(body)
+    };
+    let mut placed = balancer.offer(&place).await;
+    placed.accepted().await;
+    placed.send_body(body).await;
+    let answer = placed.answer().await;
+    assert_eq!(answer.head.unwrap().status, 400);
+    let mut following = Following::start(&balancer).await;
+    assert_eq!(following.next().await, [Op::Clear]);
+}

@@ -345,13 +345,7 @@ impl Core {
         let placement = self.placements.remove(&id)?;
         self.now = self.now.max(now);
         self.body_bytes -= placement.body_bytes;
-        let whole = end == End::Complete && placement.unseen_prefill.is_some();
         match placement.stage {
-            Stage::Dispatched { .. } if whole => {
-                self.cache.prefilled(&placement.prompt);
-                let Placement { prompt, usage, .. } = &placement;
-                self.cache.finished(prompt, placement.held, *usage);
-            }
             Stage::Streaming { .. } => {
                 let Placement { prompt, usage, .. } = &placement;
                 self.cache.finished(prompt, placement.held, *usage);
@@ -360,7 +354,8 @@ impl Core {
                 self.cache.abandoned(&placement.prompt, placement.held);
             }
         }
-        if end == End::Complete {
+        let answered = matches!(placement.stage, Stage::Streaming { .. });
+        if end == End::Complete && answered {
             let Placement { prompt, usage, .. } = &placement;
             self.cache
                 .observe(prompt, placement.held, placement.cached_tokens, *usage);

@@ -203,7 +203,8 @@ impl Carried {
         let head = wire::head(answer.status(), content_type);
         // Engines send the head of a stream before its first token, of anything else behind it.
         let mut first = !events;
-        if first {
+        // A refusal has prefilled nothing.
+        if first && (200..300).contains(&answer.status()) {
             ticket.first_byte();
         }
         self.send(&head).await?;
