@@ -267,6 +267,9 @@ fn a_killed_agents_unstarted_requests_go_elsewhere_and_started_ones_end_typed() 
         // 1.1 s for each token.
         "--engine-speed",
         "0.02",
+        // One stream on each worker: by their own rule idle ones are drawn at random.
+        "--policy",
+        "least-requests",
     ]);
     let (_, models) = get(&format!("{}/v1/models", fleet.url));
     let model = models
