@@ -267,8 +267,9 @@ impl Shown {
             }
             None if elapsed >= self.next_line => {
                 self.next_line = elapsed + LINE_EVERY;
+                let left = elapsed.as_secs_f64() / done.max(1) as f64 * (total - done) as f64;
                 say(&format!(
-                    "{done}/{total} requests, {in_flight} in flight, {errors} errors after {} s",
+                    "{done}/{total} requests, {in_flight} in flight, {errors} errors after {} s, about {left:.0} s left",
                     elapsed.as_secs()
                 ));
             }

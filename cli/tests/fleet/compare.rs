@@ -1,11 +1,13 @@
 //! `forebay compare`, with its hit ratio recomputed by somebody who knows none of its code.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::harness::{alone, forebay};
+use crate::harness::{alone, forebay, within};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -80,4 +82,31 @@ fn policies_are_compared_on_fleets_of_their_own_and_the_hit_ratio_holds() {
 #[test]
 fn completions_are_compared_alike() {
     compared("completions", "forebay", "mooncake-conversation", "512");
+}
+
+#[test]
+fn a_comparison_that_is_stopped_leaves_nothing_behind() {
+    let _alone = alone();
+    let temporary = tempfile::tempdir().unwrap();
+    let mut comparing = forebay()
+        .args(["compare", "--workers", "2", "--policies", "random"])
+        .env("TMPDIR", temporary.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pids = within(Duration::from_secs(30), "a fleet runs", || {
+        let dir = std::fs::read_dir(temporary.path()).unwrap().next()?;
+        let run = std::fs::read_to_string(dir.unwrap().path().join("fleet/run.json")).ok()?;
+        let run: Value = serde_json::from_str(&run).ok()?;
+        let pids = run["processes"].as_array()?.iter();
+        let pids: Vec<u64> = pids.filter_map(|process| process["pid"].as_u64()).collect();
+        (pids.len() >= 3).then_some(pids)
+    });
+    kill_process(Pid::from_child(&comparing), Signal::INT).unwrap();
+    assert_eq!(comparing.wait().unwrap().code(), Some(1));
+    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 0);
+    for pid in pids {
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid}");
+    }
 }
