@@ -11,6 +11,7 @@ use forebay_proto::{Incarnation, Now, WorkerId};
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::policy::{self, Policy, Request};
 use forebay_scheduler::{BookingId, Choice, Load, NoChoice, View};
+use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::fleet::Fleet;
@@ -86,7 +87,8 @@ pub(crate) struct Dispatch<L, W> {
     queues: BTreeMap<Arc<str>, VecDeque<Waiter<W>>>,
     arrivals: u64,
     links_made: u64,
-    decisions: u64,
+    /// Decisions by model, of those that the facts have.
+    turns: BTreeMap<Arc<str>, u64>,
     rng: StdRng,
 }
 
@@ -98,7 +100,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             queues: BTreeMap::new(),
             arrivals: 0,
             links_made: 0,
-            decisions: 0,
+            turns: BTreeMap::new(),
             rng,
         }
     }
@@ -115,6 +117,8 @@ impl<L: Clone, W> Dispatch<L, W> {
     /// because the worker was removed.
     pub(crate) fn facts(&mut self, fleet: &Fleet) -> Vec<L> {
         self.view.set_known(fleet.workers.iter().cloned());
+        let models = self.view.models();
+        self.turns.retain(|model, _| models.contains_key(&**model));
         let newest: BTreeMap<_, _> = fleet
             .workers
             .iter()
@@ -283,6 +287,11 @@ impl<L: Clone, W> Dispatch<L, W> {
     fn book(&mut self, now: Now, ask: &Ask) -> Result<Placed<L>, NoChoice> {
         let tried = self.tried(ask);
         let sought = &*ask.sought;
+        let turn = match self.turns.get(&ask.model) {
+            Some(turn) => *turn,
+            // Balancers that start together do not all begin with the same worker.
+            None => u64::from(self.rng.random::<u32>()),
+        };
         let request = Request {
             model: &ask.model,
             tried: &tried,
@@ -290,12 +299,12 @@ impl<L: Clone, W> Dispatch<L, W> {
             hits: &sought.hits,
             conversation: sought.conversation,
             head: sought.head,
-            turn: self.decisions,
+            turn,
         };
         let choice = self
             .view
             .pick(now, &request, sought.policy, &mut self.rng)?;
-        self.decisions += 1;
+        self.turns.insert(ask.model.clone(), turn + 1);
         let worker = choice.incarnation.worker;
         let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;
         Ok(Placed {
