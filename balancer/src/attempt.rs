@@ -153,7 +153,7 @@ impl Exchange {
             prompt_bytes: self.prompt.bytes,
             chunk_bytes: self.pool.chunk_bytes,
             key_epoch: self.prompt.key_epoch,
-            prompt_tokens: saturated(self.prompt_tokens()),
+            prompt_tokens: placement.choice.prompt_tokens(),
             expected_cached_tokens: placement.choice.cached_tokens,
             deadline_ms: self
                 .pool

@@ -4,6 +4,7 @@ use forebay_proto::wire::work;
 use forebay_scheduler::fingerprint::{
     Endpoint, RenderProfile, Root, Settings, read as fingerprint,
 };
+use forebay_scheduler::index::Hit;
 use forebay_scheduler::policy;
 
 use crate::core::dispatch::Sought;
@@ -48,6 +49,13 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
         chunk_bytes: exchange.pool.chunk_bytes,
     };
     match fingerprint(endpoint, exchange.body.text.expose(), &settings) {
+        // Its own template renders it: nobody knows into what.
+        Ok(prompt) if prompt.bytes == 0 => Fingerprinted {
+            affinity: prompt.affinity,
+            salt: prompt.salt,
+            key_epoch: key.epoch,
+            ..by_size()
+        },
         Ok(prompt) => Fingerprinted {
             chunks: prompt.chunks,
             bytes: prompt.bytes,
@@ -73,20 +81,30 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
         conversation = index.conversation(&prompt.chunks, workers);
     }
     hits.sort_unstable_by_key(|hit| hit.worker);
+    let conversation = if hits.is_empty() {
+        // Where nobody holds anything, its first chunk may be everybody's.
+        prompt.affinity.or(conversation)
+    } else {
+        conversation.or(prompt.affinity)
+    };
     Sought {
         policy: policy::named(&exchange.pool.policy).unwrap_or_else(policy::default),
-        prompt_tokens: exchange.prompt_tokens() as f64,
+        prompt_tokens: exchange.prompt_tokens(&hits) as f64,
         hits,
-        conversation: conversation.or(prompt.affinity),
+        conversation,
         head: prompt.head,
     }
 }
 
 impl Exchange {
-    /// Length of the prompt, as far as it is known.
-    pub(crate) fn prompt_tokens(&self) -> u64 {
+    /// Length of the prompt: what is held somewhere was counted there, the rest is estimated.
+    fn prompt_tokens(&self, hits: &[Hit]) -> u64 {
+        let longest = hits.iter().max_by_key(|hit| hit.chunks);
+        let (chunks, counted) = longest.map_or((0, 0), |hit| (hit.chunks, hit.tokens));
+        let held = u64::from(chunks) * u64::from(self.pool.chunk_bytes);
+        let rest = self.prompt.bytes.saturating_sub(held);
         let lengths = self.shared.lengths.lock();
-        lengths.tokens(&self.model, self.prompt.bytes)
+        u64::from(counted) + lengths.tokens(&self.model, rest)
     }
 
     fn workers(&self) -> usize {

@@ -12,10 +12,11 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::wire::{Label, work};
 use forebay_proto::{Incarnation, Revision, WorkerId};
+use forebay_scheduler::residency::{Change, Cursor, Grade, Next, Publisher};
 use forebay_scheduler::{Acceptance, Known, Load};
 use parking_lot::Mutex;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::{PATIENCE, loopback};
 
@@ -63,16 +64,29 @@ pub enum Saw {
 
 pub type Script = Arc<Mutex<VecDeque<Act>>>;
 
+/// What an engine counted: prompt tokens, and those of them that were cached.
+pub type Counts = Arc<Mutex<Option<(u32, Option<u32>)>>>;
+
 pub struct Agent {
     pub endpoint: Option<Endpoint>,
     pub known: Known,
     acts: Script,
+    /// Every placement as it came, the oldest first.
+    pub placed: Arc<Mutex<Vec<work::Place>>>,
+    /// Told in each trailer from then on.
+    pub counts: Counts,
+    holds: watch::Sender<Vec<(u64, u32)>>,
     pub flooded: Arc<AtomicU64>,
     pub saw: mpsc::UnboundedReceiver<(Instant, Saw)>,
     runtime: Option<Runtime>,
 }
 
 impl Agent {
+    /// Tells balancers that its cache holds these chunks, with the tokens up to the end of each.
+    pub fn holds(&self, chunks: &[(u64, u32)]) {
+        self.holds.send_replace(chunks.to_vec());
+    }
+
     pub fn will(&self, acts: &[Act]) {
         self.acts.lock().extend(acts.iter().cloned());
     }
@@ -130,6 +144,9 @@ struct Inside {
     next: Script,
     flooded: Arc<AtomicU64>,
     saw: mpsc::UnboundedSender<(Instant, Saw)>,
+    placed: Arc<Mutex<Vec<work::Place>>>,
+    counts: Counts,
+    holds: watch::Receiver<Vec<(u64, u32)>>,
 }
 
 impl Inside {
@@ -161,11 +178,14 @@ impl Inside {
     async fn serve(self: Arc<Self>, mut send: FrameSender, mut recv: FrameReceiver) {
         let first = recv.recv().await.unwrap().unwrap();
         if first.kind == Kind::Follow {
-            // It holds nothing, and has nothing to tell.
-            let _ = recv.recv().await;
+            tokio::select! {
+                () = self.tell_residency(&mut send) => {}
+                _ = recv.recv() => {}
+            }
             return;
         }
         let place: work::Place = first.decode().unwrap();
+        self.placed.lock().push(place.clone());
         self.tell(Saw::Placed {
             attempt: place.attempt,
             must_queue: place.must_queue,
@@ -222,14 +242,58 @@ impl Inside {
         };
         let (seq, load) = self.load(-1);
         if let Some(end) = trailer {
+            let counts = *self.counts.lock();
             let trailer = work::Trailer {
                 end: end.into(),
                 report_seq: seq,
                 load: Some(load),
+                prompt_tokens: counts.map(|(prompt, _)| prompt),
+                cached_tokens: counts.and_then(|(_, cached)| cached),
                 ..work::Trailer::default()
             };
             let _ = send.send(&Frame::message(Kind::Trailer, &trailer)).await;
             send.finish();
+        }
+    }
+
+    /// Tells what is held, whenever that changes. Nothing is told of an empty cache.
+    async fn tell_residency(&self, send: &mut FrameSender) {
+        let mut publisher = Publisher::new(self.incarnation, 1, Grade::Inferred);
+        let mut holds = self.holds.clone();
+        let mut cursor = None;
+        loop {
+            let held = holds.borrow_and_update().clone();
+            let stored = |(chunk, tokens)| Change::Stored { chunk, tokens };
+            publisher.note(held.into_iter().map(stored));
+            publisher.flush();
+            let frames: Vec<Frame> = match publisher.since(cursor) {
+                _ if publisher.is_empty() => Vec::new(),
+                Next::Nothing => Vec::new(),
+                Next::Snapshot(pieces) => {
+                    let last = pieces.last().unwrap();
+                    cursor = Some(Cursor {
+                        cache: last.cache,
+                        seq: last.seq,
+                    });
+                    let kind = Kind::ResidencySnapshot;
+                    pieces.iter().map(|p| Frame::message(kind, p)).collect()
+                }
+                Next::Deltas(deltas) => {
+                    let cache = cursor.unwrap().cache;
+                    let seq = deltas.last().unwrap().seq;
+                    cursor = Some(Cursor { cache, seq });
+                    let kind = Kind::ResidencyDelta;
+                    deltas.iter().map(|d| Frame::message(kind, &**d)).collect()
+                }
+            };
+            for frame in frames {
+                if send.send(&frame).await.is_err() {
+                    return;
+                }
+            }
+            if holds.changed().await.is_err() {
+                return;
+            }
         }
     }
 
@@ -332,7 +396,12 @@ pub fn agent(credentials: &Credentials, name: &str, id: usize, slots: u32, next:
     let acts = Arc::new(Mutex::new(VecDeque::new()));
     let flooded = Arc::new(AtomicU64::new(0));
     let (tell, saw) = mpsc::unbounded_channel();
+    let (hold, holds) = watch::channel(Vec::new());
+    let (placed, counts) = (Arc::default(), Counts::default());
     let inside = Arc::new(Inside {
+        placed: Arc::clone(&placed),
+        counts: counts.clone(),
+        holds,
         incarnation,
         slots,
         state: Mutex::default(),
@@ -386,6 +455,9 @@ pub fn agent(credentials: &Credentials, name: &str, id: usize, slots: u32, next:
             departed: false,
         },
         acts,
+        placed,
+        counts,
+        holds: hold,
         flooded,
         saw,
         runtime: Some(runtime),

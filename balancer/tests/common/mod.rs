@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use forebay_balancer::{Bound, Fleet, Settings, serve};
 use forebay_link::{Authority, CredentialPaths, Credentials, Endpoint};
 use forebay_proto::config::{Config, Pool};
-use forebay_proto::{Revision, Role};
+use forebay_proto::{FingerprintKey, Revision, Role};
 use tokio::sync::{oneshot, watch};
 
 pub use agent::{Act, Agent, EVENT, REST, Saw, Script, WHOLE, agent};
@@ -39,6 +39,10 @@ pub struct Setup {
     pub slots: u32,
     pub pool: Pool,
     pub settings: Settings,
+    /// The fingerprint key, if the leader drew one.
+    pub key: Option<FingerprintKey>,
+    /// What each agent serves beside its model.
+    pub adapters: Vec<String>,
 }
 
 impl Default for Setup {
@@ -51,6 +55,8 @@ impl Default for Setup {
             slots: 4,
             pool: Pool::named("default"),
             settings,
+            key: None,
+            adapters: Vec::new(),
         }
     }
 }
@@ -82,7 +88,9 @@ impl World {
         let agents: Vec<_> = (1..=setup.agents)
             .map(|id| {
                 let name = format!("w{id}");
-                agent(&load(Role::Agent, &name), &name, id, setup.slots, &next)
+                let mut agent = agent(&load(Role::Agent, &name), &name, id, setup.slots, &next);
+                agent.known.spec.adapters = setup.adapters.clone();
+                agent
             })
             .collect();
         let fleet = Fleet {
@@ -91,7 +99,7 @@ impl World {
             config: Config {
                 pools: vec![setup.pool],
             },
-            keys: Vec::new(),
+            keys: setup.key.into_iter().collect(),
         };
         let (fleet, facts) = watch::channel(Some(Arc::new(fleet)));
         let endpoint = Endpoint::client(&load(Role::Balancer, "b1")).unwrap();
