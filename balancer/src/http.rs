@@ -185,8 +185,15 @@ fn show_left(headers: &mut hyper::HeaderMap, left: Left) {
 }
 
 fn principal(shared: &Shared, request: &Request<Incoming>) -> Result<Principal, ApiError> {
-    let header = request.headers().get(AUTHORIZATION);
-    shared.keys.principal(header.map(HeaderValue::as_bytes))
+    let mut headers = request.headers().get_all(AUTHORIZATION).iter();
+    let header = headers.next();
+    if headers.next().is_some() {
+        // Whoever stands in front might have checked the other one.
+        let message = "send exactly one `authorization` header";
+        return Err(ApiError::new(Code::InvalidApiKey, message));
+    }
+    let keys = shared.keys.read();
+    keys.principal(header.map(HeaderValue::as_bytes))
 }
 
 async fn place(
@@ -366,6 +373,7 @@ fn percent_decoded(text: &str) -> String {
         let escaped = (first == b'%')
             .then(|| more.get(..2))
             .flatten()
+            .filter(|digits| digits.iter().all(u8::is_ascii_hexdigit))
             .and_then(|digits| std::str::from_utf8(digits).ok())
             .and_then(|digits| u8::from_str_radix(digits, 16).ok());
         match escaped {

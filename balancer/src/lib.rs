@@ -10,6 +10,7 @@
 mod admin;
 mod attempt;
 mod body;
+mod connection;
 mod control;
 pub mod core;
 mod exchange;
@@ -18,6 +19,7 @@ mod http;
 mod links;
 mod metrics;
 mod prompt;
+mod reload;
 mod reply;
 mod residency;
 mod run;

@@ -24,7 +24,8 @@ use crate::tls::{Tls, TlsError, TlsPaths};
 pub struct Limits {
     /// Connections; those beyond are told so and closed.
     pub connections: usize,
-    /// From the connection to enough bytes to know the protocol.
+    /// From the connection to the end of the TLS handshake, and from there to enough bytes to know
+    /// the protocol.
     pub first_bytes: Duration,
     /// From one request's end to the end of the next one's head.
     pub header: Duration,
@@ -32,6 +33,8 @@ pub struct Limits {
     pub body_pause: Duration,
     /// How long a client may take no byte.
     pub stall: Duration,
+    /// An h2 connection without a request ends after this long, at the latest after twice as long.
+    pub idle: Duration,
 }
 
 impl Default for Limits {
@@ -42,6 +45,7 @@ impl Default for Limits {
             header: Duration::from_secs(10),
             body_pause: Duration::from_secs(10),
             stall: Duration::from_secs(30),
+            idle: Duration::from_secs(60),
         }
     }
 }
@@ -231,7 +235,7 @@ fn make_private(directory: &Path) -> std::io::Result<()> {
 }
 
 /// Who may ask, by the settings.
-fn keys(settings: &Settings) -> Result<Keys, BalancerError> {
+pub(crate) fn read_keys(settings: &Settings) -> Result<Keys, BalancerError> {
     let anyone = settings.any_key_tenant.as_deref();
     let Some(path) = &settings.keys else {
         return anyone.map(Keys::anyone).ok_or(BalancerError::NoKeys);
@@ -277,7 +281,7 @@ async fn until_drained(
     if identity.role != Role::Balancer {
         return Err(BalancerError::WrongRole(identity));
     }
-    let keys = keys(&settings)?;
+    let keys = read_keys(&settings)?;
     let tls = settings.tls.as_ref().map(Tls::load).transpose()?;
     let listener = listen(settings.listen).await?;
     let listen = listener

@@ -1,4 +1,4 @@
-//! The client port: accepting, bounding and draining connections.
+//! The client port: accepting connections, turning away those beyond the bound, and draining.
 #![allow(clippy::disallowed_methods)] // the rim: this is where connections are served
 
 use std::net::SocketAddr;
@@ -6,30 +6,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use rand::Rng;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
+use crate::connection::talk;
 use crate::core::error::{ApiError, Code};
 use crate::core::request_id;
 use crate::fleet::Fleet;
-use crate::http;
 use crate::links::{self, Links, Task};
+use crate::reload;
 use crate::shared::Shared;
-use crate::socket::Socket;
 
 /// Connections beyond those that are told so, at once.
 const MAX_TURNED_AWAY: usize = 256;
-const MAX_HEAD_BYTES: usize = 64 << 10;
-const MAX_STREAMS: u32 = 256;
-const STREAM_WINDOW_BYTES: u32 = 256 << 10;
-const CONNECTION_WINDOW_BYTES: u32 = 1 << 20;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Keeps links to the workers of the newest facts for as long as facts may come.
@@ -54,28 +46,29 @@ pub(crate) async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) {
-    let mut followers = vec![
+    let _followers = [
         Task::spawn(follow(links, facts)),
         Task::spawn(links::watch(shared.clone())),
+        Task::spawn(reload::watch(shared.clone())),
     ];
-    followers.extend(shared.tls.clone().map(|tls| Task::spawn(tls.watch())));
-    let graceful = GracefulShutdown::new();
+    let (drain, draining) = watch::channel(false);
     tokio::select! {
-        () = accept(&shared, &listener, &graceful) => {}
+        () = accept(&shared, &listener, &draining) => {}
         () = shutdown => {}
     }
     shared.draining.store(true, Ordering::Relaxed);
-    drop(listener);
+    drop((listener, draining));
+    drain.send_replace(true);
     let left = shared.inflight();
     tracing::info!(requests = left, "stopping: finishing what is under way");
     let patience = Duration::from_millis(shared.settings.drain_timeout_ms);
-    if timeout(patience, graceful.shutdown()).await.is_err() {
+    if timeout(patience, drain.closed()).await.is_err() {
         let cut = shared.inflight();
         tracing::warn!(requests = cut, "stopping: the rest is cut off");
     }
 }
 
-async fn accept(shared: &Arc<Shared>, listener: &TcpListener, graceful: &GracefulShutdown) {
+async fn accept(shared: &Arc<Shared>, listener: &TcpListener, draining: &watch::Receiver<bool>) {
     let room = Arc::new(Semaphore::new(shared.settings.limits.connections));
     let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     loop {
@@ -91,17 +84,16 @@ async fn accept(shared: &Arc<Shared>, listener: &TcpListener, graceful: &Gracefu
         let _ = stream.set_nodelay(true);
         match room.clone().try_acquire_owned() {
             Ok(place) => {
-                let graceful = graceful.watcher();
+                let draining = draining.clone();
                 let shared = shared.clone();
                 tokio::spawn(async move {
                     let _open = Open::new(&shared, place);
-                    match &shared.tls {
-                        None => talk(&shared, stream, graceful).await,
-                        Some(tls) => {
-                            if let Some(stream) = tls.accept(stream).await {
-                                talk(&shared, stream, graceful).await;
-                            }
-                        }
+                    let Some(tls) = &shared.tls else {
+                        return talk(&shared, stream, draining).await;
+                    };
+                    let patience = shared.settings.limits.first_bytes;
+                    if let Some(stream) = tls.accept(stream, patience).await {
+                        talk(&shared, stream, draining).await;
                     }
                 });
             }
@@ -134,40 +126,6 @@ impl<'a> Open<'a> {
 impl Drop for Open<'_> {
     fn drop(&mut self) {
         self.shared.metrics.connections.dec();
-    }
-}
-
-async fn talk<S>(shared: &Arc<Shared>, stream: S, graceful: Watcher)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(shared.settings.limits.header)
-        .max_buf_size(MAX_HEAD_BYTES);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(10))
-        .max_concurrent_streams(MAX_STREAMS)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_header_list_size(u32::try_from(MAX_HEAD_BYTES).expect("64 KiB fit"));
-    let service = {
-        let shared = shared.clone();
-        service_fn(move |request| http::answer(shared.clone(), request))
-    };
-    let connection = builder
-        .serve_connection(
-            TokioIo::new(Socket::new(stream, shared.settings.limits)),
-            service,
-        )
-        .into_owned();
-    if let Err(error) = graceful.watch(connection).await {
-        tracing::trace!(%error, "a client's connection ended early");
     }
 }
 

@@ -36,7 +36,7 @@ pub(crate) type Dispatcher = Dispatch<Link, Wake>;
 
 pub(crate) struct Shared {
     pub(crate) settings: Settings,
-    pub(crate) keys: Keys,
+    pub(crate) keys: RwLock<Keys>,
     /// On the client port, if there is to be any.
     pub(crate) tls: Option<Arc<Tls>>,
     pub(crate) metrics: Metrics,
@@ -77,7 +77,7 @@ impl Shared {
     pub(crate) fn new(settings: Settings, keys: Keys, tls: Option<Tls>) -> Arc<Self> {
         Arc::new(Self {
             settings,
-            keys,
+            keys: RwLock::new(keys),
             tls: tls.map(Arc::new),
             metrics: Metrics::default(),
             budgets: Mutex::default(),

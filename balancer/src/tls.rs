@@ -1,25 +1,19 @@
-//! TLS on the client port: a certificate and key from files, read again when they change.
+//! TLS on the client port: a certificate and key from files.
 //!
-//! New connections get the newest pair; those that stand keep theirs. A pair that cannot be used is
-//! said once and changes nothing.
-#![allow(clippy::disallowed_methods)] // the rim: this is where files are looked at and time passes
+//! New connections get the newest pair that could be read; those that stand keep theirs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use parking_lot::RwLock;
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::TcpStream;
-use tokio::time::{interval, timeout};
+use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-
-/// From the connection to the end of the handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// Where certificate and key are, as PEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,50 +61,27 @@ impl Tls {
         })
     }
 
+    /// The files to look at for changes.
+    pub(crate) fn files(&self) -> [&Path; 2] {
+        [&self.paths.cert, &self.paths.key]
+    }
+
+    /// Takes over what the files have by now; an error changes nothing.
+    pub(crate) fn read_again(&self) -> Result<(), TlsError> {
+        *self.config.write() = read(&self.paths)?;
+        Ok(())
+    }
+
     /// Greets a client; `None`: it does not speak TLS, or not in time.
-    pub(crate) async fn accept(&self, stream: TcpStream) -> Option<TlsStream<TcpStream>> {
+    pub(crate) async fn accept(
+        &self,
+        stream: TcpStream,
+        patience: Duration,
+    ) -> Option<TlsStream<TcpStream>> {
         let config = self.config.read().clone();
         let greeting = TlsAcceptor::from(config).accept(stream);
-        timeout(HANDSHAKE_TIMEOUT, greeting).await.ok()?.ok()
+        timeout(patience, greeting).await.ok()?.ok()
     }
-
-    /// Reads the files again whenever one has changed, until it is dropped.
-    pub(crate) async fn watch(self: Arc<Self>) {
-        let mut seen = changed(&self.paths);
-        let mut looks = interval(LOOK_EVERY);
-        loop {
-            looks.tick().await;
-            let now = changed(&self.paths);
-            if now == seen {
-                continue;
-            }
-            match read(&self.paths) {
-                Ok(config) => {
-                    *self.config.write() = config;
-                    seen = now;
-                    tracing::info!(cert = %self.paths.cert.display(), "a new TLS certificate is in use");
-                }
-                Err(error) => {
-                    // Perhaps only one of both is written yet: looked at again when it changes.
-                    if now != seen {
-                        tracing::warn!(%error, "the TLS certificate stays the old one");
-                    }
-                    seen = now;
-                }
-            }
-        }
-    }
-}
-
-type Changed = [Option<SystemTime>; 2];
-
-fn changed(paths: &TlsPaths) -> Changed {
-    let of = |path: &Path| {
-        std::fs::metadata(path)
-            .and_then(|file| file.modified())
-            .ok()
-    };
-    [of(&paths.cert), of(&paths.key)]
 }
 
 fn read(paths: &TlsPaths) -> Result<Arc<ServerConfig>, TlsError> {

@@ -7,7 +7,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::{Act, EVENT, REST, Saw, WHOLE, World};
+use common::{Act, EVENT, REST, Saw, Setup, WHOLE, World};
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
 use hyper::client::conn::http2::{SendRequest, handshake};
@@ -47,11 +47,16 @@ async fn requests_share_a_connection_and_one_that_stalls_holds_up_no_other() {
 
 #[tokio::test]
 async fn a_stream_that_is_reset_cancels_its_request_within_100_ms() {
-    for act in [Act::Hang, Act::HangAfterFirst] {
+    for (streaming, act) in [
+        (true, Act::Hang),
+        (false, Act::Hang),
+        (true, Act::HangAfterFirst),
+        (true, Act::Flood),
+    ] {
         let mut world = World::with(1).await;
         let mut sender = connect(&world).await;
         world.next(std::slice::from_ref(&act));
-        let request = chat(&world, true);
+        let request = chat(&world, streaming);
         let asking = tokio::spawn(async move {
             let answer = sender.send_request(request).await.unwrap();
             answer.into_body().collect().await
@@ -60,8 +65,69 @@ async fn a_stream_that_is_reset_cancels_its_request_within_100_ms() {
         tokio::time::sleep(Duration::from_millis(100)).await;
         let left = Instant::now();
         asking.abort();
+        // The connection stays: only the stream is reset.
         let took = world.agents[0].sees(&Saw::Cancelled).await - left;
         assert!(took < Duration::from_millis(100), "{act:?}: {took:?}");
         world.settles().await;
     }
+}
+
+#[tokio::test]
+async fn a_stream_that_is_reset_while_it_waits_leaves_the_queue() {
+    let world = World::new(Setup {
+        slots: 1,
+        ..Setup::default()
+    })
+    .await;
+    let mut sender = connect(&world).await;
+    world.next(&[Act::HangAfterFirst]);
+    let running = sender.send_request(chat(&world, true)).await.unwrap();
+    let request = chat(&world, false);
+    let mut second = sender.clone();
+    let waiting = tokio::spawn(async move { second.send_request(request).await.map(drop) });
+    let queued = |count| move |_: u16, text: &str| text.contains(&format!("\"queued\":{count}"));
+    world.until("/debug/bookings", queued(1)).await;
+    waiting.abort();
+    world.until("/debug/bookings", queued(0)).await;
+    drop(running);
+    world.settles().await;
+    let answer = sender.send_request(chat(&world, false)).await.unwrap();
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, WHOLE.as_bytes());
+}
+
+#[tokio::test]
+async fn a_held_back_head_pings_events_and_failures_are_as_over_http_1() {
+    let mut setup = Setup::default();
+    setup.settings.hold_headers_ms = 100;
+    let world = World::new(setup).await;
+    let mut sender = connect(&world).await;
+    world.next(&[
+        Act::Slow(Duration::from_millis(400)),
+        Act::BreakAfterFirst,
+        Act::Status(400, "{\"error\":{}}"),
+    ]);
+    let began = Instant::now();
+    let answer = sender.send_request(chat(&world, true)).await.unwrap();
+    assert_eq!(answer.status(), 200);
+    assert!(began.elapsed() < Duration::from_millis(350));
+    let mut body = answer.into_body();
+    let mut pieces = Vec::new();
+    while let Some(frame) = body.frame().await {
+        pieces.push(String::from_utf8(frame.unwrap().into_data().unwrap().to_vec()).unwrap());
+    }
+    // Each as it came, none waiting for the next.
+    assert_eq!(pieces[..2], [": ping\n\n", EVENT], "{pieces:?}");
+    assert_eq!(pieces[2..].concat(), REST);
+
+    let answer = sender.send_request(chat(&world, true)).await.unwrap();
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    let text = String::from_utf8(body.to_vec()).unwrap();
+    assert!(
+        text.contains("upstream_error") && !text.contains("[DONE]"),
+        "{text}"
+    );
+
+    let answer = sender.send_request(chat(&world, true)).await.unwrap();
+    assert_eq!(answer.status(), 400);
 }

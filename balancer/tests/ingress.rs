@@ -230,3 +230,170 @@ async fn an_answer_that_fits_no_context_is_refused_before_a_worker_is_asked() {
     }
     assert_eq!(ask(&world, ",\"max_tokens\":999").await.status, 200);
 }
+
+#[tokio::test]
+async fn the_keys_file_is_read_again_when_it_changes() {
+    let (world, dir) = with_keys("models = [\"other\"]\n").await;
+    assert_eq!(ask(&world, "").await.status, 403);
+    // What is no keys file changes nothing; a key that is gone may ask nothing.
+    std::fs::write(dir.path().join("keys.toml"), "nonsense").unwrap();
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(ask(&world, "").await.status, 403);
+    keys(dir.path(), "");
+    becomes(&world, 200).await;
+    let other = "0".repeat(64);
+    let text = format!("[[keys]]\nsha256 = \"{other}\"\ntenant = \"t\"\n");
+    std::fs::write(dir.path().join("keys.toml"), text).unwrap();
+    becomes(&world, 401).await;
+}
+
+async fn becomes(world: &World, status: u16) {
+    let began = Instant::now();
+    while ask(world, "").await.status != status {
+        assert!(began.elapsed() < PATIENCE, "it does not become {status}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test]
+async fn no_header_makes_a_client_somebody_else() {
+    let (world, _dir) = with_keys("").await;
+    let mut client = world.client().await;
+    let forged = "authorization: Bearer k\r\n\
+        x-request-id: bad id\r\n\
+        x-forebay-tenant: other\r\n\
+        x-forebay-worker: w9\r\n\
+        x-forebay-attempts: 7\r\n\
+        x-tenant: other\r\n\
+        x-user: other\r\n\
+        x-forwarded-for: 9.9.9.9\r\n\
+        x-priority: 0\r\n\
+        x-gateway-inference-objective: high\r\n\
+        openai-organization: other\r\n";
+    let body = "{\"model\":\"m\",\"messages\":[]}";
+    client.post("/v1/chat/completions", forged, body).await;
+    let answer = client.answer().await;
+    assert_eq!(answer.status, 200);
+    assert!(
+        answer.head.has("x-request-id: req-"),
+        "{}",
+        answer.head.text
+    );
+    for hidden in ["x-forebay-worker", "x-forebay-attempts"] {
+        assert!(!answer.head.has(hidden), "{}", answer.head.text);
+    }
+    let placed = world.agents[0].placed.lock().clone();
+    let [place] = &placed[..] else {
+        panic!("{} placements", placed.len());
+    };
+    assert_eq!(place.tenant, "t");
+    assert_eq!(place.attempt, 0);
+    assert!(place.request_id.starts_with("req-"));
+    // All that a worker is told: nothing of the headers is in any field of it.
+    let told = format!("{place:?}");
+    for forged in ["other", "w9", "9.9.9.9", "high", "bad id"] {
+        assert!(!told.contains(forged), "{forged} in {told}");
+    }
+
+    // Two keys: whoever stands in front might have checked the other one.
+    let mut client = world.client().await;
+    let two = "authorization: Bearer k\r\nauthorization: Bearer k\r\n";
+    client.post("/v1/chat/completions", two, body).await;
+    assert_eq!(
+        client.answer().await.code(),
+        (401, "invalid_api_key".into())
+    );
+}
+
+#[tokio::test]
+async fn a_client_that_asks_whether_to_go_on_is_told_so() {
+    let world = World::with(1).await;
+    let body = "{\"model\":\"m\",\"messages\":[]}";
+    let head = |length: u64| {
+        format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n"
+        )
+    };
+    let mut client = world.client().await;
+    client.send(&head(body.len() as u64)).await;
+    assert_eq!(client.head().await.status, 100);
+    client.send(body).await;
+    assert_eq!(client.answer().await.body, WHOLE);
+    // A body that is not wanted is refused before it is sent.
+    let mut client = world.client().await;
+    client.send(&head(33 << 20)).await;
+    assert_eq!(
+        client.answer().await.code(),
+        (413, "request_too_large".into())
+    );
+}
+
+#[tokio::test]
+async fn there_is_no_cors_and_head_is_get_without_its_body() {
+    let world = World::with(1).await;
+    let mut client = world.client().await;
+    client
+        .send("OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: http://evil.example\r\naccess-control-request-method: POST\r\n\r\n")
+        .await;
+    let answer = client.answer().await;
+    assert_eq!(answer.code(), (405, "method_not_allowed".into()));
+    assert!(answer.head.has("allow: POST\r\n"), "{}", answer.head.text);
+    assert!(!answer.head.has("access-control-"), "{}", answer.head.text);
+    let mut client = world.client().await;
+    client
+        .send("HEAD /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        .await;
+    let head = client.head().await;
+    assert_eq!(head.status, 200);
+    assert!(head.has("content-length: ") && client.is_closed().await);
+}
+
+#[tokio::test]
+async fn what_is_no_tls_or_never_gets_through_a_handshake_is_closed_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = TlsPaths {
+        cert: dir.path().join("cert.pem"),
+        key: dir.path().join("key.pem"),
+    };
+    let trusted = certificate(&paths);
+    let mut setup = Setup::default();
+    setup.settings.tls = Some(paths);
+    setup.settings.limits.first_bytes = Duration::from_millis(300);
+    let world = World::new(setup).await;
+    let hello = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".as_slice(),
+        &[0; 40],
+    ]
+    .concat();
+    let inputs: [&[u8]; 8] = [
+        b"",
+        b"\x16",
+        b"\x16\x03\x01",
+        &hello,
+        b"\x16\x03\x01\xff\xff",
+        b"\x80\x2e\x01\x00\x02",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        &[0xff; 70_000],
+    ];
+    for input in inputs {
+        let mut stream = TcpStream::connect(world.bound.listen).await.unwrap();
+        let _ = stream.write_all(input).await;
+        let mut said = Vec::new();
+        let ends = stream.read_to_end(&mut said);
+        let ended = tokio::time::timeout(Duration::from_secs(3), ends).await;
+        let shown = &input[..input.len().min(16)];
+        assert!(ended.is_ok(), "{shown:?} is kept");
+        assert!(!said.starts_with(b"HTTP"), "{shown:?}");
+    }
+    // Through the handshake, then silent.
+    let mut silent = greeted(&world, &trusted, &[]).await.unwrap();
+    let mut byte = [0; 1];
+    let ends = silent.read(&mut byte);
+    assert!(
+        tokio::time::timeout(Duration::from_secs(3), ends)
+            .await
+            .is_ok()
+    );
+    let mut good = greeted(&world, &trusted, &[]).await.unwrap();
+    assert!(health(&mut good).await.starts_with("HTTP/1.1 200"));
+}

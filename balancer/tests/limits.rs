@@ -80,6 +80,22 @@ async fn an_h2_stream_that_takes_nothing_is_cut_off_and_its_connection_serves_on
 }
 
 #[tokio::test]
+async fn an_h2_connection_that_nobody_uses_ends_and_one_that_is_used_does_not() {
+    let world = world(|limits| limits.idle = SHORT).await;
+    let mut sender = connect(&world).await;
+    world.next(&[Act::Slow(SHORT * 4)]);
+    let answer = sender.send_request(chat(&world, false)).await.unwrap();
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, WHOLE.as_bytes());
+    let closed = async {
+        while !sender.is_closed() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(SOON, closed).await.unwrap();
+}
+
+#[tokio::test]
 async fn connections_beyond_the_limit_are_told_so_and_room_is_used_again() {
     let world = world(|limits| limits.connections = 1).await;
     let first = world.client().await;

@@ -140,6 +140,25 @@ impl Keys {
         })
     }
 
+    /// Goes on counting where `before` stopped, for keys whose limits are still the same.
+    pub(crate) fn continuing(mut self, before: &Self) -> Self {
+        for (hash, principal) in &mut self.known {
+            let same = |(known, _): &([u8; 32], Principal)| known.cmp(hash);
+            if let Ok(at) = before.known.binary_search_by(same) {
+                let meter = &before.known[at].1.meter;
+                if meter.allowance() == principal.meter.allowance() {
+                    principal.meter = meter.clone();
+                }
+            }
+        }
+        self
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.known.len()
+    }
+
     /// Falls back to `tenant` for any key that is not in the file, and for none.
     pub(crate) fn or_anyone(mut self, tenant: &str) -> Self {
         self.anyone = Self::anyone(tenant).anyone;
@@ -256,6 +275,27 @@ mod tests {
         assert!(Keys::anyone("dev").principal(None).unwrap().may_ask("n"));
         let none = format!("{text}requests_per_minute = 0\n");
         assert!(keys(&none).unwrap_err().contains("keys[0] may ask nothing"));
+    }
+
+    #[test]
+    fn a_new_reading_of_the_file_gives_no_allowance_anew() {
+        let file = |limit| {
+            let hash = hex("k");
+            let text =
+                format!("[[keys]]\nsha256 = \"{hash}\"\ntenant = \"a\"\nmax_parallel = {limit}\n");
+            keys(&text).unwrap()
+        };
+        let ask = |keys: &Keys| {
+            let principal = keys.principal(Some(b"Bearer k")).unwrap();
+            principal.meter.ask(forebay_proto::Now::default()).0
+        };
+        let before = file(1);
+        let running = ask(&before).unwrap();
+        let after = file(1).continuing(&before);
+        assert!(ask(&after).is_err(), "the request from before still runs");
+        assert!(ask(&file(2).continuing(&before)).is_ok(), "a new limit");
+        drop(running);
+        assert!(ask(&after).is_ok());
     }
 
     #[test]

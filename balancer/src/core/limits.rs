@@ -61,6 +61,10 @@ impl Meter {
         })
     }
 
+    pub(crate) fn allowance(&self) -> Allowance {
+        self.allowance
+    }
+
     /// Takes one request, or says why not. Limited keys also learn what is left.
     pub(crate) fn ask(self: &Arc<Self>, now: Now) -> (Result<Running, Exceeded>, Option<Left>) {
         let mut state = self.state.lock();
