@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,16 +22,33 @@ const MAX_GROWTH_BYTES: u64 = 16 << 20;
 
 struct Input {
     name: &'static str,
+    /// How it may end, `|` between alternatives: how much was sent when the other side had enough
+    /// is a matter of time.
+    wanted: &'static str,
     text: &'static str,
+    h2: bool,
 }
 
-fn corpus(text: &'static str) -> Vec<Input> {
-    let lines = text.lines().filter(|line| !line.starts_with('#'));
-    let input = |line: &'static str| {
-        let (name, text) = line.split_once('\t').unwrap();
-        Input { name, text }
-    };
-    lines.map(input).collect()
+fn corpus() -> Vec<Input> {
+    let files = [
+        (false, include_str!("corpus/http1.txt")),
+        (true, include_str!("corpus/http2.txt")),
+    ];
+    let mut inputs = Vec::new();
+    for (h2, text) in files {
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let [name, wanted, text] = line.splitn(3, '\t').collect::<Vec<_>>()[..] else {
+                panic!("not a line of the corpus: {line}");
+            };
+            inputs.push(Input {
+                name,
+                wanted,
+                text,
+                h2,
+            });
+        }
+    }
+    inputs
 }
 
 /// Sends a text of the corpus in pieces, so that a long one takes no memory. False: the other side
@@ -132,40 +149,141 @@ fn unescaped(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// How a connection ended.
-#[derive(Debug, PartialEq)]
-enum End {
-    Status(u16),
-    Closed,
-    Hangs,
-}
-
-async fn ends(address: SocketAddr, text: &str) -> End {
+/// How a connection ended, as the corpus writes it; what hangs, or is answered well, is in no line.
+async fn ends(address: SocketAddr, input: &Input) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    let (mut read, mut answer) = ([0; 4_096], Vec::new());
+    let mut seen = Vec::new();
     let talking = async {
         // What is not taken any more does not matter: the answer is in the other direction.
-        send(&mut stream, text).await;
+        send(&mut stream, input.text).await;
+        let mut read = [0; 4_096];
         while let Ok(count @ 1..) = stream.read(&mut read).await {
-            answer.extend_from_slice(&read[..count]);
-            if is_whole(&answer) {
+            seen.extend_from_slice(&read[..count]);
+            if input.h2 {
+                // Whoever is asked to leave by a ping gets its answer.
+                let pings = frames(&seen).filter(|frame| frame.kind == 6 && frame.flags == 0);
+                let pongs: Vec<_> = pings.flat_map(|ping| pong(ping.payload)).collect();
+                let _ = stream.write_all(&pongs).await;
+            } else if is_whole(&seen) {
                 break;
             }
         }
     };
-    let hangs = timeout(BOUND, talking).await.is_err();
-    let status = answer
-        .strip_prefix(b"HTTP/1.1 ")
-        .or(answer.strip_prefix(b"HTTP/1.0 "))
-        .and_then(|rest| std::str::from_utf8(&rest[..3]).ok())
-        .and_then(|status| status.parse().ok());
-    match status {
-        // Asked to go on, and then it stalls.
-        Some(100) if !hangs => End::Closed,
-        Some(status) => End::Status(status),
-        None if hangs => End::Hangs,
-        None => End::Closed,
+    match timeout(BOUND, talking).await {
+        Err(_) => "hangs".to_owned(),
+        Ok(()) if input.h2 => said_in_h2(&seen),
+        Ok(()) => said_in_http1(&seen),
     }
+}
+
+/// `closed`, a bare status, or a status and the code of an error object.
+fn said_in_http1(answer: &[u8]) -> String {
+    let text = String::from_utf8_lossy(answer);
+    // Asked to go on, and then it stalls.
+    let text = text.strip_prefix("HTTP/1.1 100 Continue\r\n\r\n");
+    let text = text.map_or_else(|| String::from_utf8_lossy(answer), Into::into);
+    let Some((head, body)) = text.split_once("\r\n\r\n") else {
+        return if text.is_empty() {
+            "closed"
+        } else {
+            "half an answer"
+        }
+        .to_owned();
+    };
+    let status = head.split(' ').nth(1).unwrap_or_default();
+    if body.is_empty() {
+        return status.to_owned();
+    }
+    let head = head.to_lowercase();
+    // What follows a refused request may be refused as well.
+    let first = &body[..length(&head).unwrap_or(0).min(body.len())];
+    let object: serde_json::Value = serde_json::from_str(first).unwrap_or_default();
+    let error = &object["error"];
+    let typed = ["message", "type"].iter().all(|key| error[key].is_string())
+        && head.contains("\r\nx-request-id: ")
+        && head.contains("\r\ncontent-type: application/json");
+    match error["code"].as_str() {
+        Some(code) if typed => format!("{status} {code}"),
+        _ => format!("{status} without an error object"),
+    }
+}
+
+/// One frame of h2.
+struct Framed<'a> {
+    kind: u8,
+    flags: u8,
+    payload: &'a [u8],
+}
+
+fn frames(mut bytes: &[u8]) -> impl Iterator<Item = Framed<'_>> {
+    std::iter::from_fn(move || {
+        let head = bytes.get(..9)?;
+        let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+        let payload = bytes.get(9..9 + length)?;
+        bytes = &bytes[9 + length..];
+        Some(Framed {
+            kind: head[3],
+            flags: head[4],
+            payload,
+        })
+    })
+}
+
+fn pong(payload: &[u8]) -> Vec<u8> {
+    [&[0, 0, 8, 6, 1, 0, 0, 0, 0], payload].concat()
+}
+
+/// What the other side said of what it got: an answer's status, `reset` of a stream or `goaway` with
+/// their code; `idle` if it took no offence and left when nothing more came; `closed` without a word.
+fn said_in_h2(answer: &[u8]) -> String {
+    let mut said = BTreeSet::new();
+    for frame in frames(answer) {
+        let code = |at: usize| frame.payload.get(at..at + 4).map_or(0, |code| code[3]);
+        match frame.kind {
+            1 => said.insert(status(frame.payload)),
+            3 => said.insert(format!("reset {}", code(0))),
+            7 if code(4) != 0 => said.insert(format!("goaway {}", code(4))),
+            7 => said.insert("idle".to_owned()),
+            _ => false,
+        };
+    }
+    if said.len() > 1 {
+        said.remove("idle");
+    }
+    match said.len() {
+        0 => "closed".to_owned(),
+        _ => said.into_iter().collect::<Vec<_>>().join("+"),
+    }
+}
+
+/// The status of a block of headers: from HPACK's static table, or three digits in its Huffman code.
+fn status(block: &[u8]) -> String {
+    match block {
+        [0x88..=0x8a, ..] => "2xx".to_owned(),
+        [0x8c, ..] => "400".to_owned(),
+        [0x8d, ..] => "404".to_owned(),
+        [0x48, 0x82 | 0x83, coded @ ..] => digits(coded),
+        _ => format!("{:#x?}", &block[..block.len().min(6)]),
+    }
+}
+
+fn digits(coded: &[u8]) -> String {
+    let mut bits = coded
+        .iter()
+        .take(3)
+        .fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte))
+        << 8;
+    let mut text = String::new();
+    while text.len() < 3 {
+        // 0 to 2 have five bits, 3 to 9 six.
+        let (digit, length) = match bits >> 27 {
+            short @ 0..=2 => (short, 5),
+            _ => ((bits >> 26).wrapping_sub(22), 6),
+        };
+        text.push(char::from_digit(digit, 10).unwrap_or('?'));
+        bits <<= length;
+    }
+    text
 }
 
 /// Whether an answer's announced body is there.
@@ -174,9 +292,12 @@ fn is_whole(answer: &[u8]) -> bool {
     let Some((head, body)) = text.split_once("\r\n\r\n") else {
         return false;
     };
-    let length = head.split("content-length: ").nth(1);
-    let length = length.and_then(|rest| rest.lines().next()?.parse::<usize>().ok());
-    length.is_some_and(|length| body.len() >= length)
+    length(head).is_some_and(|length| body.len() >= length)
+}
+
+fn length(head: &str) -> Option<usize> {
+    let length = head.split("content-length: ").nth(1)?;
+    length.lines().next()?.parse().ok()
 }
 
 fn resident_bytes() -> u64 {
@@ -192,80 +313,97 @@ fn hurried() -> Setup {
     limits.header = Duration::from_millis(500);
     limits.body_pause = Duration::from_millis(500);
     limits.stall = Duration::from_secs(2);
+    limits.idle = Duration::from_millis(800);
     setup
 }
 
-async fn nothing_was_placed(world: &mut World, after: &str) {
-    world.settles().await;
-    if let Ok((_, saw)) = world.agents[0].saw.try_recv() {
-        panic!("{after}: the worker saw {saw:?}");
+/// A request that is well, under a name of its own.
+async fn is_served(address: SocketAddr, name: &str) {
+    let mut client = Client::to(address).await;
+    let id = format!("x-request-id: {GOOD}{name}\r\n");
+    let body = "{\"model\":\"m\",\"messages\":[]}";
+    client.post("/v1/chat/completions", &id, body).await;
+    let answer = client.answer().await;
+    assert_eq!(answer.status, 200, "after {name}: {}", answer.body);
+}
+
+const GOOD: &str = "good-";
+
+#[test]
+fn every_line_of_the_corpus_wants_a_refusal_or_a_close() {
+    let inputs = corpus();
+    assert!(inputs.len() >= 300, "{}", inputs.len());
+    let names: BTreeSet<_> = inputs.iter().map(|input| input.name).collect();
+    assert_eq!(names.len(), inputs.len(), "each has a name of its own");
+    for Input {
+        name, wanted, h2, ..
+    } in inputs
+    {
+        for end in wanted.split('|') {
+            let parts: Vec<_> = end.split('+').collect();
+            let good = parts.iter().all(|part| match part.split(' ').next() {
+                Some("closed") => true,
+                Some("idle" | "reset" | "goaway") => h2,
+                Some(status) => status.len() == 3 && status.starts_with('4'),
+                None => false,
+            });
+            assert!(good, "{name}: {end}");
+        }
     }
-    assert_eq!(world.chat(true).await.status, 200, "the next request works");
-    world.agents[0].is_placed().await;
-    while world.agents[0].saw.try_recv().is_ok() {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_inputs_are_refused_and_reach_no_worker() {
-    let inputs = corpus(include_str!("corpus/http1.txt"));
-    let h2 = corpus(include_str!("corpus/http2.txt"));
-    assert!(
-        inputs.len() + h2.len() >= 300,
-        "{}",
-        inputs.len() + h2.len()
-    );
-    let mut world = World::new(hurried()).await;
-    nothing_was_placed(&mut world, "the beginning").await;
-    let before = resident_bytes();
+    let world = World::new(hurried()).await;
     let address = world.bound.listen;
+    is_served(address, "the-beginning").await;
+    world.settles().await;
+    let before = resident_bytes();
     let began = Instant::now();
 
-    let mut seen: BTreeMap<String, u32> = BTreeMap::new();
-    // A few at a time; when one reaches the worker, those of its group are to blame.
+    // A few at a time, and after each a request that is well.
     let at_once = Arc::new(Semaphore::new(8));
-    for group in inputs.chunks(32) {
-        let running: Vec<_> = group
-            .iter()
-            .map(|input| {
-                let (name, text) = (input.name, input.text);
-                let at_once = at_once.clone();
-                tokio::spawn(async move {
-                    let _turn = at_once.acquire().await.unwrap();
-                    (name, ends(address, text).await)
-                })
+    let running: Vec<_> = corpus()
+        .into_iter()
+        .map(|input| {
+            let at_once = at_once.clone();
+            tokio::spawn(async move {
+                let _turn = at_once.acquire().await.unwrap();
+                let end = ends(address, &input).await;
+                is_served(address, input.name).await;
+                (input, end)
             })
-            .collect();
-        for ended in running {
-            let (name, end) = ended.await.unwrap();
-            let good = matches!(end, End::Closed | End::Status(400..=499));
-            assert!(good, "{name}: {end:?}");
-            *seen.entry(format!("{end:?}")).or_insert(0) += 1;
+        })
+        .collect();
+    let count = running.len();
+    let mut wrong = Vec::new();
+    let mut seen: BTreeMap<String, u32> = BTreeMap::new();
+    for ended in running {
+        let (input, end) = ended.await.unwrap();
+        if !input.wanted.split('|').any(|wanted| wanted == end) {
+            wrong.push(format!(
+                "{}\t{end}\tinstead of\t{}",
+                input.name, input.wanted
+            ));
         }
-        let names: Vec<_> = group.iter().map(|input| input.name).collect();
-        nothing_was_placed(&mut world, &names.join(" ")).await;
+        *seen.entry(end).or_insert(0) += 1;
     }
-    for input in &h2 {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        let talking = async {
-            send(&mut stream, input.text).await;
-            let mut read = [0; 4_096];
-            while let Ok(1..) = stream.read(&mut read).await {}
-        };
-        // An h2 connection may stay open when only a stream was refused.
-        let _ = timeout(Duration::from_millis(300), talking).await;
-        drop(stream);
-        nothing_was_placed(&mut world, input.name).await;
-    }
+    world.settles().await;
     let growth = resident_bytes().saturating_sub(before);
-    let (count, took) = (inputs.len() + h2.len(), began.elapsed());
     eprintln!(
-        "{count} inputs in {took:?}, {} KiB more resident: {seen:?}",
+        "{count} inputs in {:?}, {} KiB more resident: {seen:?}",
+        began.elapsed(),
         growth >> 10
     );
-    // A corpus that is closed on before it is looked at would prove nothing.
-    for wanted in [400, 404, 405, 408, 413] {
-        let count = seen.get(&format!("Status({wanted})")).copied();
-        assert!(count > Some(2), "{wanted}: {seen:?}");
-    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(growth <= MAX_GROWTH_BYTES, "{growth} bytes more");
+    // All that a worker ever saw are the requests that were well.
+    let placed = world.agents[0].placed.lock().clone();
+    let contacts: Vec<_> = placed
+        .iter()
+        .map(|place| place.request_id.as_str())
+        .collect();
+    let hostile: Vec<_> = contacts.iter().filter(|id| !id.starts_with(GOOD)).collect();
+    assert!(hostile.is_empty(), "{hostile:?}");
+    assert_eq!(contacts.len(), count + 1);
 }

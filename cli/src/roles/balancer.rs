@@ -36,8 +36,8 @@ pub(crate) struct BalancerArgs {
     /// Where it keeps the last facts, to serve without a control plane.
     #[arg(long, value_name = "DIR", env = "FOREBAY_DATA_DIR")]
     data_dir: Option<PathBuf>,
-    /// TOML file of API keys: [[keys]] with sha256 (from `forebay keys hash`), tenant and
-    /// optionally debug.
+    /// TOML file of API keys, read again when it changes: [[keys]] with sha256 and tenant (from
+    /// `forebay keys hash`), and optionally models, requests_per_minute, max_parallel and debug.
     #[arg(long, value_name = "FILE", env = "FOREBAY_KEYS")]
     keys: Option<PathBuf>,
     /// Take any API key, and none, as this tenant's; for development.

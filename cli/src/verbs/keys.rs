@@ -29,6 +29,15 @@ struct HashArgs {
     /// The tenant whose key it is.
     #[arg(long, value_name = "NAME")]
     tenant: String,
+    /// A model that it may ask, repeatable. Default: all.
+    #[arg(long = "model", value_name = "NAME")]
+    models: Vec<String>,
+    /// Requests that it may ask in a minute, of each balancer. Default: any number.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    requests_per_minute: Option<u32>,
+    /// Requests that it may have under way, on each balancer. Default: any number.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_parallel: Option<u32>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -38,12 +47,50 @@ struct Hashed {
     schema_version: u32,
     sha256: String,
     tenant: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    models: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests_per_minute: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_parallel: Option<u32>,
+}
+
+impl Hashed {
+    /// Its entry of the keys file.
+    fn entry(&self) -> String {
+        let Self { sha256, tenant, .. } = self;
+        let mut entry = format!("[[keys]]\nsha256 = \"{sha256}\"\ntenant = \"{tenant}\"");
+        if !self.models.is_empty() {
+            // JSON's strings without control characters are TOML's.
+            let models = serde_json::Value::from(self.models.as_slice());
+            entry += &format!("\nmodels = {models}");
+        }
+        let limits = [
+            ("requests_per_minute", self.requests_per_minute),
+            ("max_parallel", self.max_parallel),
+        ];
+        for (name, limit) in limits {
+            if let Some(limit) = limit {
+                entry += &format!("\n{name} = {limit}");
+            }
+        }
+        entry
+    }
 }
 
 /// Runs `forebay keys`.
 pub(crate) fn run(args: KeysArgs) -> Result<(), CliError> {
     let KeysVerb::Hash(args) = args.verb;
     check_name("tenant", &args.tenant).map_err(|error| CliError::usage(error.to_string()))?;
+    if args
+        .models
+        .iter()
+        .any(|model| model.contains(char::is_control))
+    {
+        return Err(CliError::usage(
+            "--model: a model's name has no control characters",
+        ));
+    }
     let mut text = String::new();
     std::io::stdin()
         .take(MAX_KEY_BYTES + 1)
@@ -53,11 +100,11 @@ pub(crate) fn run(args: KeysArgs) -> Result<(), CliError> {
         schema_version: 1,
         sha256: hash(&text).map_err(CliError::usage)?,
         tenant: args.tenant,
+        models: args.models,
+        requests_per_minute: args.requests_per_minute,
+        max_parallel: args.max_parallel,
     };
-    args.output.print(&hashed, || {
-        let Hashed { sha256, tenant, .. } = &hashed;
-        format!("[[keys]]\nsha256 = \"{sha256}\"\ntenant = \"{tenant}\"")
-    });
+    args.output.print(&hashed, || hashed.entry());
     Ok(())
 }
 
@@ -81,6 +128,27 @@ const MAX_KEY_BYTES: u64 = 512;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_entry_is_toml_with_the_limits_that_were_asked_for() {
+        let mut hashed = Hashed {
+            schema_version: 1,
+            sha256: "00".into(),
+            tenant: "a".into(),
+            models: Vec::new(),
+            requests_per_minute: None,
+            max_parallel: None,
+        };
+        assert_eq!(hashed.entry().lines().count(), 3);
+        hashed.models = vec!["a/\"b\\".into(), "c".into()];
+        hashed.requests_per_minute = Some(60);
+        hashed.max_parallel = Some(5);
+        let entry: toml::Table = toml::from_str(&hashed.entry()).unwrap();
+        let key = entry["keys"][0].as_table().unwrap();
+        assert_eq!(key["models"][0].as_str(), Some("a/\"b\\"));
+        assert_eq!(key["requests_per_minute"].as_integer(), Some(60));
+        assert_eq!(key["max_parallel"].as_integer(), Some(5));
+    }
 
     #[test]
     fn a_key_is_hashed_without_its_line_end() {
