@@ -43,6 +43,9 @@ const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering")
 /// Paths that are placed on workers.
 const PLACED: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
 
+/// A body up to here is parsed where it was read: that takes less than handing it on.
+const AT_ONCE_BYTES: usize = 256 << 10;
+
 /// Answers one request.
 pub(crate) async fn answer(
     shared: Arc<Shared>,
@@ -221,7 +224,7 @@ async fn place(
     })?;
     let prepared = async {
         let body = body::read(shared, request.into_body()).await?;
-        let head = head::parse(body.text.expose())?;
+        let (body, head) = parsed(body).await?;
         let facts = shared.facts().ok_or_else(nobody)?;
         let (model, pool) = facts.pool_of(&head.model).ok_or_else(unknown_model)?;
         if !principal.may_ask(&model) {
@@ -274,6 +277,22 @@ async fn place(
         Some(Event::Failed(error)) => Err(error),
         Some(Event::Data(_) | Event::End) | None => Err(died()),
     }
+}
+
+/// A long body is read aside, so that no stream of another client waits for it.
+async fn parsed(body: body::Read) -> Result<(body::Read, head::Head), ApiError> {
+    let parse = |body: body::Read| {
+        let head = head::parse(body.text.expose());
+        (body, head)
+    };
+    let (body, head) = if body.text.expose().len() > AT_ONCE_BYTES {
+        let aside = tokio::task::spawn_blocking(move || parse(body));
+        // It ends early only with the process.
+        aside.await.map_err(|_| died())?
+    } else {
+        parse(body)
+    };
+    Ok((body, head?))
 }
 
 /// The answer once the engine's first byte is there.

@@ -309,11 +309,11 @@ fn resident_bytes() -> u64 {
 fn hurried() -> Setup {
     let mut setup = Setup::default();
     let limits = &mut setup.settings.limits;
-    limits.first_bytes = Duration::from_millis(500);
-    limits.header = Duration::from_millis(500);
-    limits.body_pause = Duration::from_millis(500);
+    limits.first_bytes = Duration::from_secs(1);
+    limits.header = Duration::from_secs(1);
+    limits.body_pause = Duration::from_secs(1);
     limits.stall = Duration::from_secs(2);
-    limits.idle = Duration::from_millis(800);
+    limits.idle = Duration::from_secs(1);
     setup
 }
 
