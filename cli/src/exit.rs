@@ -179,7 +179,8 @@ fn of_refusal(refusal: &Refusal) -> Exit {
         Refusal::RevisionConflict { .. }
         | Refusal::Superseded { .. }
         | Refusal::StillLive { .. }
-        | Refusal::StaleSequence { .. } => Exit::Conflict,
+        | Refusal::StaleSequence { .. }
+        | Refusal::FeatureTooNew { .. } => Exit::Conflict,
         Refusal::LeavesModelEmpty { .. } | Refusal::PoolInUse { .. } | Refusal::Full { .. } => {
             Exit::Refused
         }

@@ -2,6 +2,7 @@
 
 pub mod fleet;
 pub mod node;
+pub mod probe;
 pub mod replica;
 pub mod server;
 pub mod store;

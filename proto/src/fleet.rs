@@ -30,6 +30,8 @@ pub struct Member {
     pub address: String,
     /// The disk that answers to this id.
     pub store_id: StoreId,
+    /// It follows and has no vote.
+    pub learner: bool,
 }
 
 impl Member {
@@ -48,6 +50,7 @@ impl Member {
             name: wire.name.clone(),
             address: wire.address.clone(),
             store_id: StoreId::from_wire(&wire.store_id)?,
+            learner: wire.learner,
         })
     }
 
@@ -59,6 +62,7 @@ impl Member {
             name: self.name.clone(),
             address: self.address.clone(),
             store_id: self.store_id.to_wire(),
+            learner: self.learner,
         }
     }
 }

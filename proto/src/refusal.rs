@@ -97,6 +97,16 @@ pub enum Refusal {
         /// The bound.
         limit: u64,
     },
+    /// Not every node of the control plane knows what the command uses.
+    #[error(
+        "this needs feature level {needed}, the cell is at {level}: update every control node; the level rises by itself then"
+    )]
+    FeatureTooNew {
+        /// The level that the command needs.
+        needed: u32,
+        /// The level of the cell.
+        level: u32,
+    },
     /// The same client has had a later command applied.
     #[error(
         "command {asked} of this client comes after its command {newest} was applied: a client sends one command at a time and never reuses its id"
@@ -134,6 +144,7 @@ impl Refusal {
             Self::PoolInUse { .. } => "pool-in-use",
             Self::Full { .. } => "full",
             Self::StaleSequence { .. } => "stale-sequence",
+            Self::FeatureTooNew { .. } => "feature-too-new",
         }
     }
 
@@ -179,6 +190,10 @@ impl Refusal {
                 asked: r.asked,
                 newest: r.newest,
             },
+            Reason::FeatureTooNew(r) => Self::FeatureTooNew {
+                needed: r.needed,
+                level: r.level,
+            },
         })
     }
 
@@ -215,6 +230,9 @@ impl Refusal {
             Self::Full { what, limit } => Reason::Full(wire::Full { what, limit }),
             Self::StaleSequence { asked, newest } => {
                 Reason::StaleSequence(wire::StaleSequence { asked, newest })
+            }
+            Self::FeatureTooNew { needed, level } => {
+                Reason::FeatureTooNew(wire::FeatureTooNew { needed, level })
             }
         };
         wire::Refusal {
@@ -275,6 +293,10 @@ mod tests {
             Refusal::Full {
                 what: text(),
                 limit: 4,
+            },
+            Refusal::FeatureTooNew {
+                needed: 2,
+                level: 1,
             },
             Refusal::StaleSequence {
                 asked: 1,

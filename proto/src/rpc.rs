@@ -37,6 +37,10 @@ pub enum Rpc {
     Raft,
     /// Replace the fingerprint key.
     RotateKey,
+    /// Add, promote or remove nodes of the control plane.
+    ChangeMembers,
+    /// Let commands use newer features.
+    RaiseFeatureLevel,
     /// Place a request on a worker.
     Place,
     /// Follow what is resident in a worker's cache.
@@ -45,7 +49,7 @@ pub enum Rpc {
 
 impl Rpc {
     /// Every RPC, for tables and tests.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::Probe,
         Self::Bootstrap,
         Self::Read,
@@ -61,6 +65,8 @@ impl Rpc {
         Self::ExpireLeases,
         Self::Raft,
         Self::RotateKey,
+        Self::ChangeMembers,
+        Self::RaiseFeatureLevel,
         Self::Place,
         Self::Follow,
     ];
@@ -74,7 +80,7 @@ impl Rpc {
         use Role::{Agent, Balancer, Control, Operator};
         match self {
             Self::Probe => true,
-            Self::Bootstrap => matches!(role, Operator(Level::Admin)),
+            Self::Bootstrap | Self::ChangeMembers => matches!(role, Operator(Level::Admin)),
             Self::Read | Self::Audit => matches!(role, Control | Operator(_)),
             Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
             Self::Renew => matches!(role, Balancer | Agent),
@@ -83,7 +89,7 @@ impl Rpc {
                 matches!(role, Operator(Level::Operator | Level::Admin))
             }
             // Only the leader's own controller proposes it, never a peer.
-            Self::ExpireLeases | Self::RotateKey => false,
+            Self::ExpireLeases | Self::RotateKey | Self::RaiseFeatureLevel => false,
             Self::Raft => matches!(role, Control),
             Self::Place | Self::Follow => matches!(role, Balancer),
         }
@@ -110,6 +116,8 @@ impl Rpc {
                 Action::ApplyConfig(_) => Self::ApplyConfig,
                 Action::Expire(_) => Self::ExpireLeases,
                 Action::RotateKey(_) => Self::RotateKey,
+                Action::ChangeMembers(_) => Self::ChangeMembers,
+                Action::RaiseFeatureLevel(_) => Self::RaiseFeatureLevel,
             },
         })
     }
@@ -120,7 +128,7 @@ mod tests {
     use super::*;
 
     /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
-    const REVIEWED: [(Rpc, &str); 17] = [
+    const REVIEWED: [(Rpc, &str); 19] = [
         (Rpc::Probe, "cbavoA"),
         (Rpc::Bootstrap, ".....A"),
         (Rpc::Read, "c..voA"),
@@ -136,6 +144,8 @@ mod tests {
         (Rpc::ExpireLeases, "......"),
         (Rpc::Raft, "c....."),
         (Rpc::RotateKey, "......"),
+        (Rpc::ChangeMembers, ".....A"),
+        (Rpc::RaiseFeatureLevel, "......"),
         (Rpc::Place, ".b...."),
         (Rpc::Follow, ".b...."),
     ];

@@ -291,6 +291,21 @@ fn a_killed_agents_unstarted_requests_go_elsewhere_and_started_ones_end_typed() 
             (answer, Instant::now())
         })
     };
+    // A balancer knows the rule, and both workers, a moment after it can serve.
+    within(Duration::from_secs(10), "the policy is known", || {
+        let config = fleet
+            .json(&["config", "show", "--output", "json"])
+            .to_string();
+        let (_, workers) = get(&format!("{}/debug/workers", fleet.admin("b1")));
+        let workers: Value = serde_json::from_str(&workers).ok()?;
+        let reported = |worker: &&Value| worker["running"].is_number();
+        let reported = workers["workers"]
+            .as_array()?
+            .iter()
+            .filter(reported)
+            .count();
+        (config.contains("least-requests") && reported == 2).then_some(())
+    });
     // Two streams that are under way when their worker dies, one on each.
     let started: Vec<_> = (0..2).map(|_| ask(12, true)).collect();
     std::thread::sleep(Duration::from_millis(2_500));

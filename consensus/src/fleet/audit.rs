@@ -57,6 +57,10 @@ impl Subject {
             Some(Action::Remove(command)) => ("remove", command.name.clone()),
             Some(Action::ApplyConfig(_)) => ("apply-config", "config".into()),
             Some(Action::Expire(command)) => ("expire-leases", expired(command)),
+            Some(Action::ChangeMembers(command)) => ("change-members", changed(command)),
+            Some(Action::RaiseFeatureLevel(command)) => {
+                ("raise-feature-level", format!("to {}", command.to))
+            }
             // Never the key itself.
             Some(Action::RotateKey(command)) => (
                 "rotate-key",
@@ -80,6 +84,17 @@ fn desired(command: &wire::SetDesired) -> String {
         ""
     };
     format!("{} {state}{guard}", cut(&command.name))
+}
+
+fn changed(command: &wire::ChangeMembers) -> String {
+    let added = command
+        .add
+        .iter()
+        .map(|member| format!("+{}", cut(&member.name)));
+    let promoted = command.promote.iter().map(|id| format!("^{id}"));
+    let removed = command.remove.iter().map(|id| format!("-{id}"));
+    let parts: Vec<String> = added.chain(promoted).chain(removed).take(16).collect();
+    parts.join(" ")
 }
 
 fn expired(command: &wire::ExpireLeases) -> String {

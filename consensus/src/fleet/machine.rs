@@ -12,6 +12,10 @@ impl Machine for Fleet {
         Self::apply(self, index, command)
     }
 
+    fn apply_change(&mut self, index: u64, _term: u64, command: &Bytes) -> (Applied, bool) {
+        Self::apply_change(self, index, command)
+    }
+
     fn snapshot(&self) -> Vec<u8> {
         Self::snapshot(self)
     }

@@ -14,6 +14,7 @@ mod expiry;
 mod keys;
 pub mod lease;
 mod machine;
+mod members;
 mod proposal;
 mod registration;
 mod sessions;
@@ -37,9 +38,11 @@ use forebay_proto::{ClusterId, Millis, Revision};
 use wire::change::Change;
 use wire::command::Action;
 
+pub use members::MEMBERS_LEVEL;
 pub use snapshot::RestoreError;
 pub use workers::Worker;
 
+use crate::probe::{Probe, hit};
 use audit::Chain;
 use config::Agreed;
 use proposal::Proposal;
@@ -55,7 +58,7 @@ pub const EVIDENCE_LIMIT: Millis = Millis(10_000);
 pub const LIVE_WITHIN: Millis = Millis(10_000);
 
 /// Newest replicated feature that this build understands.
-pub const FEATURE_LEVEL: u32 = 1;
+pub const FEATURE_LEVEL: u32 = 2;
 
 /// The agreed state of one cell.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +73,10 @@ pub struct Fleet {
     newest_worker: u32,
     workers: BTreeMap<String, Worker>,
     members: Vec<Member>,
+    /// The newest id that any member ever had.
+    newest_member: u64,
+    /// The entry that is applied carries Raft's change of its members, too.
+    changing: bool,
     config: Agreed,
     /// Pools whose leases ran out in too great a number to believe it.
     correlated: BTreeSet<String>,
@@ -120,6 +127,8 @@ impl Fleet {
             feature_level: FEATURE_LEVEL,
             newest_worker: 0,
             workers: BTreeMap::new(),
+            newest_member: newest(&members),
+            changing: false,
             members,
             config: Agreed::built_in(),
             correlated: BTreeSet::new(),
@@ -149,14 +158,20 @@ impl Fleet {
             .sessions
             .find(proposal.client, proposal.sequence, index)
         {
-            Seen::Before(outcome) => Applied {
-                outcome,
-                delta: None,
-            },
-            Seen::Past { newest } => Applied::refused(&Refusal::StaleSequence {
-                asked: proposal.sequence,
-                newest,
-            }),
+            Seen::Before(outcome) => {
+                hit(Probe::Repeated);
+                Applied {
+                    outcome,
+                    delta: None,
+                }
+            }
+            Seen::Past { newest } => {
+                hit(Probe::StaleSequence);
+                Applied::refused(&Refusal::StaleSequence {
+                    asked: proposal.sequence,
+                    newest,
+                })
+            }
             Seen::Never => self.apply_once(Revision(index), &proposal),
         }
     }
@@ -201,6 +216,8 @@ impl Fleet {
             Action::ApplyConfig(command) => self.apply_config(at, &command),
             Action::Expire(command) => self.expire(at, command, evidence),
             Action::RotateKey(command) => self.rotate_key(&command),
+            Action::ChangeMembers(command) => self.change_members(&command),
+            Action::RaiseFeatureLevel(command) => self.raise_feature_level(&command),
         }
     }
 
@@ -248,6 +265,7 @@ impl Fleet {
             keys: Some(wire::KeyRing {
                 keys: self.keys.clone(),
             }),
+            feature_level: self.feature_level,
         }
     }
 
@@ -303,6 +321,10 @@ impl Fleet {
     pub fn workers(&self) -> impl Iterator<Item = &Worker> {
         self.workers.values()
     }
+}
+
+fn newest(members: &[Member]) -> u64 {
+    members.iter().map(|member| member.id.0).max().unwrap_or(0)
 }
 
 impl Applied {

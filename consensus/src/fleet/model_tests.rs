@@ -167,7 +167,9 @@ proptest! {
                     }
                     wire::change::Change::Config(_)
                     | wire::change::Change::Keys(_)
-                    | wire::change::Change::CorrelatedExpiry(_) => {}
+                    | wire::change::Change::CorrelatedExpiry(_)
+                    | wire::change::Change::Members(_)
+                    | wire::change::Change::FeatureLevel(_) => {}
                 }
             }
         }

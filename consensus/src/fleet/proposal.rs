@@ -60,6 +60,7 @@ pub(super) fn fresh(evidence: Option<&wire::Evidence>) -> Result<&wire::Evidence
     })?;
     let age = Millis(evidence.age_ms.into());
     if age > EVIDENCE_LIMIT {
+        crate::probe::hit(crate::probe::Probe::StaleEvidence);
         return Err(Refusal::StaleEvidence {
             age_ms: age.0,
             limit_ms: EVIDENCE_LIMIT.0,

@@ -74,6 +74,8 @@ struct Body {
     audit_count: u64,
     #[prost(message, repeated, tag = "7")]
     audit_tail: Vec<wire::AuditEntry>,
+    #[prost(uint64, tag = "8")]
+    newest_member: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -145,6 +147,7 @@ impl Fleet {
             audit_head: self.audit.head().to_vec().into(),
             audit_count: self.audit.count(),
             audit_tail: self.audit.tail(usize::MAX),
+            newest_member: self.newest_member,
         }
     }
 
@@ -163,6 +166,13 @@ impl Fleet {
             .map_err(|_| malformed("the audit's head is no hash"))?;
         let workers = facts.workers.into_iter().map(worker);
         let members = facts.members.iter().map(Member::from_wire);
+        let members = members.collect::<Result<Vec<_>, _>>().map_err(malformed)?;
+        if members
+            .iter()
+            .any(|member| member.id.0 > body.newest_member && body.newest_member > 0)
+        {
+            return Err(malformed("a member's id is newer than the newest"));
+        }
         let sessions = body.sessions.into_iter().map(session);
         let fleet = Self {
             cluster_id: ClusterId::from_wire(&facts.cluster_id).map_err(malformed)?,
@@ -171,7 +181,10 @@ impl Fleet {
             feature_level: body.feature_level,
             newest_worker: body.newest_worker,
             workers: workers.collect::<Result<_, _>>()?,
-            members: members.collect::<Result<_, _>>().map_err(malformed)?,
+            // Written by a version that changed no members: the newest one is among them.
+            newest_member: body.newest_member.max(super::newest(&members)),
+            changing: false,
+            members,
             config: Agreed {
                 document: Config::from_wire(&facts.config).map_err(malformed)?,
                 bytes: facts.config,

@@ -12,9 +12,10 @@ use rand::{Rng as _, SeedableRng as _};
 use super::error::{NodeError, ProposeRefused};
 use super::log::Log;
 use super::logger::logger;
+use super::members::{self, ChangeRefused, Members, MembersChange};
 use super::status::{Role, SnapshotReport, Status};
 use super::step::{Outcome, ReadReady, Step, Write};
-use super::types::{Entry, HardState, Members, Restored, Snapshot};
+use super::types::{Entry, HardState, Restored, Snapshot};
 use super::validate::{self, Rejected};
 
 /// How often [`Node::tick`] is to be called.
@@ -35,6 +36,8 @@ pub const MAX_COMMAND_BYTES: usize = 1 << 20;
 const MAX_APPEND_BYTES: u64 = 512 << 10;
 const MAX_INFLIGHT_APPENDS: usize = 128;
 const MAX_UNCOMMITTED_BYTES: u64 = 16 << 20;
+/// A learner that lacks more entries than this gets no vote.
+const MAX_BEHIND: u64 = 1_000;
 const MAX_COMMITTED_BYTES_PER_STEP: u64 = 4 << 20;
 
 /// Who this node is and where its luck comes from.
@@ -63,6 +66,8 @@ pub struct Node {
     commit_owed: bool,
     /// A step is out; stays set if it is never persisted.
     stopped: bool,
+    /// Entries were given out and are not applied yet.
+    applying: bool,
 }
 
 impl Node {
@@ -73,7 +78,8 @@ impl Node {
     /// Returns [`NodeError`] when that cannot be this member's memory.
     pub fn new(config: Config, restored: Restored) -> Result<Self, NodeError> {
         let members = restored.snapshot.members.clone();
-        if !members.contains(config.id) {
+        let joins = restored.snapshot.index == 0;
+        if !joins && !members.contains(config.id) {
             return Err(NodeError::NotAMember {
                 id: config.id,
                 members,
@@ -108,6 +114,7 @@ impl Node {
             leader_heard_ticks: 0,
             commit_owed: false,
             stopped: false,
+            applying: false,
         };
         node.draw_timeout();
         Ok(node)
@@ -127,6 +134,7 @@ impl Node {
         let stood = self.raw.raft.election_elapsed == 0;
         self.settle(before, stood);
         self.stand_again();
+        self.leave_joint();
     }
 
     /// Stands again soon after an election without a winner. Pre-vote keeps that from disturbing a
@@ -165,7 +173,7 @@ impl Node {
     /// Whether no other vote is needed.
     #[must_use]
     pub fn is_only_voter(&self) -> bool {
-        self.members.voters() == [self.id()]
+        self.members.voters() == [self.id()] && !self.members.is_joint()
     }
 
     /// A message of the peer `from` arrived.
@@ -237,6 +245,128 @@ impl Node {
         Ok((term, first))
     }
 
+    /// Appends a change of the members, and the command that it comes with, if this node leads;
+    /// returns its `(term, index)`. It takes effect when it is applied, see [`Node::change_members`].
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ProposeRefused`]; nothing was appended.
+    pub fn propose_change(
+        &mut self,
+        change: &MembersChange,
+        command: Bytes,
+    ) -> Result<(u64, u64), ProposeRefused> {
+        if self.stopped {
+            return Err(ProposeRefused::Stopped);
+        }
+        if self.raw.raft.state != StateRole::Leader {
+            return Err(ProposeRefused::NotLeader {
+                leader: self.leader(),
+            });
+        }
+        check_command(&command)?;
+        self.check_change(change)?;
+        self.append_change(change.encode().into(), command)
+    }
+
+    fn check_change(&self, change: &MembersChange) -> Result<(), ChangeRefused> {
+        let raft = &self.raw.raft;
+        if raft.has_pending_conf() {
+            return Err(ChangeRefused::UnderWay);
+        }
+        let voters = change.check(&self.members)?;
+        if change.remove.contains(&self.id()) {
+            return Err(ChangeRefused::Leader(self.id()));
+        }
+        let progress = |id: &NodeId| raft.prs().get(id.0);
+        for id in &change.promote {
+            let matched = progress(id).map_or(0, |progress| progress.matched);
+            let behind = raft.raft_log.committed.saturating_sub(matched);
+            if behind > MAX_BEHIND {
+                let node = *id;
+                return Err(ChangeRefused::NotCaughtUp { node, behind });
+            }
+        }
+        let answers = |id: &&NodeId| {
+            **id == self.id() || progress(id).is_some_and(|progress| progress.recent_active)
+        };
+        let (alive, voters) = (voters.iter().filter(answers).count(), voters.len());
+        if alive <= voters / 2 {
+            return Err(ChangeRefused::NoQuorum { alive, voters });
+        }
+        Ok(())
+    }
+
+    fn append_change(
+        &mut self,
+        change: Bytes,
+        command: Bytes,
+    ) -> Result<(u64, u64), ProposeRefused> {
+        let mut message = Message::default();
+        message.set_msg_type(MessageType::MsgPropose);
+        message.from = self.raw.raft.id;
+        let mut entry = eraftpb::Entry {
+            data: change,
+            context: command,
+            ..eraftpb::Entry::default()
+        };
+        entry.set_entry_type(eraftpb::EntryType::EntryConfChangeV2);
+        message.set_entries(vec![entry].into());
+        let (term, index) = (self.raw.raft.term, self.raw.raft.raft_log.last_index() + 1);
+        self.raw
+            .step(message)
+            .map_err(|_| ProposeRefused::Overloaded)?;
+        Ok((term, index))
+    }
+
+    /// A leader leaves a joint membership that is applied; raft-rs itself does so only where the
+    /// leader that entered it still leads.
+    fn leave_joint(&mut self) {
+        let raft = &self.raw.raft;
+        if self.members.is_joint()
+            && raft.state == StateRole::Leader
+            && !raft.has_pending_conf()
+            && raft.raft_log.applied == raft.raft_log.committed
+        {
+            crate::probe::hit(crate::probe::Probe::JointLeftByAnotherLeader);
+            // Refused only while too much waits; the next tick tries again.
+            let _ = self.append_change(Bytes::new(), Bytes::new());
+        }
+    }
+
+    /// A committed change of the members that the machine agreed to takes effect, on this node. One
+    /// that it refused must not be given here, on any node. Call it for each entry in order, between
+    /// [`Step::persist`] and [`Node::applied`].
+    ///
+    /// # Errors
+    ///
+    /// Says why the change is none that raft can carry out; the group stays as it is, on every node.
+    pub fn change_members(&mut self, entry: &Entry) -> Result<&Members, Rejected> {
+        let impossible = || Rejected::MembershipChange { index: entry.index };
+        let change = entry.change.as_ref().ok_or_else(impossible)?;
+        let change = members::conf_change(change).ok_or_else(impossible)?;
+        if change.changes.is_empty() && !self.members.is_joint() {
+            // Two leaders left the same joint membership.
+            return Ok(&self.members);
+        }
+        let before = self.position();
+        let state = self
+            .raw
+            .apply_conf_change(&change)
+            .map_err(|error| Rejected::Raft(error.to_string()))?;
+        self.settle(before, false);
+        self.members = Members::from_raft(&state)?;
+        Ok(&self.members)
+    }
+
+    /// All that the last step gave out has been applied.
+    pub fn applied(&mut self) {
+        if self.applying {
+            self.raw.advance_apply();
+            self.applying = false;
+        }
+    }
+
     /// Asks a quorum for an index at which a read is linearizable; it comes as a
     /// [`ReadReady`] with the same `ctx`.
     ///
@@ -292,7 +422,11 @@ impl Node {
 
     /// What to do next, if anything.
     pub fn ready(&mut self) -> Option<Step<'_>> {
-        if self.stopped || !self.raw.has_ready() {
+        debug_assert!(
+            !self.applying,
+            "what was given out is applied before the next step"
+        );
+        if self.stopped || self.applying || !self.raw.has_ready() {
             return None;
         }
         let ready = self.raw.ready();
@@ -328,7 +462,7 @@ impl Node {
             .committed
             .extend(light.take_committed_entries().iter().map(Entry::from_raft));
         self.commit_owed |= light.commit_index().is_some();
-        self.raw.advance_apply();
+        self.applying = true;
         self.stopped = false;
         outcome
     }
@@ -348,6 +482,12 @@ impl Node {
     #[must_use]
     pub fn log_size(&self) -> (u64, u64) {
         self.raw.store().since_snapshot()
+    }
+
+    /// Whether the last snapshot has other members than the group now.
+    #[must_use]
+    pub fn members_changed(&self) -> bool {
+        self.raw.store().snapshot().members != self.members
     }
 
     /// The index of the last snapshot.

@@ -3,7 +3,8 @@
 use forebay_proto::NodeId;
 
 use super::core::MAX_COMMAND_BYTES;
-use super::types::{Members, RestoredError};
+use super::members::{ChangeRefused, Members};
+use super::types::RestoredError;
 
 /// Why a node cannot start from what its disk remembered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +43,9 @@ pub enum ProposeRefused {
     /// Larger than [`MAX_COMMAND_BYTES`].
     #[error("the command has {0} bytes, at most {max}", max = MAX_COMMAND_BYTES)]
     TooLarge(usize),
+    /// The members cannot be changed so.
+    #[error(transparent)]
+    Change(#[from] ChangeRefused),
     /// An earlier write failed.
     #[error("the node stopped after a failed write; restart the process")]
     Stopped,

@@ -66,7 +66,13 @@ fn settle(node: &mut Node) -> Vec<Message> {
     let mut sent = Vec::new();
     while let Some(mut step) = node.ready() {
         sent.extend(step.take_send_now());
-        sent.extend(step.persist(|_| Ok::<_, ()>(())).unwrap().send);
+        let outcome = step.persist(|_| Ok::<_, ()>(())).unwrap();
+        sent.extend(outcome.send);
+        for entry in outcome.committed.iter().filter(|e| e.change.is_some()) {
+            // What raft cannot carry out is passed over, on every node.
+            let _ = node.change_members(entry);
+        }
+        node.applied();
     }
     sent
 }
@@ -115,7 +121,12 @@ fn each_kind_of_nonsense_is_refused_by_name() {
         (
             "nobody we know",
             "Stranger",
-            message(Kind::MsgHeartbeat, |m| m.from = 9),
+            message(Kind::MsgHeartbeatResponse, |m| m.from = 9),
+        ),
+        (
+            "a leader that was added while we were away",
+            "taken",
+            message(Kind::MsgHeartbeat, |m| (m.from, m.term) = (9, 4)),
         ),
         ("a local signal", "Kind", message(Kind::MsgHup, |_| ())),
         (
@@ -206,9 +217,25 @@ fn each_kind_of_nonsense_is_refused_by_name() {
             append(5, 3, &[(6, 3), (7, 2)]),
         ),
         ("entries of the future", "Order", append(5, 3, &[(6, 4)])),
-        ("a membership change", "MembershipChange", {
+        ("an unknown change of the members", "MembershipChange", {
             let mut append = append(5, 3, &[(6, 3)]);
             append.mut_entries()[0].set_entry_type(EntryType::EntryConfChangeV2);
+            append
+        }),
+        ("a change of an older kind", "MembershipChange", {
+            let mut append = append(5, 3, &[(6, 3)]);
+            append.mut_entries()[0].set_entry_type(EntryType::EntryConfChange);
+            append
+        }),
+        ("a change of the members", "taken", {
+            let mut append = append(5, 3, &[(6, 3)]);
+            let change = MembersChange {
+                add: vec![NodeId(4)],
+                ..MembersChange::default()
+            };
+            let entry = &mut append.mut_entries()[0];
+            entry.set_entry_type(EntryType::EntryConfChangeV2);
+            entry.data = change.encode().into();
             append
         }),
         ("a huge command", "TooLarge", {

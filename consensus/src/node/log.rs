@@ -182,7 +182,8 @@ impl Log {
 
 /// What an entry costs in memory and on disk, roughly.
 fn cost(entry: &Entry) -> u64 {
-    entry.data.len() as u64 + 48
+    let change = entry.change.as_ref().map_or(0, bytes::Bytes::len);
+    (entry.data.len() + change) as u64 + 48
 }
 
 impl Storage for Log {
@@ -240,8 +241,10 @@ impl Storage for Log {
         Ok(self.last())
     }
 
-    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<eraftpb::Snapshot> {
-        if self.snapshot.index < request_index {
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<eraftpb::Snapshot> {
+        // One from before `to` was added tells it that it is no member: the replica makes a new one.
+        let strange = !self.snapshot.members.contains(forebay_proto::NodeId(to));
+        if self.snapshot.index < request_index || strange {
             return Err(Error::Store(StorageError::SnapshotTemporarilyUnavailable));
         }
         Ok(self.snapshot.to_raft())
@@ -251,11 +254,7 @@ impl Storage for Log {
 /// Lets tests build commands without naming `Bytes`.
 #[cfg(test)]
 pub(crate) fn entry(index: u64, term: u64, data: &str) -> Entry {
-    Entry {
-        index,
-        term,
-        data: bytes::Bytes::copy_from_slice(data.as_bytes()),
-    }
+    Entry::command(index, term, bytes::Bytes::copy_from_slice(data.as_bytes()))
 }
 
 #[cfg(test)]

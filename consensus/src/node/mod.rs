@@ -12,14 +12,18 @@
 //! * **Forwarding.** A proposal is taken by the leader or refused, never passed on silently.
 //!
 //! Commands are opaque bytes; what they mean is for the machine that applies them. There is no clock
-//! ([`TICK`] says how often to call [`Node::tick`]), no disk and no network here. Membership changes
-//! are not proposed, and refused when a peer sends one; the members come from the snapshot, which
-//! every node of a new cluster shares ([`Snapshot::bootstrap`]).
+//! ([`TICK`] says how often to call [`Node::tick`]), no disk and no network here.
+//!
+//! **Members** come from the snapshot, which every node of a new cluster shares
+//! ([`Snapshot::bootstrap`]), and change by entries ([`Node::propose_change`]) when they are applied:
+//! the caller asks its machine, and tells the node by [`Node::change_members`] where it agrees. The
+//! leader is never removed in place, and a joint membership is left by whoever leads.
 
 mod core;
 mod error;
 mod log;
 mod logger;
+mod members;
 mod status;
 mod step;
 mod types;
@@ -35,9 +39,10 @@ pub use self::core::{
     Config, HEARTBEAT_TICKS, MAX_COMMAND_BYTES, MAX_ELECTION_TICKS, MIN_ELECTION_TICKS, Node, TICK,
 };
 pub use self::error::{NodeError, ProposeRefused};
+pub use self::members::{ChangeRefused, Members, MembersChange, MembersError};
 pub use self::status::{Role, SnapshotReport, Status};
 pub use self::step::{Outcome, ReadReady, Step, Write};
-pub use self::types::{Entry, HardState, Members, MembersError, Restored, RestoredError, Snapshot};
+pub use self::types::{Entry, HardState, Restored, RestoredError, Snapshot};
 pub use self::validate::{MAX_SNAPSHOT_BYTES, Rejected};
 /// A message between members, as raft-rs knows it; [`wire`] turns it into what peers exchange.
 pub use raft::eraftpb::Message;

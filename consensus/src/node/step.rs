@@ -49,7 +49,8 @@ pub struct Outcome {
     pub send: Vec<Message>,
     /// The leader's snapshot: the machine's state is replaced by it, before `committed` is applied.
     pub installed: Option<Snapshot>,
-    /// Entries to apply, in order, each exactly once a process; no-ops included.
+    /// Entries to apply, in order, each exactly once a process; no-ops and changes of the members
+    /// included. When all are applied, [`Node::applied`] must be called.
     pub committed: Vec<Entry>,
     /// Reads that may be answered once the machine has applied their index.
     pub reads: Vec<ReadReady>,

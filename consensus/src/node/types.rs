@@ -1,11 +1,11 @@
-//! What is agreed on and what is kept: entries, hard state, members and snapshots.
+//! What is agreed on and what is kept: entries, hard state and snapshots.
 
 use bytes::Bytes;
-use forebay_proto::NodeId;
 use raft::eraftpb;
-use serde::{Deserialize, Serialize};
 
-/// One entry of the log. An empty one is a new leader's no-op and carries no command.
+use super::members::{Members, MembersError};
+
+/// One entry of the log. An empty command is a new leader's no-op.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Position in the log, from 1.
@@ -14,30 +14,59 @@ pub struct Entry {
     pub term: u64,
     /// The command, opaque here.
     pub data: Bytes,
+    /// Present in an entry that changes the members: the change as raft-rs writes it, empty where
+    /// the group leaves a joint membership.
+    pub change: Option<Bytes>,
 }
 
 impl Entry {
+    /// An entry with a command.
+    #[must_use]
+    pub const fn command(index: u64, term: u64, data: Bytes) -> Self {
+        Self {
+            index,
+            term,
+            data,
+            change: None,
+        }
+    }
+
     /// Whether a new leader appended this to commit what it found; there is nothing to apply.
     #[must_use]
     pub fn is_noop(&self) -> bool {
-        self.data.is_empty()
+        self.data.is_empty() && self.change.is_none()
     }
 
     pub(crate) fn from_raft(entry: &eraftpb::Entry) -> Self {
+        let (data, change) = match entry.get_entry_type() {
+            eraftpb::EntryType::EntryNormal => (entry.data.clone(), None),
+            eraftpb::EntryType::EntryConfChange | eraftpb::EntryType::EntryConfChangeV2 => {
+                (entry.context.clone(), Some(entry.data.clone()))
+            }
+        };
         Self {
             index: entry.index,
             term: entry.term,
-            data: entry.data.clone(),
+            data,
+            change,
         }
     }
 
     pub(crate) fn to_raft(&self) -> eraftpb::Entry {
-        eraftpb::Entry {
+        let mut entry = eraftpb::Entry {
             index: self.index,
             term: self.term,
-            data: self.data.clone(),
             ..eraftpb::Entry::default()
+        };
+        match &self.change {
+            None => entry.data = self.data.clone(),
+            Some(change) => {
+                entry.set_entry_type(eraftpb::EntryType::EntryConfChangeV2);
+                entry.data = change.clone();
+                entry.context = self.data.clone();
+            }
         }
+        entry
     }
 }
 
@@ -83,115 +112,6 @@ impl HardState {
     }
 }
 
-/// Who belongs to the group. Sorted, without duplicates; no id is zero; a learner does not vote.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "RawMembers")]
-pub struct Members {
-    voters: Vec<NodeId>,
-    learners: Vec<NodeId>,
-}
-
-#[derive(Deserialize)]
-struct RawMembers {
-    voters: Vec<NodeId>,
-    learners: Vec<NodeId>,
-}
-
-impl TryFrom<RawMembers> for Members {
-    type Error = MembersError;
-
-    fn try_from(raw: RawMembers) -> Result<Self, MembersError> {
-        Self::new(raw.voters, raw.learners)
-    }
-}
-
-/// Why a list of members cannot be a group.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum MembersError {
-    /// Nobody votes.
-    #[error("the group has no voter")]
-    NoVoter,
-    /// Zero is nobody's id.
-    #[error("node id 0 cannot be a member")]
-    Zero,
-    /// One id stands twice.
-    #[error("node {0} is named twice")]
-    Twice(NodeId),
-    /// More members than [`Members::MAX`].
-    #[error("{0} members, at most {max} are supported", max = Members::MAX)]
-    TooMany(usize),
-    /// A membership change is under way, which this version does not take part in.
-    #[error("the group is between two memberships, which this version cannot join")]
-    Joint,
-}
-
-impl Members {
-    /// The most members of a group, learners included.
-    pub const MAX: usize = 32;
-
-    /// Checks and sorts.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`MembersError`] when this cannot be a group.
-    pub fn new(
-        voters: impl IntoIterator<Item = NodeId>,
-        learners: impl IntoIterator<Item = NodeId>,
-    ) -> Result<Self, MembersError> {
-        let mut voters: Vec<_> = voters.into_iter().take(Self::MAX + 1).collect();
-        let mut learners: Vec<_> = learners.into_iter().take(Self::MAX + 1).collect();
-        voters.sort_unstable();
-        learners.sort_unstable();
-        let mut all: Vec<_> = voters.iter().chain(&learners).copied().collect();
-        all.sort_unstable();
-        if voters.is_empty() {
-            return Err(MembersError::NoVoter);
-        }
-        if all.len() > Self::MAX {
-            return Err(MembersError::TooMany(all.len()));
-        }
-        if all.contains(&NodeId(0)) {
-            return Err(MembersError::Zero);
-        }
-        if let Some(pair) = all.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(MembersError::Twice(pair[0]));
-        }
-        Ok(Self { voters, learners })
-    }
-
-    /// Those whose votes count, ascending.
-    #[must_use]
-    pub fn voters(&self) -> &[NodeId] {
-        &self.voters
-    }
-
-    /// Those that only follow, ascending.
-    #[must_use]
-    pub fn learners(&self) -> &[NodeId] {
-        &self.learners
-    }
-
-    /// Whether this node belongs to the group.
-    #[must_use]
-    pub fn contains(&self, node: NodeId) -> bool {
-        self.voters.contains(&node) || self.learners.contains(&node)
-    }
-
-    pub(crate) fn from_raft(state: &eraftpb::ConfState) -> Result<Self, MembersError> {
-        if !state.voters_outgoing.is_empty() || !state.learners_next.is_empty() || state.auto_leave
-        {
-            return Err(MembersError::Joint);
-        }
-        let ids = |ids: &[u64]| ids.iter().copied().map(NodeId).collect::<Vec<_>>();
-        Self::new(ids(&state.voters), ids(&state.learners))
-    }
-
-    pub(crate) fn to_raft(&self) -> eraftpb::ConfState {
-        let ids = |ids: &[NodeId]| ids.iter().map(|id| id.0).collect::<Vec<_>>();
-        eraftpb::ConfState::from((ids(&self.voters), ids(&self.learners)))
-    }
-}
-
 /// The machine's state at one index, and the members at that point.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Snapshot {
@@ -206,6 +126,17 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// What a node begins with that joins a cluster: nothing, until the leader sends it a snapshot.
+    #[must_use]
+    pub const fn of_a_joiner() -> Self {
+        Self {
+            index: 0,
+            term: 0,
+            members: Members::unknown(),
+            data: Bytes::new(),
+        }
+    }
+
     /// What every node of a new cluster starts from: index 1, term 1, the same state everywhere.
     ///
     /// Index 1 rather than 0, so that a node added later, which has nothing, is told apart from one

@@ -10,7 +10,7 @@ use raft::{ProgressState, RawNode, StateRole};
 
 use super::core::MAX_COMMAND_BYTES;
 use super::log::Log;
-use super::types::{Members, MembersError};
+use super::members::{self, Members, MembersError};
 
 /// The largest machine state that travels in a message: below the 64 MiB of a Raft frame.
 pub const MAX_SNAPSHOT_BYTES: usize = 60 << 20;
@@ -18,6 +18,8 @@ pub const MAX_SNAPSHOT_BYTES: usize = 60 << 20;
 /// Entries and bytes of one append: several times what [`super::Node`] sends.
 const MAX_APPEND_ENTRIES: usize = 1 << 16;
 const MAX_APPEND_BYTES: usize = 8 << 20;
+/// What a change of as many members as there can be takes.
+const MAX_CHANGE_BYTES: usize = 1 << 10;
 /// Context of heartbeats, votes and reads: ours is 24 bytes.
 const MAX_CONTEXT_BYTES: usize = 64;
 /// Reads of one leader that wait for their round of heartbeats.
@@ -69,8 +71,8 @@ pub enum Rejected {
         /// Where it breaks.
         index: u64,
     },
-    /// Membership changes are not supported in this version.
-    #[error("entry {index} changes the membership, which this version does not support")]
+    /// A change of the members that no node of ours writes.
+    #[error("entry {index} changes the members in a way that this version does not know")]
     MembershipChange {
         /// Index of the entry.
         index: u64,
@@ -166,7 +168,21 @@ fn check_address(raw: &RawNode<Log>, peer: NodeId, message: &Message) -> Result<
     if message.to != raw.raft.id {
         return Err(Rejected::Misdirected(NodeId(message.to)));
     }
-    if message.from == raw.raft.id || raw.raft.prs().get(message.from).is_none() {
+    // Who was added, and leads already, is unknown to a follower that is behind, and to a node that
+    // joins everyone is. What it sends is taken as raft takes it: by its term. Answers are of use from
+    // members only.
+    let unasked = matches!(
+        message.get_msg_type(),
+        MessageType::MsgAppend
+            | MessageType::MsgHeartbeat
+            | MessageType::MsgSnapshot
+            | MessageType::MsgRequestVote
+            | MessageType::MsgRequestPreVote
+            | MessageType::MsgTimeoutNow
+            | MessageType::MsgReadIndexResp
+    );
+    let known = raw.raft.prs().get(message.from).is_some();
+    if message.from == raw.raft.id || !known && !unasked {
         return Err(Rejected::Stranger(peer));
     }
     Ok(())
@@ -287,24 +303,35 @@ fn check_entries(message: &Message) -> Result<(), Rejected> {
             return Err(Rejected::Order { index });
         }
         term = entry.term;
-        if entry.get_entry_type() != EntryType::EntryNormal {
-            return Err(Rejected::MembershipChange { index });
-        }
-        if !entry.context.is_empty() || entry.sync_log {
+        let command = match entry.get_entry_type() {
+            EntryType::EntryNormal => &entry.data,
+            EntryType::EntryConfChangeV2
+                if entry.data.len() <= MAX_CHANGE_BYTES
+                    && members::conf_change(&entry.data).is_some() =>
+            {
+                &entry.context
+            }
+            EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
+                return Err(Rejected::MembershipChange { index });
+            }
+        };
+        let has_context =
+            entry.get_entry_type() == EntryType::EntryNormal && !entry.context.is_empty();
+        if has_context || entry.sync_log {
             return Err(Rejected::Unexpected {
                 kind: message.get_msg_type(),
                 field: "entry context",
             });
         }
-        if entry.data.len() > MAX_COMMAND_BYTES {
-            let (bytes, max) = (entry.data.len(), MAX_COMMAND_BYTES);
+        if command.len() > MAX_COMMAND_BYTES {
+            let (bytes, max) = (command.len(), MAX_COMMAND_BYTES);
             return Err(Rejected::TooLarge {
                 field: "command",
                 bytes,
                 max,
             });
         }
-        bytes += entry.data.len();
+        bytes += command.len();
     }
     if bytes > MAX_APPEND_BYTES {
         return Err(Rejected::TooLarge {

@@ -268,6 +268,9 @@ impl World {
             };
             self.send(outcome.send);
             self.absorb(id, outcome.installed, outcome.committed, &outcome.reads);
+            if let Some(node) = self.node(id) {
+                node.applied();
+            }
         }
         self.note_leader(id);
         self.maybe_compact(id);

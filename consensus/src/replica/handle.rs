@@ -1,7 +1,7 @@
 //! How others reach a replica: cheap to clone, never blocking, every wait with a deadline.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use crossbeam::channel::{Sender, TrySendError};
@@ -10,7 +10,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
 use super::{Applied, StopReason};
-use crate::node::{MAX_COMMAND_BYTES, Message, Role, SnapshotReport};
+use crate::node::{
+    ChangeRefused, MAX_COMMAND_BYTES, Members, MembersChange, Message, Role, SnapshotReport,
+};
 
 /// Inputs that wait for the replica's thread.
 pub(crate) const QUEUE: usize = 4096;
@@ -18,7 +20,7 @@ pub(crate) const QUEUE: usize = 4096;
 const MAX_QUEUED_BYTES: usize = 128 << 20;
 
 /// What a replica knows of itself and its group.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// What this node is.
     pub role: Role,
@@ -37,7 +39,31 @@ pub struct Status {
     pub leader_heard_ms: u64,
     /// On the leader: what each other member has acknowledged, ascending by id.
     pub peers: Vec<(NodeId, u64)>,
+    /// The group, as far as this node has applied its changes.
+    pub members: Members,
+    /// The disk has no room: the node waits and takes no part.
+    pub disk_full: bool,
 }
+
+impl Default for Status {
+    fn default() -> Self {
+        Self {
+            role: Role::Follower,
+            term: 0,
+            leader: None,
+            commit: 0,
+            applied: 0,
+            last_index: 0,
+            leader_heard_ms: 0,
+            peers: Vec::new(),
+            members: Members::unknown(),
+            disk_full: false,
+        }
+    }
+}
+
+/// Gets what became of a proposal.
+pub type Reply<O> = oneshot::Sender<Result<Applied<O>, ProposeError>>;
 
 /// Why a proposal has no result.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +80,9 @@ pub enum ProposeError {
     /// Not proposed: empty, or too large.
     #[error("a command has 1 to {max} bytes, not {0}", max = MAX_COMMAND_BYTES)]
     Size(usize),
+    /// Not proposed: the members cannot be changed so.
+    #[error(transparent)]
+    Change(#[from] ChangeRefused),
     /// Unknown: no result by the deadline.
     #[error("no result by the deadline; the command may still take effect")]
     Timeout,
@@ -94,7 +123,7 @@ pub enum TransferError {
 }
 
 /// What goes to the replica's thread. Without `Debug`: it holds commands.
-pub(crate) enum Input<O> {
+pub enum Input<O> {
     /// A peer's message.
     Step {
         /// Whose connection it came on.
@@ -107,7 +136,16 @@ pub(crate) enum Input<O> {
         /// The command.
         command: Bytes,
         /// Gets its result.
-        reply: oneshot::Sender<Result<Applied<O>, ProposeError>>,
+        reply: Reply<O>,
+    },
+    /// A change of the members, and the command that comes with it.
+    Change {
+        /// The change.
+        change: MembersChange,
+        /// The command.
+        command: Bytes,
+        /// Gets its result.
+        reply: Reply<O>,
     },
     /// A linearizable read.
     Read {
@@ -140,7 +178,7 @@ impl<O> Input<O> {
                     .sum();
                 entries + message.get_snapshot().data.len()
             }
-            Self::Propose { command, .. } => command.len(),
+            Self::Propose { command, .. } | Self::Change { command, .. } => command.len(),
             Self::Read { .. }
             | Self::Transfer { .. }
             | Self::Unreachable(_)
@@ -178,6 +216,8 @@ pub struct ReplicaHandle<O> {
     pub(crate) budget: Budget,
     pub(crate) status: watch::Receiver<Status>,
     pub(crate) stopped: watch::Receiver<Option<Arc<StopReason>>>,
+    /// Ends the wait for room on the disk.
+    pub(crate) stopping: Arc<AtomicBool>,
 }
 
 impl<O> Clone for ReplicaHandle<O> {
@@ -188,6 +228,7 @@ impl<O> Clone for ReplicaHandle<O> {
             budget: self.budget.clone(),
             status: self.status.clone(),
             stopped: self.stopped.clone(),
+            stopping: self.stopping.clone(),
         }
     }
 }
@@ -223,12 +264,43 @@ impl<O: Send + 'static> ReplicaHandle<O> {
         if command.is_empty() || command.len() > MAX_COMMAND_BYTES {
             return Err(ProposeError::Size(command.len()));
         }
+        self.result(deadline, |reply| Input::Propose { command, reply })
+            .await
+    }
+
+    /// Proposes a change of the members with the command that says who they are, and waits for what
+    /// the machine gives back for that.
+    ///
+    /// # Errors
+    ///
+    /// As [`ReplicaHandle::propose`].
+    pub async fn propose_change(
+        &self,
+        change: MembersChange,
+        command: Bytes,
+        deadline: Instant,
+    ) -> Result<Applied<O>, ProposeError> {
+        if command.is_empty() || command.len() > MAX_COMMAND_BYTES {
+            return Err(ProposeError::Size(command.len()));
+        }
+        let input = |reply| Input::Change {
+            change,
+            command,
+            reply,
+        };
+        self.result(deadline, input).await
+    }
+
+    async fn result(
+        &self,
+        deadline: Instant,
+        input: impl FnOnce(Reply<O>) -> Input<O>,
+    ) -> Result<Applied<O>, ProposeError> {
         let (reply, answer) = oneshot::channel();
-        self.send(Input::Propose { command, reply })
-            .map_err(|full| match full {
-                Full::Queue => ProposeError::Overloaded,
-                Full::Gone => ProposeError::Stopped,
-            })?;
+        self.send(input(reply)).map_err(|full| match full {
+            Full::Queue => ProposeError::Overloaded,
+            Full::Gone => ProposeError::Stopped,
+        })?;
         match timeout_at(deadline, answer).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(ProposeError::Stopped),
@@ -302,6 +374,7 @@ impl<O: Send + 'static> ReplicaHandle<O> {
 
     /// Tells the replica to end, and waits until its files are closed.
     pub async fn stop(&self) -> Arc<StopReason> {
+        self.stopping.store(true, Ordering::Relaxed);
         while let Err(Full::Queue) = self.send(Input::Stop) {
             tokio::time::sleep(crate::node::TICK).await;
         }

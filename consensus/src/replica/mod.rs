@@ -1,5 +1,6 @@
-//! The node at work: one thread that owns a [`Node`](crate::node::Node), its
-//! [`Store`](crate::store::Store) and the [`Machine`] that commands are applied to.
+//! The node at work: a [`Core`](core::Core) that owns a [`Node`](crate::node::Node), its
+//! [`Store`](crate::store::Store) and the [`Machine`] that commands are applied to, and the thread
+//! that drives it.
 //!
 //! The thread is its own, never a worker of the async runtime, because it waits for the disk. What is
 //! queued while it syncs goes into the next batch together, so proposals share syncs (group commit).
@@ -16,6 +17,7 @@
 //! node id with another store, before any message reaches [`ReplicaHandle::step`].
 #![allow(clippy::disallowed_methods)] // the rim: ticks come from a clock, and the thread is its own
 
+pub mod core;
 mod engine;
 mod handle;
 mod reads;
@@ -28,7 +30,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_proto::NodeId;
 
-pub use handle::{ProposeError, ReadError, ReplicaHandle, Status, TransferError};
+pub use handle::{Input, ProposeError, ReadError, ReplicaHandle, Reply, Status, TransferError};
 
 use crate::node::{Message, NodeError, Restored};
 use crate::store::{Store, StoreError};
@@ -41,6 +43,10 @@ pub trait Machine: Send + 'static {
 
     /// Applies one committed command. A new leader's no-ops are not shown.
     fn apply(&mut self, index: u64, term: u64, command: &Bytes) -> Self::Output;
+
+    /// Applies one committed command that comes with a change of the members; says besides whether
+    /// the change takes place.
+    fn apply_change(&mut self, index: u64, term: u64, command: &Bytes) -> (Self::Output, bool);
 
     /// The whole state, so that [`Machine::restore`] brings it back.
     fn snapshot(&self) -> Vec<u8>;
@@ -177,8 +183,7 @@ pub fn start<M: Machine>(
 ) -> Result<ReplicaHandle<M::Output>, StartError> {
     engine::start(
         options,
-        store,
-        restored,
+        (store, restored),
         machine,
         Box::new(outbound),
         Box::new(hook),

@@ -6,8 +6,9 @@
 //! every [`RETRY`], and the answer to any of its numbers will do.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use forebay_proto::Now;
 use tokio::sync::oneshot;
 
 use super::handle::ReadError;
@@ -34,7 +35,7 @@ pub(crate) struct Reads {
 
 struct Asked {
     numbers: VecDeque<u64>,
-    at: Instant,
+    at: Now,
     replies: Vec<Reply>,
 }
 
@@ -50,11 +51,12 @@ impl Reads {
     }
 
     /// The number to ask with, if it is time to ask.
-    pub(crate) fn question(&mut self, now: Instant) -> Option<u64> {
+    pub(crate) fn question(&mut self, now: Now) -> Option<u64> {
         if let Some(asked) = &mut self.asked {
-            if now.duration_since(asked.at) < RETRY {
+            if now.since(asked.at) < RETRY {
                 return None;
             }
+            crate::probe::hit(crate::probe::Probe::ReadAskedAgain);
             let before = asked.replies.len();
             asked.replies.retain(|reply| !reply.is_closed());
             self.waiting -= before - asked.replies.len();
@@ -84,7 +86,7 @@ impl Reads {
     }
 
     /// When [`Reads::question`] wants to be asked again.
-    pub(crate) fn wake_at(&self) -> Option<Instant> {
+    pub(crate) fn wake_at(&self) -> Option<Now> {
         self.asked.as_ref().map(|asked| asked.at + RETRY)
     }
 

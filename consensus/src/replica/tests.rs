@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use forebay_proto::ClusterId;
@@ -12,7 +12,8 @@ use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::node::{Members, Role, Snapshot, SnapshotReport};
-use crate::store::{ClusterFile, Fault, MemberRecord, Opened, StoreOptions};
+use crate::store::testing::failing;
+use crate::store::{ClusterFile, MemberRecord, Opened, StoreOptions};
 
 /// Keeps every command; gives back how many there are.
 #[derive(Default)]
@@ -24,6 +25,10 @@ impl Machine for Lines {
     fn apply(&mut self, _index: u64, _term: u64, command: &Bytes) -> usize {
         self.0.push(String::from_utf8(command.to_vec()).unwrap());
         self.0.len()
+    }
+
+    fn apply_change(&mut self, index: u64, term: u64, command: &Bytes) -> (usize, bool) {
+        (self.apply(index, term, command), true)
     }
 
     fn snapshot(&self) -> Vec<u8> {
@@ -284,46 +289,57 @@ async fn without_a_quorum_everything_ends_at_its_deadline() {
     stop(&network, &handle).await;
 }
 
-#[derive(Debug)]
-struct Switch(AtomicBool);
-
-impl Fault for Switch {
-    fn write(&self, _path: &Path, len: usize) -> usize {
-        len
-    }
-
-    fn sync(&self, _path: &Path) -> std::io::Result<()> {
-        if self.0.load(Ordering::Relaxed) {
-            Err(std::io::Error::other("EIO"))
-        } else {
-            Ok(())
-        }
-    }
-}
-
 #[tokio::test]
 async fn a_failed_sync_ends_the_replica_with_the_reason_and_acknowledges_nothing() {
     let temp = tempfile::tempdir().unwrap();
-    let fault = Arc::new(Switch(AtomicBool::new(false)));
-    let opened = open(
-        temp.path(),
-        1,
-        1,
-        StoreOptions {
-            fault: fault.clone(),
-            ..StoreOptions::default()
-        },
-    );
+    let (disk, orders) = failing();
+    let opened = open(temp.path(), 1, 1, disk);
     let hook = |_: &Lines, _: u64, _: &[Applied<usize>]| ();
     let handle = start(options(), opened, Lines::default(), |_, _| (), hook).unwrap();
     wait_for(&handle, |status| status.role == Role::Leader).await;
-    fault.0.store(true, Ordering::Relaxed);
+    orders.sync.store(true, Ordering::Relaxed);
     assert_eq!(
         handle.propose("x".into(), soon()).await,
         Err(ProposeError::Stopped)
     );
     let reason = handle.stopped().await;
     assert!(matches!(*reason, StopReason::Store(_)), "{reason}");
+}
+
+#[tokio::test]
+async fn a_full_disk_holds_the_replica_until_there_is_room_and_loses_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    let (disk, orders) = failing();
+    let opened = open(temp.path(), 1, 1, disk);
+    let hook = |_: &Lines, _: u64, _: &[Applied<usize>]| ();
+    let handle = start(options(), opened, Lines::default(), |_, _| (), hook).unwrap();
+    wait_for(&handle, |status| status.role == Role::Leader).await;
+    orders.full.store(true, Ordering::Relaxed);
+    let waiting = handle.clone();
+    let proposed = tokio::spawn(async move { waiting.propose("x".into(), soon()).await });
+    wait_for(&handle, |status| status.disk_full).await;
+    orders.full.store(false, Ordering::Relaxed);
+    let applied = proposed.await.unwrap().unwrap();
+    assert_eq!(applied.output, 1);
+    wait_for(&handle, |status| !status.disk_full).await;
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn a_replica_that_waits_for_room_can_be_stopped() {
+    let temp = tempfile::tempdir().unwrap();
+    let (disk, orders) = failing();
+    let opened = open(temp.path(), 1, 1, disk);
+    let hook = |_: &Lines, _: u64, _: &[Applied<usize>]| ();
+    let handle = start(options(), opened, Lines::default(), |_, _| (), hook).unwrap();
+    wait_for(&handle, |status| status.role == Role::Leader).await;
+    orders.full.store(true, Ordering::Relaxed);
+    let waiting = handle.clone();
+    let proposed = tokio::spawn(async move { waiting.propose("x".into(), soon()).await });
+    wait_for(&handle, |status| status.disk_full).await;
+    let reason = handle.stop().await;
+    assert!(matches!(*reason, StopReason::Store(_)), "{reason}");
+    assert_eq!(proposed.await.unwrap(), Err(ProposeError::Stopped));
 }
 
 #[tokio::test]
@@ -350,6 +366,10 @@ impl Machine for Bomb {
     type Output = ();
 
     fn apply(&mut self, _index: u64, _term: u64, _command: &Bytes) {
+        panic!("a broken invariant");
+    }
+
+    fn apply_change(&mut self, _index: u64, _term: u64, _command: &Bytes) -> ((), bool) {
         panic!("a broken invariant");
     }
 

@@ -112,6 +112,7 @@ fn members(request: &control::Bootstrap) -> Result<Vec<MemberRecord>, Failure> {
             name,
             address,
             store_id,
+            learner: _,
         } = member;
         records.push(MemberRecord {
             id,

@@ -15,7 +15,7 @@ use wire::command::Action;
 use super::publish::Publisher;
 use crate::fleet::Applied;
 use crate::fleet::lease::{Leases, RenewError};
-use crate::node::Role;
+use crate::node::{MembersChange, Role};
 use crate::replica::{ProposeError, ReplicaHandle, Status};
 
 /// How long the leader waits for its own proposals.
@@ -84,6 +84,8 @@ pub(crate) struct Asked {
     pub(crate) reason: String,
     /// The worker whose registration it asks for.
     pub(crate) registers: Option<String>,
+    /// Raft's own side of a change of the members.
+    pub(crate) change: Option<MembersChange>,
 }
 
 impl Leader {
@@ -153,6 +155,7 @@ impl Leader {
             command: command.encode_to_vec().into(),
             reason: reason.into(),
             registers: None,
+            change: None,
         };
         let deadline = tokio::time::Instant::now() + OWN_DEADLINE;
         Ok(self.propose_for(asked, deadline).await?)
@@ -161,13 +164,18 @@ impl Leader {
     /// Stamps and proposes what somebody asked.
     pub(crate) async fn propose_for(
         &self,
-        asked: Asked,
+        mut asked: Asked,
         deadline: tokio::time::Instant,
     ) -> Result<wire::Outcome, ProposeError> {
+        let change = asked.change.take();
         let entry = self.stamp(asked).ok_or_else(|| ProposeError::NotLeader {
             leader: self.0.replica.status().borrow().leader,
         })?;
-        let applied = self.0.replica.propose(entry, deadline).await?;
+        let replica = &self.0.replica;
+        let applied = match change {
+            Some(change) => replica.propose_change(change, entry, deadline).await?,
+            None => replica.propose(entry, deadline).await?,
+        };
         Ok(applied.output.outcome)
     }
 

@@ -211,6 +211,7 @@ pub(crate) fn member(record: &crate::store::MemberRecord) -> Member {
         name: record.name.clone(),
         address: record.address.clone(),
         store_id: record.store_id,
+        learner: false,
     }
 }
 

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use forebay_link::{FEATURE_LEVEL, FrameReceiver, FrameSender, Link};
 use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::refusal::Refusal;
 use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::control::{self, failure::Failure, request::Request, response::Response};
 use forebay_proto::wire::fleet::{self as wire, command::Action};
-use forebay_proto::{ClientId, Identity, Incarnation, Millis, Revision, Role};
+use forebay_proto::{ClientId, Identity, Incarnation, Millis, NodeId, Revision, Role};
 use prost::Message;
 use tokio::time::Instant;
 
@@ -17,7 +18,7 @@ use super::leader::Asked;
 use super::lifecycle::{Phase, Running, Shared};
 use super::{bootstrap, watchers};
 use crate::fleet::lease::RenewError;
-use crate::node::Role as RaftRole;
+use crate::node::{MembersChange, Role as RaftRole};
 use crate::replica::{ProposeError, ReadError};
 
 /// A stream that does not say what it wants is ended.
@@ -230,7 +231,7 @@ fn stopped(shared: &Shared) -> Failure {
     }
 }
 
-fn not_leader(running: &Running, leader: Option<forebay_proto::NodeId>) -> Failure {
+fn not_leader(running: &Running, leader: Option<NodeId>) -> Failure {
     let leader_address = leader
         .map(|id| running.leader.address_of(id))
         .unwrap_or_default();
@@ -259,7 +260,9 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         | Action::Remove(_)
         | Action::ApplyConfig(_)
         | Action::Expire(_)
-        | Action::RotateKey(_) => return Ok(()),
+        | Action::RotateKey(_)
+        | Action::ChangeMembers(_)
+        | Action::RaiseFeatureLevel(_) => return Ok(()),
     };
     let id = about.as_ref().map(|incarnation| incarnation.worker);
     let facts = running.published.facts();
@@ -304,19 +307,40 @@ async fn propose(
         command: request.command,
         reason: request.reason.chars().take(500).collect(),
         registers,
+        change: members_change(action),
     };
     let proposed = running.leader.propose_for(asked, deadline).await;
     if let (Ok(outcome), Action::Register(register)) = (&proposed, action) {
         note_registered(&running, &register.name, outcome);
     }
+    if let Err(ProposeError::Change(refused)) = &proposed {
+        // Nothing was proposed, so nothing is audited; but it is a refusal for whoever asked.
+        let refusal = Refusal::invalid("change_members", refused.to_string());
+        return Ok(wire::Outcome {
+            outcome: Some(wire::outcome::Outcome::Refusal(refusal.to_wire())),
+        });
+    }
     proposed.map_err(|error| match error {
         ProposeError::NotLeader { leader } => not_leader(&running, leader),
         ProposeError::Overloaded => overloaded("proposals"),
-        ProposeError::Size(_) => bad(error.to_string()),
+        ProposeError::Size(_) | ProposeError::Change(_) => bad(error.to_string()),
         ProposeError::Timeout | ProposeError::LeadershipLost => {
             Failure::Unknown(control::Unknown {})
         }
         ProposeError::Stopped => stopped(shared),
+    })
+}
+
+/// What Raft has to change besides.
+fn members_change(action: &Action) -> Option<MembersChange> {
+    let Action::ChangeMembers(change) = action else {
+        return None;
+    };
+    let ids = |ids: &[u64]| ids.iter().copied().map(NodeId).collect();
+    Some(MembersChange {
+        add: change.add.iter().map(|member| NodeId(member.id)).collect(),
+        promote: ids(&change.promote),
+        remove: ids(&change.remove),
     })
 }
 

@@ -174,6 +174,7 @@ impl Cell {
                 name: format!("c{}", node + 1),
                 address: self.addresses[node].clone(),
                 store_id: self.status(node).store_id,
+                learner: false,
             })
             .collect()
     }

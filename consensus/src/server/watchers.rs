@@ -125,6 +125,7 @@ fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
         config_revision: facts.config_revision,
         correlated_expiry: facts.correlated_expiry.clone(),
         keys: facts.keys.clone().filter(|_| gets_keys(consumer)),
+        feature_level: facts.feature_level,
     }
 }
 
@@ -135,7 +136,13 @@ fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
         Some(Change::WorkerPut(worker)) => sees(consumer, &worker.name),
         Some(Change::WorkerRemoved(name)) => sees(consumer, name),
         Some(Change::Keys(_)) => gets_keys(consumer),
-        Some(Change::Config(_) | Change::CorrelatedExpiry(_)) | None => true,
+        Some(
+            Change::Config(_)
+            | Change::CorrelatedExpiry(_)
+            | Change::Members(_)
+            | Change::FeatureLevel(_),
+        )
+        | None => true,
     });
     wire::Delta {
         revision: delta.revision,

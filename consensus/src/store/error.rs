@@ -142,6 +142,21 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the disk had no room for a write. Nothing of the batch is on disk then, unless a sync
+    /// failed, and it can be tried again.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(
+            self,
+            Self::Io { action, source, .. }
+                if *action != "sync"
+                    && matches!(
+                        source.kind(),
+                        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                    )
+        )
+    }
+
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| Self::Io {

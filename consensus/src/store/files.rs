@@ -1,120 +1,84 @@
 //! Files that are whole or absent: written aside, synced, renamed, and the folder synced.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
-
+use super::disk::{Disk, DiskFile, Held};
 use super::error::StoreError;
-use super::fault::Fault;
 
 /// The one process that may write a data directory holds this; the kernel lets go when it ends.
-#[derive(Debug)]
 pub(crate) struct Lock {
-    _file: File,
+    _held: Held,
+}
+
+impl std::fmt::Debug for Lock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lock")
+    }
 }
 
 impl Lock {
-    pub(crate) fn take(dir: &Path) -> Result<Self, StoreError> {
+    pub(crate) fn take(disk: &dyn Disk, dir: &Path) -> Result<Self, StoreError> {
         let path = dir.join("LOCK");
-        let open = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&path);
-        let file = open.map_err(StoreError::io("open", &path))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self { _file: file }),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::InUse {
+        match disk.lock(&path).map_err(StoreError::io("lock", &path))? {
+            Some(held) => Ok(Self { _held: held }),
+            None => Err(StoreError::InUse {
                 dir: dir.to_owned(),
             }),
-            Err(error) => Err(StoreError::io("lock", &path)(error.into())),
         }
     }
 }
 
-pub(crate) fn create_dir(dir: &Path) -> Result<(), StoreError> {
-    if dir.is_dir() {
+pub(crate) fn create_dir(disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+    if disk.is_dir(dir) {
         return Ok(());
     }
-    let made = fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir);
-    made.map_err(StoreError::io("create", dir))?;
+    disk.create_dir(dir)
+        .map_err(StoreError::io("create", dir))?;
     match dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        Some(parent) => sync_dir(parent),
+        Some(parent) => sync_dir(disk, parent),
         None => Ok(()),
     }
 }
 
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(StoreError::io("sync", dir))
+pub(crate) fn sync_dir(disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+    disk.sync_dir(dir).map_err(StoreError::io("sync", dir))
 }
 
 /// Writes a whole file durably under its name, which it has only once it is complete.
 pub(crate) fn write_whole(
+    disk: &dyn Disk,
     path: &Path,
     parts: &[&[u8]],
-    fault: &dyn Fault,
-) -> Result<File, StoreError> {
+) -> Result<Box<dyn DiskFile>, StoreError> {
     let aside = aside(path);
-    let open = OpenOptions::new()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o600)
-        .open(&aside);
-    let mut file = open.map_err(StoreError::io("create", &aside))?;
+    let mut file = disk
+        .create(&aside)
+        .map_err(StoreError::io("create", &aside))?;
     for part in parts {
-        write_all(&mut file, part, &aside, fault)?;
+        file.write(part).map_err(StoreError::io("write", &aside))?;
     }
-    fault
-        .sync(&aside)
-        .and_then(|()| file.sync_all())
-        .map_err(StoreError::io("sync", &aside))?;
-    fs::rename(&aside, path).map_err(StoreError::io("rename", &aside))?;
+    file.sync().map_err(StoreError::io("sync", &aside))?;
+    disk.rename(&aside, path)
+        .map_err(StoreError::io("rename", &aside))?;
     if let Some(dir) = path.parent() {
-        sync_dir(dir)?;
+        sync_dir(disk, dir)?;
     }
     Ok(file)
 }
 
-pub(crate) fn write_all(
-    file: &mut File,
-    bytes: &[u8],
-    path: &Path,
-    fault: &dyn Fault,
-) -> Result<(), StoreError> {
-    let allowed = fault.write(path, bytes.len()).min(bytes.len());
-    file.write_all(&bytes[..allowed])
-        .map_err(StoreError::io("write", path))?;
-    if allowed < bytes.len() {
-        return Err(StoreError::io("write", path)(
-            io::ErrorKind::StorageFull.into(),
-        ));
-    }
-    Ok(())
-}
-
 /// The files of a folder with this ending, sorted by name; none when there is no folder.
 /// What a crash left half-written is removed.
-pub(crate) fn list(dir: &Path, ending: &str) -> Result<Vec<PathBuf>, StoreError> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
+pub(crate) fn list(disk: &dyn Disk, dir: &Path, ending: &str) -> Result<Vec<PathBuf>, StoreError> {
+    let paths = match disk.list(dir) {
+        Ok(paths) => paths,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(StoreError::io("read", dir)(error)),
     };
     let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(StoreError::io("read", dir))?.path();
+    for path in paths {
         match path.extension().and_then(|ending| ending.to_str()) {
-            Some("tmp") => remove(&path)?,
+            Some("tmp") => remove(disk, &path)?,
             Some(other) if other == ending => found.push(path),
             _ => {}
         }
@@ -123,8 +87,8 @@ pub(crate) fn list(dir: &Path, ending: &str) -> Result<Vec<PathBuf>, StoreError>
     Ok(found)
 }
 
-pub(crate) fn remove(path: &Path) -> Result<(), StoreError> {
-    match fs::remove_file(path) {
+pub(crate) fn remove(disk: &dyn Disk, path: &Path) -> Result<(), StoreError> {
+    match disk.remove(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(StoreError::io("remove", path)(error))
         }
@@ -133,8 +97,8 @@ pub(crate) fn remove(path: &Path) -> Result<(), StoreError> {
 }
 
 /// Reads a file; `None` when there is none.
-pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
-    match fs::read(path) {
+pub(crate) fn read(disk: &dyn Disk, path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
+    match disk.read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(StoreError::io("read", path)(error)),

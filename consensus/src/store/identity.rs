@@ -1,13 +1,12 @@
 //! `store.json` and `cluster.json`: which disk this is, and whose.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use forebay_proto::{ClusterId, NodeId, StoreId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::disk::Disk;
 use super::error::StoreError;
-use super::fault::NoFault;
 use super::{files, snapshot, wal};
 
 const FORMAT: u32 = 1;
@@ -66,18 +65,20 @@ impl ClusterFile {
 }
 
 /// Reads this disk's id, or draws one for an empty directory.
-pub(crate) fn open_store_id(dir: &Path) -> Result<StoreId, StoreError> {
+pub(crate) fn open_store_id(disk: &dyn Disk, dir: &Path) -> Result<StoreId, StoreError> {
     let path = dir.join("store.json");
-    if let Some(file) = read_json::<StoreFile>(&path)? {
+    if let Some(file) = read_json::<StoreFile>(disk, &path)? {
         return Ok(file.store_id);
     }
-    if cluster_path(dir).exists() || wal::has_segments(dir)? || snapshot::any(dir)? {
+    if disk.exists(&cluster_path(dir)) || wal::has_segments(disk, dir)? || snapshot::any(disk, dir)?
+    {
         return Err(StoreError::StoreFileMissing {
             dir: dir.to_owned(),
         });
     }
-    let store_id = StoreId(rand::random());
+    let store_id = StoreId(disk.draw_id());
     write_json(
+        disk,
         &path,
         &StoreFile {
             format: FORMAT,
@@ -87,12 +88,16 @@ pub(crate) fn open_store_id(dir: &Path) -> Result<StoreId, StoreError> {
     Ok(store_id)
 }
 
-pub(crate) fn read_cluster(dir: &Path) -> Result<Option<ClusterFile>, StoreError> {
-    read_json(&cluster_path(dir))
+pub(crate) fn read_cluster(disk: &dyn Disk, dir: &Path) -> Result<Option<ClusterFile>, StoreError> {
+    read_json(disk, &cluster_path(dir))
 }
 
-pub(crate) fn write_cluster(dir: &Path, cluster: &ClusterFile) -> Result<(), StoreError> {
-    write_json(&cluster_path(dir), cluster)
+pub(crate) fn write_cluster(
+    disk: &dyn Disk,
+    dir: &Path,
+    cluster: &ClusterFile,
+) -> Result<(), StoreError> {
+    write_json(disk, &cluster_path(dir), cluster)
 }
 
 /// The member that `cluster.json` speaks of must be on this very disk.
@@ -113,31 +118,32 @@ pub(crate) fn check_own(dir: &Path, cluster: &ClusterFile, own: StoreId) -> Resu
 }
 
 /// While this mark stands, a log without `cluster.json` is a bootstrap that was cut off.
-pub(crate) fn begin_bootstrap(dir: &Path) -> Result<(), StoreError> {
-    files::write_whole(&mark(dir), &[b"bootstrap under way\n"], &NoFault).map(|_| ())
+pub(crate) fn begin_bootstrap(disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+    files::write_whole(disk, &mark(dir), &[b"bootstrap under way\n"]).map(|_| ())
 }
 
-pub(crate) fn end_bootstrap(dir: &Path) -> Result<(), StoreError> {
-    files::remove(&mark(dir))?;
-    files::sync_dir(dir)
+pub(crate) fn end_bootstrap(disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+    files::remove(disk, &mark(dir))?;
+    files::sync_dir(disk, dir)
 }
 
-pub(crate) fn is_bootstrapping(dir: &Path) -> bool {
-    mark(dir).exists()
+pub(crate) fn is_bootstrapping(disk: &dyn Disk, dir: &Path) -> bool {
+    disk.exists(&mark(dir))
 }
 
 /// Removes what a bootstrap left that did not reach `cluster.json`.
-pub(crate) fn clear_bootstrap(dir: &Path) -> Result<(), StoreError> {
-    if !is_bootstrapping(dir) {
+pub(crate) fn clear_bootstrap(disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+    if !is_bootstrapping(disk, dir) {
         return Ok(());
     }
     for name in ["wal", "snapshots"] {
         let path = dir.join(name);
-        if path.exists() {
-            fs::remove_dir_all(&path).map_err(StoreError::io("remove", &path))?;
+        if disk.exists(&path) {
+            disk.remove_dir(&path)
+                .map_err(StoreError::io("remove", &path))?;
         }
     }
-    end_bootstrap(dir)
+    end_bootstrap(disk, dir)
 }
 
 fn mark(dir: &Path) -> PathBuf {
@@ -148,12 +154,12 @@ fn cluster_path(dir: &Path) -> PathBuf {
     dir.join("cluster.json")
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+fn read_json<T: DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<T>, StoreError> {
     #[derive(Deserialize)]
     struct Versioned {
         format: u32,
     }
-    let Some(bytes) = files::read(path)? else {
+    let Some(bytes) = files::read(disk, path)? else {
         return Ok(None);
     };
     let damaged = |error: serde_json::Error| StoreError::Damaged {
@@ -171,11 +177,11 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> 
     serde_json::from_slice(&bytes).map(Some).map_err(damaged)
 }
 
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+fn write_json<T: Serialize>(disk: &dyn Disk, path: &Path, value: &T) -> Result<(), StoreError> {
     let mut text = serde_json::to_vec_pretty(value).map_err(|error| StoreError::Damaged {
         path: path.to_owned(),
         detail: error.to_string(),
     })?;
     text.push(b'\n');
-    files::write_whole(path, &[&text], &NoFault).map(|_| ())
+    files::write_whole(disk, path, &[&text]).map(|_| ())
 }

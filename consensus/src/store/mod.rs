@@ -9,11 +9,12 @@
 //! ```
 //!
 //! One batch is one sync. A sync that failed is never tried again: the kernel may have dropped the
-//! pages, so the store takes nothing more and the process must end. Files are 0600 and folders 0700.
+//! pages, so the store takes nothing more and the process must end. A full disk is no such failure:
+//! what found no room is cut off, and the same batch can be tried again. Files are 0600 and folders 0700.
 #![allow(clippy::disallowed_methods)] // the disk's rim: draws the store's id from the system
 
+pub mod disk;
 mod error;
-mod fault;
 mod files;
 mod identity;
 mod record;
@@ -23,17 +24,20 @@ mod wal;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use forebay_proto::{ClusterId, StoreId};
 
 pub use error::StoreError;
-pub use fault::{Fault, NoFault};
 pub use identity::{ClusterFile, MemberRecord};
 
 use crate::node::{HardState, Restored, Snapshot, Write};
+use disk::{Disk, RealDisk};
 use files::Lock;
 use wal::Wal;
 
@@ -42,15 +46,15 @@ use wal::Wal;
 pub struct StoreOptions {
     /// A segment that has reached this size is followed by a new one.
     pub segment_bytes: u64,
-    /// Where writes and syncs can be made to fail, for tests.
-    pub fault: std::sync::Arc<dyn Fault>,
+    /// The disk it writes to.
+    pub disk: Arc<dyn Disk>,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
         Self {
             segment_bytes: 16 << 20,
-            fault: std::sync::Arc::new(NoFault),
+            disk: Arc::new(RealDisk),
         }
     }
 }
@@ -93,16 +97,18 @@ impl Store {
     /// Returns a [`StoreError`] whose message names the path and says what to do.
     pub fn open(dir: impl Into<PathBuf>, options: StoreOptions) -> Result<Opened, StoreError> {
         let dir = dir.into();
-        files::create_dir(&dir)?;
-        let lock = Lock::take(&dir)?;
-        let store_id = identity::open_store_id(&dir)?;
-        let Some(cluster) = identity::read_cluster(&dir)? else {
-            let leftovers = wal::has_segments(&dir)? || snapshot::any(&dir)?;
-            if leftovers && !identity::is_bootstrapping(&dir) {
+        let disk = options.disk.clone();
+        let disk = &*disk;
+        files::create_dir(disk, &dir)?;
+        let lock = Lock::take(disk, &dir)?;
+        let store_id = identity::open_store_id(disk, &dir)?;
+        let Some(cluster) = identity::read_cluster(disk, &dir)? else {
+            let leftovers = wal::has_segments(disk, &dir)? || snapshot::any(disk, &dir)?;
+            if leftovers && !identity::is_bootstrapping(disk, &dir) {
                 return Err(StoreError::ClusterFileMissing { dir });
             }
             // A bootstrap that did not get as far as cluster.json never answered anyone.
-            identity::clear_bootstrap(&dir)?;
+            identity::clear_bootstrap(disk, &dir)?;
             return Ok(Opened::Uninitialised(Uninitialised {
                 dir,
                 lock,
@@ -111,12 +117,12 @@ impl Store {
             }));
         };
         identity::check_own(&dir, &cluster, store_id)?;
-        if identity::is_bootstrapping(&dir) {
-            identity::end_bootstrap(&dir)?;
+        if identity::is_bootstrapping(disk, &dir) {
+            identity::end_bootstrap(disk, &dir)?;
         }
-        let snapshot = snapshot::newest(&dir)?
+        let snapshot = snapshot::newest(disk, &dir)?
             .ok_or_else(|| StoreError::SnapshotMissing { dir: dir.clone() })?;
-        let (mut wal, replayed) = Wal::open(&dir, options.segment_bytes, options.fault.clone())?;
+        let (mut wal, replayed) = Wal::open(&dir, options.segment_bytes, options.disk.clone())?;
         let (restored, stale) = replayed.onto(snapshot);
         if stale {
             wal.reset(&restored.snapshot)?;
@@ -137,12 +143,15 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// After any error the store takes nothing more; the process must end.
+    /// After an error that is not [`StoreError::is_full`] the store takes nothing more; the process
+    /// must end. When the disk was full, the same write can be tried again.
     pub fn write(&mut self, write: &Write) -> Result<(), StoreError> {
-        self.guard()?;
-        self.broken = true;
+        self.guarded(|store| store.write_all(write))
+    }
+
+    fn write_all(&mut self, write: &Write) -> Result<(), StoreError> {
         if let Some(snapshot) = &write.snapshot {
-            snapshot::save(&self.dir, snapshot, &*self.options.fault)?;
+            snapshot::save(&*self.options.disk, &self.dir, snapshot)?;
         }
         if !write.is_empty() {
             self.wal.write(write)?;
@@ -150,7 +159,6 @@ impl Store {
         if let Some(snapshot) = &write.snapshot {
             self.wal.forget(snapshot.index)?;
         }
-        self.broken = false;
         Ok(())
     }
 
@@ -161,12 +169,10 @@ impl Store {
     ///
     /// As [`Store::write`].
     pub fn save_snapshot(&mut self, snapshot: &Snapshot, keep: u64) -> Result<(), StoreError> {
-        self.guard()?;
-        self.broken = true;
-        snapshot::save(&self.dir, snapshot, &*self.options.fault)?;
-        self.wal.forget(snapshot.index.saturating_sub(keep))?;
-        self.broken = false;
-        Ok(())
+        self.guarded(|store| {
+            snapshot::save(&*store.options.disk, &store.dir, snapshot)?;
+            store.wal.forget(snapshot.index.saturating_sub(keep))
+        })
     }
 
     /// This disk.
@@ -204,13 +210,18 @@ impl Store {
         })
     }
 
-    fn guard(&self) -> Result<(), StoreError> {
+    fn guarded(
+        &mut self,
+        write: impl FnOnce(&mut Self) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
         if self.broken {
             return Err(StoreError::Broken {
                 dir: self.dir.clone(),
             });
         }
-        Ok(())
+        let written = write(self);
+        self.broken = matches!(&written, Err(error) if !error.is_full());
+        written
     }
 }
 
@@ -246,9 +257,10 @@ impl Uninitialised {
             options,
         } = self;
         identity::check_own(&dir, &cluster, store_id)?;
-        identity::begin_bootstrap(&dir)?;
-        snapshot::save(&dir, snapshot, &*options.fault)?;
-        let mut wal = Wal::create(&dir, options.segment_bytes, options.fault.clone())?;
+        let disk = options.disk.clone();
+        identity::begin_bootstrap(&*disk, &dir)?;
+        snapshot::save(&*disk, &dir, snapshot)?;
+        let mut wal = Wal::create(&dir, options.segment_bytes, disk.clone())?;
         let hard_state = HardState {
             term: snapshot.term,
             vote: 0,
@@ -259,8 +271,8 @@ impl Uninitialised {
             must_sync: true,
             ..Write::default()
         })?;
-        identity::write_cluster(&dir, &cluster)?;
-        identity::end_bootstrap(&dir)?;
+        identity::write_cluster(&*disk, &dir, &cluster)?;
+        identity::end_bootstrap(&*disk, &dir)?;
         let restored = Restored {
             hard_state,
             snapshot: snapshot.clone(),

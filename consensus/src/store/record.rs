@@ -11,6 +11,8 @@ use crate::node::{Entry, HardState};
 const ENTRY: u8 = 1;
 const HARD_STATE: u8 = 2;
 const RESET: u8 = 3;
+/// An entry that changes the members: the change's length (4), the change, then the command.
+const MEMBERS: u8 = 4;
 const HEAD_BYTES: usize = 33;
 /// Twice the largest command.
 const MAX_PAYLOAD_BYTES: usize = 2 << 20;
@@ -35,7 +37,7 @@ pub(crate) enum Bad {
 }
 
 pub(crate) fn entry(to: &mut Vec<u8>, synced: u64, entry: &Entry) -> Result<(), StoreError> {
-    let bytes = entry.data.len();
+    let bytes = entry.data.len() + entry.change.as_ref().map_or(0, |change| change.len() + 4);
     if bytes > MAX_PAYLOAD_BYTES {
         return Err(StoreError::TooLarge {
             what: "entry",
@@ -43,7 +45,20 @@ pub(crate) fn entry(to: &mut Vec<u8>, synced: u64, entry: &Entry) -> Result<(), 
             max: MAX_PAYLOAD_BYTES,
         });
     }
-    put(to, ENTRY, [synced, entry.term, entry.index], &entry.data);
+    let numbers = [synced, entry.term, entry.index];
+    match &entry.change {
+        None => put(to, ENTRY, numbers, &entry.data),
+        Some(change) => {
+            // It is part of what was just measured.
+            let length = (change.len() as u32).to_le_bytes();
+            put(
+                to,
+                MEMBERS,
+                numbers,
+                &[&length, &change[..], &entry.data].concat(),
+            );
+        }
+    }
     Ok(())
 }
 
@@ -79,11 +94,15 @@ pub(crate) fn read(bytes: &[u8], at: usize) -> Result<(Record, usize), Bad> {
     let (head, payload, end) = frame(bytes, at)?;
     let (term, index) = (number(head, 17), number(head, 25));
     let record = match (head[8], payload.len()) {
-        (ENTRY, _) => Record::Entry(Entry {
-            index,
-            term,
-            data: Bytes::copy_from_slice(payload),
-        }),
+        (ENTRY, _) => Record::Entry(Entry::command(index, term, Bytes::copy_from_slice(payload))),
+        (MEMBERS, 4..) => {
+            let end = 4 + number32(payload, 0) as usize;
+            let change = payload.get(4..end).ok_or(Bad::Length)?;
+            Record::Entry(Entry {
+                change: Some(Bytes::copy_from_slice(change)),
+                ..Entry::command(index, term, Bytes::copy_from_slice(&payload[end..]))
+            })
+        }
         (HARD_STATE, 8) => Record::HardState(HardState {
             term,
             vote: number(payload, 0),
@@ -98,7 +117,7 @@ pub(crate) fn read(bytes: &[u8], at: usize) -> Result<(Record, usize), Bad> {
 /// Whether a whole record after `bad` was written when `bad` had already been synced.
 pub(crate) fn proves_synced(bytes: &[u8], bad: usize) -> bool {
     (bad + 1..bytes.len().saturating_sub(HEAD_BYTES - 1))
-        .filter(|&at| (ENTRY..=RESET).contains(&bytes[at + 8]))
+        .filter(|&at| (ENTRY..=MEMBERS).contains(&bytes[at + 8]))
         .any(|at| frame(bytes, at).is_ok_and(|(head, _, _)| number(head, 9) > bad as u64))
 }
 

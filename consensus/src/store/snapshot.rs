@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::disk::Disk;
 use super::error::StoreError;
-use super::fault::Fault;
 use super::files;
 use crate::node::{Members, Snapshot};
 
@@ -27,14 +27,14 @@ fn folder(dir: &Path) -> PathBuf {
     dir.join("snapshots")
 }
 
-pub(crate) fn any(dir: &Path) -> Result<bool, StoreError> {
-    files::list(&folder(dir), "snap").map(|found| !found.is_empty())
+pub(crate) fn any(disk: &dyn Disk, dir: &Path) -> Result<bool, StoreError> {
+    files::list(disk, &folder(dir), "snap").map(|found| !found.is_empty())
 }
 
 /// Writes a snapshot durably, then removes all but the newest [`KEPT`].
-pub(crate) fn save(dir: &Path, snapshot: &Snapshot, fault: &dyn Fault) -> Result<(), StoreError> {
+pub(crate) fn save(disk: &dyn Disk, dir: &Path, snapshot: &Snapshot) -> Result<(), StoreError> {
     let folder = folder(dir);
-    files::create_dir(&folder)?;
+    files::create_dir(disk, &folder)?;
     let path = folder.join(format!(
         "{:016x}-{:016x}.snap",
         snapshot.index, snapshot.term
@@ -57,20 +57,20 @@ pub(crate) fn save(dir: &Path, snapshot: &Snapshot, fault: &dyn Fault) -> Result
     crc = crc32c::crc32c_append(crc, &header);
     crc = crc32c::crc32c_append(crc, &snapshot.data);
     let parts: [&[u8]; 5] = [MAGIC, &crc.to_le_bytes(), &length, &header, &snapshot.data];
-    files::write_whole(&path, &parts, fault)?;
-    let all = files::list(&folder, "snap")?;
+    files::write_whole(disk, &path, &parts)?;
+    let all = files::list(disk, &folder, "snap")?;
     all.iter()
         .rev()
         .skip(KEPT)
-        .try_for_each(|old| files::remove(old))
+        .try_for_each(|old| files::remove(disk, old))
 }
 
 /// The newest snapshot that can be read. A damaged one is passed over for the one before it: the log
 /// reaches back that far only if it was not yet cut, which the start of the node checks.
-pub(crate) fn newest(dir: &Path) -> Result<Option<Snapshot>, StoreError> {
+pub(crate) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<Snapshot>, StoreError> {
     let mut damage = None;
-    for path in files::list(&folder(dir), "snap")?.iter().rev() {
-        match read(path) {
+    for path in files::list(disk, &folder(dir), "snap")?.iter().rev() {
+        match read(disk, path) {
             Ok(snapshot) => return Ok(Some(snapshot)),
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::error!(%error, "a snapshot is passed over");
@@ -82,12 +82,12 @@ pub(crate) fn newest(dir: &Path) -> Result<Option<Snapshot>, StoreError> {
     damage.map_or(Ok(None), Err)
 }
 
-fn read(path: &Path) -> Result<Snapshot, StoreError> {
+fn read(disk: &dyn Disk, path: &Path) -> Result<Snapshot, StoreError> {
     let damaged = |detail: &str| StoreError::Damaged {
         path: path.to_owned(),
         detail: detail.to_owned(),
     };
-    let bytes = Bytes::from(files::read(path)?.ok_or_else(|| damaged("it is gone"))?);
+    let bytes = Bytes::from(files::read(disk, path)?.ok_or_else(|| damaged("it is gone"))?);
     let word = |at: usize| {
         let word = bytes.get(at..at + 4).and_then(|word| word.try_into().ok());
         word.map(u32::from_le_bytes)

@@ -3,21 +3,21 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use forebay_proto::{ClusterId, NodeId, StoreId};
 
+use super::testing::failing;
 use super::*;
 use crate::node::{Entry, Members};
 
 pub(super) fn entry(index: u64, term: u64) -> Entry {
-    Entry {
+    Entry::command(
         index,
         term,
-        data: Bytes::from(format!("command {index} of {term}")),
-    }
+        Bytes::from(format!("command {index} of {term}")),
+    )
 }
 
 pub(super) fn start() -> Snapshot {
@@ -83,7 +83,7 @@ pub(super) fn append(
 }
 
 fn segments(dir: &Path) -> Vec<PathBuf> {
-    files::list(&dir.join("wal"), "log").unwrap()
+    files::list(&RealDisk, &dir.join("wal"), "log").unwrap()
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -304,7 +304,7 @@ fn old_segments_and_snapshots_go_when_a_snapshot_covers_them() {
     let few = segments(temp.path()).len();
     assert!(few + 5 < many, "{many} became {few}");
     assert_eq!(
-        files::list(&temp.path().join("snapshots"), "snap")
+        files::list(&RealDisk, &temp.path().join("snapshots"), "snap")
             .unwrap()
             .len(),
         2
@@ -329,7 +329,7 @@ fn a_snapshot_of_the_leader_replaces_the_log_even_if_the_crash_comes_in_between(
             ..start()
         };
         if cut_off {
-            snapshot::save(temp.path(), &snapshot, &NoFault).unwrap();
+            snapshot::save(&RealDisk, temp.path(), &snapshot).unwrap();
         } else {
             let write = Write {
                 snapshot: Some(snapshot.clone()),
@@ -375,7 +375,7 @@ fn a_directory_that_is_not_whole_is_refused_with_the_way_out() {
             fs::write(dir.join("cluster.json"), "{").unwrap();
         }),
         ("checksum is wrong", |dir| {
-            let path = files::list(&dir.join("snapshots"), "snap")
+            let path = files::list(&RealDisk, &dir.join("snapshots"), "snap")
                 .unwrap()
                 .remove(0);
             let mut bytes = fs::read(&path).unwrap();
@@ -406,82 +406,72 @@ fn a_bootstrap_that_was_cut_off_leaves_an_uninitialised_disk() {
     let temp = tempfile::tempdir().unwrap();
     drop(bootstrap(temp.path(), StoreOptions::default()));
     fs::remove_file(temp.path().join("cluster.json")).unwrap();
-    identity::begin_bootstrap(temp.path()).unwrap();
+    identity::begin_bootstrap(&RealDisk, temp.path()).unwrap();
     let store = bootstrap(temp.path(), StoreOptions::default());
     assert_eq!(store.cluster().node_id, NodeId(1));
     drop(store);
     // Cut off after cluster.json it is a member, and the mark cannot clear anything later.
-    identity::begin_bootstrap(temp.path()).unwrap();
+    identity::begin_bootstrap(&RealDisk, temp.path()).unwrap();
     drop(reopen(temp.path(), StoreOptions::default()).unwrap());
-    assert!(!identity::is_bootstrapping(temp.path()));
-}
-
-/// Fails as told; counts what it let through.
-#[derive(Debug, Default)]
-struct Failing {
-    short: AtomicBool,
-    sync: AtomicBool,
-    syncs: AtomicUsize,
-}
-
-impl Fault for Failing {
-    fn write(&self, _path: &Path, len: usize) -> usize {
-        if self.short.load(Ordering::Relaxed) {
-            len / 2
-        } else {
-            len
-        }
-    }
-
-    fn sync(&self, _path: &Path) -> std::io::Result<()> {
-        self.syncs.fetch_add(1, Ordering::Relaxed);
-        if self.sync.load(Ordering::Relaxed) {
-            Err(std::io::Error::other("EIO"))
-        } else {
-            Ok(())
-        }
-    }
+    assert!(!identity::is_bootstrapping(&RealDisk, temp.path()));
 }
 
 #[test]
-fn a_failed_write_or_sync_ends_the_store_and_what_was_acknowledged_comes_back() {
-    for short in [true, false] {
+fn a_failed_sync_ends_the_store_and_what_was_acknowledged_comes_back() {
+    let temp = tempfile::tempdir().unwrap();
+    let (options, orders) = failing();
+    let mut store = bootstrap(temp.path(), options.clone());
+    append(&mut store, &[(2, 1)], 1).unwrap();
+    orders.sync.store(true, Ordering::Relaxed);
+    let failed = append(&mut store, &[(3, 1)], 2).unwrap_err();
+    assert!(matches!(failed, StoreError::Io { .. }), "{failed}");
+    orders.sync.store(false, Ordering::Relaxed);
+    let again = append(&mut store, &[(3, 1)], 2).unwrap_err();
+    assert!(
+        matches!(again, StoreError::Broken { .. }),
+        "a failed sync is never tried again"
+    );
+    drop(store);
+    let (_, restored) = reopen(temp.path(), options).unwrap();
+    assert_eq!(restored.entries[0], entry(2, 1));
+}
+
+#[test]
+fn a_full_disk_loses_nothing_and_takes_the_same_batch_once_there_is_room() {
+    for segment_bytes in [1 << 20, 100] {
         let temp = tempfile::tempdir().unwrap();
-        let fault = Arc::new(Failing::default());
+        let (options, orders) = failing();
         let options = StoreOptions {
-            fault: fault.clone(),
-            ..StoreOptions::default()
+            segment_bytes,
+            ..options
         };
         let mut store = bootstrap(temp.path(), options.clone());
         append(&mut store, &[(2, 1)], 1).unwrap();
-        if short { &fault.short } else { &fault.sync }.store(true, Ordering::Relaxed);
-        let failed = append(&mut store, &[(3, 1)], 2).unwrap_err();
-        assert!(matches!(failed, StoreError::Io { .. }), "{failed}");
-        fault.short.store(false, Ordering::Relaxed);
-        fault.sync.store(false, Ordering::Relaxed);
-        let again = append(&mut store, &[(3, 1)], 2).unwrap_err();
-        assert!(
-            matches!(again, StoreError::Broken { .. }),
-            "a failed sync is never tried again"
-        );
+        orders.full.store(true, Ordering::Relaxed);
+        for _ in 0..3 {
+            let full = append(&mut store, &[(3, 1)], 2).unwrap_err();
+            assert!(full.is_full(), "{full}");
+            assert!(full.to_string().contains("free space"), "{full}");
+        }
+        let snapshot = Snapshot {
+            index: 2,
+            ..start()
+        };
+        assert!(store.save_snapshot(&snapshot, 0).unwrap_err().is_full());
+        orders.full.store(false, Ordering::Relaxed);
+        append(&mut store, &[(3, 1)], 2).unwrap();
         drop(store);
         let (_, restored) = reopen(temp.path(), options).unwrap();
-        assert_eq!(restored.entries[0], entry(2, 1));
+        assert_eq!(restored.entries, [entry(2, 1), entry(3, 1)]);
     }
 }
 
 #[test]
 fn a_batch_is_one_sync_and_a_commit_alone_is_none() {
     let temp = tempfile::tempdir().unwrap();
-    let fault = Arc::new(Failing::default());
-    let mut store = bootstrap(
-        temp.path(),
-        StoreOptions {
-            fault: fault.clone(),
-            ..StoreOptions::default()
-        },
-    );
-    let before = fault.syncs.load(Ordering::Relaxed);
+    let (options, orders) = failing();
+    let mut store = bootstrap(temp.path(), options);
+    let before = orders.syncs.load(Ordering::Relaxed);
     let entries: Vec<_> = (2..100).map(|index| (index, 1)).collect();
     append(&mut store, &entries, 1).unwrap();
     let hard_state = Some(HardState {
@@ -495,5 +485,5 @@ fn a_batch_is_one_sync_and_a_commit_alone_is_none() {
             ..Write::default()
         })
         .unwrap();
-    assert_eq!(fault.syncs.load(Ordering::Relaxed), before + 1);
+    assert_eq!(orders.syncs.load(Ordering::Relaxed), before + 1);
 }

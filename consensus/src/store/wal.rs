@@ -10,12 +10,11 @@
 //! write, and is refused, as is anything bad in an earlier segment.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::disk::{Disk, DiskFile};
 use super::error::StoreError;
-use super::fault::Fault;
 use super::files;
 use super::record::{self, Record};
 use crate::node::{Entry, HardState, Restored, Snapshot, Write};
@@ -29,10 +28,10 @@ const HEADER_BYTES: usize = 44;
 pub(crate) struct Wal {
     folder: PathBuf,
     segment_bytes: u64,
-    fault: Arc<dyn Fault>,
+    disk: Arc<dyn Disk>,
     /// Oldest first; the last one is `file`.
     segments: VecDeque<Segment>,
-    file: File,
+    file: Box<dyn DiskFile>,
     written: u64,
     synced: u64,
     hard_state: HardState,
@@ -55,8 +54,8 @@ pub(crate) struct Replayed {
     base: Option<u64>,
 }
 
-pub(crate) fn has_segments(dir: &Path) -> Result<bool, StoreError> {
-    files::list(&dir.join("wal"), "log").map(|found| !found.is_empty())
+pub(crate) fn has_segments(disk: &dyn Disk, dir: &Path) -> Result<bool, StoreError> {
+    files::list(disk, &dir.join("wal"), "log").map(|found| !found.is_empty())
 }
 
 impl Wal {
@@ -64,16 +63,16 @@ impl Wal {
     pub(crate) fn create(
         dir: &Path,
         segment_bytes: u64,
-        fault: Arc<dyn Fault>,
+        disk: Arc<dyn Disk>,
     ) -> Result<Self, StoreError> {
         let folder = dir.join("wal");
-        files::create_dir(&folder)?;
+        files::create_dir(&*disk, &folder)?;
         let hard_state = HardState::default();
-        let (segment, file) = create_segment(&folder, 1, hard_state, &*fault)?;
+        let (segment, file) = create_segment(&*disk, &folder, 1, hard_state)?;
         Ok(Self::at_end(
             folder,
             segment_bytes,
-            fault,
+            disk,
             [segment].into(),
             file,
             HEADER_BYTES as u64,
@@ -85,10 +84,10 @@ impl Wal {
     pub(crate) fn open(
         dir: &Path,
         segment_bytes: u64,
-        fault: Arc<dyn Fault>,
+        disk: Arc<dyn Disk>,
     ) -> Result<(Self, Replayed), StoreError> {
         let folder = dir.join("wal");
-        let paths = files::list(&folder, "log")?;
+        let paths = files::list(&*disk, &folder, "log")?;
         let Some((last, _)) = paths.split_last() else {
             return Err(StoreError::LogMissing {
                 dir: dir.to_owned(),
@@ -98,7 +97,7 @@ impl Wal {
         let mut segments: VecDeque<Segment> = VecDeque::new();
         let mut end = 0;
         for path in &paths {
-            let bytes = files::read(path)?.unwrap_or_default();
+            let bytes = files::read(&*disk, path)?.unwrap_or_default();
             let mut segment = read_header(path, &bytes, &mut replayed)?;
             if let Some(before) = segments.back()
                 && before.sequence + 1 != segment.sequence
@@ -113,16 +112,15 @@ impl Wal {
             end = replay_records(path, &bytes, path == last, &mut replayed, &mut segment)?;
             segments.push_back(segment);
         }
-        let open = OpenOptions::new().append(true).open(last);
-        let file = open.map_err(StoreError::io("open", last))?;
+        let mut file = disk.append(last).map_err(StoreError::io("open", last))?;
         // Also makes durable what a lazy write left in the page cache.
-        file.set_len(end)
-            .and_then(|()| file.sync_all())
+        file.cut(end)
+            .and_then(|()| file.sync())
             .map_err(StoreError::io("cut", last))?;
         let wal = Self::at_end(
             folder,
             segment_bytes,
-            fault,
+            disk,
             segments,
             file,
             end,
@@ -134,16 +132,16 @@ impl Wal {
     fn at_end(
         folder: PathBuf,
         segment_bytes: u64,
-        fault: Arc<dyn Fault>,
+        disk: Arc<dyn Disk>,
         segments: VecDeque<Segment>,
-        file: File,
+        file: Box<dyn DiskFile>,
         end: u64,
         hard_state: HardState,
     ) -> Self {
         Self {
             folder,
             segment_bytes,
-            fault,
+            disk,
             segments,
             file,
             written: end,
@@ -152,7 +150,7 @@ impl Wal {
         }
     }
 
-    /// Appends a batch, and syncs it when it must be.
+    /// Appends a batch, and syncs it when it must be. When the disk was full, nothing was appended.
     pub(crate) fn write(&mut self, write: &Write) -> Result<(), StoreError> {
         if self.written >= self.segment_bytes {
             self.roll()?;
@@ -166,17 +164,26 @@ impl Wal {
         }
         if let Some(state) = write.hard_state {
             record::hard_state(&mut batch, self.synced, state);
-            self.hard_state = state;
         }
         let segment = self
             .segments
             .back_mut()
             .expect("there is always a segment that is written");
+        if let Err(error) = self.file.write(&batch) {
+            let failed = StoreError::io("write", &segment.path)(error);
+            if failed.is_full() {
+                // The part that found room goes again, so that the batch can be tried once more.
+                self.file
+                    .cut(self.written)
+                    .map_err(StoreError::io("cut", &segment.path))?;
+            }
+            return Err(failed);
+        }
+        self.written += batch.len() as u64;
         if let Some(last) = write.entries.last() {
             segment.max_index = segment.max_index.max(last.index);
         }
-        files::write_all(&mut self.file, &batch, &segment.path, &*self.fault)?;
-        self.written += batch.len() as u64;
+        self.hard_state = write.hard_state.unwrap_or(self.hard_state);
         if write.must_sync {
             self.sync()?;
         }
@@ -206,12 +213,12 @@ impl Wal {
                 .is_some_and(|first| first.max_index <= index)
         {
             if let Some(segment) = self.segments.pop_front() {
-                files::remove(&segment.path)?;
+                files::remove(&*self.disk, &segment.path)?;
                 removed = true;
             }
         }
         if removed {
-            files::sync_dir(&self.folder)
+            files::sync_dir(&*self.disk, &self.folder)
         } else {
             Ok(())
         }
@@ -222,8 +229,7 @@ impl Wal {
             .segments
             .back()
             .map_or(self.folder.as_path(), |segment| &segment.path);
-        let synced = self.fault.sync(path).and_then(|()| self.file.sync_data());
-        synced.map_err(StoreError::io("sync", path))?;
+        self.file.sync().map_err(StoreError::io("sync", path))?;
         self.synced = self.written;
         Ok(())
     }
@@ -234,8 +240,7 @@ impl Wal {
             .segments
             .back()
             .map_or(1, |segment| segment.sequence + 1);
-        let (segment, file) =
-            create_segment(&self.folder, sequence, self.hard_state, &*self.fault)?;
+        let (segment, file) = create_segment(&*self.disk, &self.folder, sequence, self.hard_state)?;
         self.segments.push_back(segment);
         self.file = file;
         self.written = HEADER_BYTES as u64;
@@ -276,11 +281,11 @@ impl Replayed {
 }
 
 fn create_segment(
+    disk: &dyn Disk,
     folder: &Path,
     sequence: u64,
     hard_state: HardState,
-    fault: &dyn Fault,
-) -> Result<(Segment, File), StoreError> {
+) -> Result<(Segment, Box<dyn DiskFile>), StoreError> {
     let path = folder.join(format!("{sequence:016x}.log"));
     let mut header = Vec::with_capacity(HEADER_BYTES);
     header.extend_from_slice(MAGIC);
@@ -294,7 +299,7 @@ fn create_segment(
         header.extend_from_slice(&number.to_le_bytes());
     }
     header.extend_from_slice(&crc32c::crc32c(&header).to_le_bytes());
-    let file = files::write_whole(&path, &[&header], fault)?;
+    let file = files::write_whole(disk, &path, &[&header])?;
     Ok((
         Segment {
             path,

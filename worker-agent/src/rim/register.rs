@@ -117,9 +117,9 @@ impl Registrar<'_> {
                 Refusal::UnknownPool { .. } | Refusal::Full { .. } if held.is_some() => {
                     Attempt::wait(refusal.name(), &refusal)
                 }
-                Refusal::StaleEvidence { .. } | Refusal::StaleSequence { .. } => {
-                    Attempt::wait(refusal.name(), &refusal)
-                }
+                Refusal::StaleEvidence { .. }
+                | Refusal::StaleSequence { .. }
+                | Refusal::FeatureTooNew { .. } => Attempt::wait(refusal.name(), &refusal),
                 Refusal::UnknownPool { .. }
                 | Refusal::Full { .. }
                 | Refusal::LeavesModelEmpty { .. }

@@ -35,6 +35,8 @@ pub struct Facts {
     pub correlated_expiry: BTreeSet<String>,
     /// Fingerprint keys, the newest last; empty for all but balancers.
     pub keys: Vec<FingerprintKey>,
+    /// Newest feature that commands may use.
+    pub feature_level: u32,
 }
 
 /// One worker, as agreed.
@@ -173,6 +175,7 @@ impl Facts {
             config_revision: Revision(wire.config_revision),
             correlated_expiry: wire.correlated_expiry.into_iter().collect(),
             keys: keys(&wire.keys.unwrap_or_default())?,
+            feature_level: wire.feature_level,
         })
     }
 
@@ -191,6 +194,7 @@ impl Facts {
             keys: Some(wire::KeyRing {
                 keys: self.keys.iter().map(FingerprintKey::to_wire).collect(),
             }),
+            feature_level: self.feature_level,
         }
     }
 
@@ -219,6 +223,11 @@ impl Facts {
                     next.correlated_expiry = alarm.pools.into_iter().collect();
                 }
                 Change::Keys(ring) => next.keys = keys(&ring)?,
+                Change::Members(list) => {
+                    let members = list.members.iter().map(Member::from_wire);
+                    next.members = members.collect::<Result<_, _>>()?;
+                }
+                Change::FeatureLevel(level) => next.feature_level = level,
             }
         }
         next.revision = Revision(delta.revision);

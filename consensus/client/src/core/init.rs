@@ -171,6 +171,7 @@ fn member(id: NodeId, address: &str, status: &wire::NodeStatus) -> Result<Member
         name: status.name.clone(),
         address: address.into(),
         store_id,
+        learner: false,
     })
 }
 

@@ -85,6 +85,7 @@ mod tests {
             name: format!("c{id}"),
             address: address.into(),
             store_id: StoreId([0; 16]),
+            learner: false,
         };
         let mut roster = Roster::new(["a:1".into(), "a:1".into()]);
         roster.learn(&[member(1, "a:1"), member(2, "b:1")]);

@@ -15,6 +15,7 @@ fn a_wrong_init_is_refused_and_leaves_the_disk_fit_for_a_right_one() {
         name: format!("c{id}"),
         address: format!("127.0.0.1:{id}"),
         store_id: vec![id as u8; 16].into(),
+        learner: false,
     };
     let many: Vec<_> = (2..=60).map(other).collect();
     for wrong in [
@@ -89,6 +90,7 @@ fn a_disk_that_fails_at_init_ends_the_node_with_the_reason() {
             name: "c1".into(),
             address: node.local_addr().unwrap().to_string(),
             store_id: status.store_id,
+            learner: false,
         };
         let request = control::Bootstrap {
             cluster_id: vec![1; 16].into(),
@@ -124,6 +126,7 @@ fn a_disk_that_fails_at_work_ends_the_node_with_the_reason() {
             name: "c1".into(),
             address: node.local_addr().unwrap().to_string(),
             store_id: node.status().store_id,
+            learner: false,
         };
         let request = control::Bootstrap {
             cluster_id: vec![1; 16].into(),
