@@ -17,6 +17,7 @@ mod machine;
 mod members;
 mod proposal;
 mod registration;
+pub mod reign;
 mod sessions;
 mod snapshot;
 mod workers;

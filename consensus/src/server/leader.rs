@@ -15,8 +15,9 @@ use wire::command::Action;
 use super::publish::Publisher;
 use crate::fleet::Applied;
 use crate::fleet::lease::{Leases, RenewError};
-use crate::node::{MembersChange, Role};
-use crate::replica::{ProposeError, ReplicaHandle, Status};
+use crate::fleet::reign::{self, Asked, Reign};
+use crate::node::MembersChange;
+use crate::replica::{ProposeError, ReplicaHandle};
 
 /// How long the leader waits for its own proposals.
 const OWN_DEADLINE: Duration = Duration::from_secs(5);
@@ -47,45 +48,9 @@ struct Inner {
     pace: u32,
 }
 
-/// One term of leading, from when everything of the terms before it is applied here.
-#[derive(Default)]
-struct Reign {
-    /// The term, while this node leads.
-    term: Option<u64>,
-    leases: Leases,
-    /// Revision of the facts that the leases follow.
-    followed: u64,
-    /// Cell time when the reign began, and when that was.
-    cell_time: Millis,
-    began: Now,
-}
-
-impl Reign {
-    /// Keeps the leases with the facts; most of what wakes the leader changes no fact.
-    fn follow(&mut self, now: Now, facts: &wire::Facts) {
-        if self.followed != facts.revision {
-            self.leases.follow(now, alive(facts));
-            self.followed = facts.revision;
-        }
-    }
-}
-
 struct Observing {
     proposed: wire::ObserveWorker,
     then: Option<wire::ObserveWorker>,
-}
-
-/// A proposal before the leader's stamp.
-pub(crate) struct Asked {
-    pub(crate) actor: wire::Actor,
-    pub(crate) client: Bytes,
-    pub(crate) sequence: u64,
-    pub(crate) command: Bytes,
-    pub(crate) reason: String,
-    /// The worker whose registration it asks for.
-    pub(crate) registers: Option<String>,
-    /// Raft's own side of a change of the members.
-    pub(crate) change: Option<MembersChange>,
 }
 
 impl Leader {
@@ -115,7 +80,7 @@ impl Leader {
     /// Whether this node leads, as far as it knows, and has applied all that was agreed before.
     #[must_use]
     pub fn is_leader(&self) -> bool {
-        self.0.reign.lock().term.is_some()
+        self.0.reign.lock().term().is_some()
     }
 
     /// The newest facts that this node has applied.
@@ -127,7 +92,7 @@ impl Leader {
     /// Looks at the leases. They mean nothing unless this node leads.
     pub fn with_leases<T>(&self, look: impl FnOnce(&Leases, Now) -> T) -> T {
         let now = self.now();
-        look(&self.0.reign.lock().leases, now)
+        look(self.0.reign.lock().leases(), now)
     }
 
     /// Proposes a command of the control plane's own.
@@ -155,19 +120,18 @@ impl Leader {
             command: command.encode_to_vec().into(),
             reason: reason.into(),
             registers: None,
-            change: None,
         };
         let deadline = tokio::time::Instant::now() + OWN_DEADLINE;
-        Ok(self.propose_for(asked, deadline).await?)
+        Ok(self.propose_for(asked, None, deadline).await?)
     }
 
     /// Stamps and proposes what somebody asked.
     pub(crate) async fn propose_for(
         &self,
-        mut asked: Asked,
+        asked: Asked,
+        change: Option<MembersChange>,
         deadline: tokio::time::Instant,
     ) -> Result<wire::Outcome, ProposeError> {
-        let change = asked.change.take();
         let entry = self.stamp(asked).ok_or_else(|| ProposeError::NotLeader {
             leader: self.0.replica.status().borrow().leader,
         })?;
@@ -180,26 +144,7 @@ impl Leader {
     }
 
     fn stamp(&self, asked: Asked) -> Option<Bytes> {
-        let now = self.now();
-        let reign = self.0.reign.lock();
-        reign.term?;
-        let evidence = wire::Evidence {
-            age_ms: 0,
-            renewed_ms_ago: asked
-                .registers
-                .and_then(|name| reign.leases.renewed_ago(now, &name))
-                .map(|ago| Millis::from_duration(ago).0),
-        };
-        let proposal = wire::Proposal {
-            at_ms: reign.cell_time.0 + Millis::from_duration(now.since(reign.began)).0,
-            actor: Some(asked.actor),
-            client: asked.client,
-            sequence: asked.sequence,
-            command: asked.command,
-            reason: asked.reason,
-            evidence: Some(evidence),
-        };
-        Some(proposal.encode_to_vec().into())
+        self.0.reign.lock().stamp(self.now(), asked)
     }
 
     /// Whether this node leads; waits while it was elected but has not applied yet what was agreed
@@ -208,7 +153,7 @@ impl Leader {
         let (mut status, mut reigns) = (self.0.replica.status(), self.0.reigns.subscribe());
         let settled = async {
             loop {
-                let elected = elected(&status.borrow_and_update());
+                let elected = reign::elected(&status.borrow_and_update());
                 if elected.is_none() || *reigns.borrow_and_update() == elected {
                     return elected.is_some();
                 }
@@ -233,23 +178,13 @@ impl Leader {
     ) -> Option<Result<Duration, RenewError>> {
         let now = self.now();
         let mut reign = self.0.reign.lock();
-        reign.term?;
-        let taken = renew(&mut reign.leases, now);
-        if taken != Err(RenewError::NotRegistered) {
-            return Some(taken);
-        }
-        // Registered a moment ago, perhaps.
-        reign.follow(now, &self.0.published.facts());
-        Some(renew(&mut reign.leases, now))
+        reign.renewed(now, || self.0.published.facts(), renew)
     }
 
     /// A process registered as this incarnation just now, so it lives.
     pub(crate) fn registered(&self, name: &str, incarnation: Incarnation) {
         let now = self.now();
-        let mut reign = self.0.reign.lock();
-        if reign.term.is_some() {
-            reign.leases.registered(now, name, incarnation);
-        }
+        self.0.reign.lock().registered(now, name, incarnation);
     }
 
     /// Gets agreed what an agent says of itself, if that is news or something else is under way.
@@ -300,7 +235,7 @@ impl Leader {
         let mut election = None;
         loop {
             changes.mark_unchanged();
-            let leads = begun(&mut election, &status.borrow_and_update());
+            let leads = reign::begun(&mut election, &status.borrow_and_update());
             self.settle(leads);
             tokio::select! {
                 changed = status.changed() => if changed.is_err() { return },
@@ -314,20 +249,8 @@ impl Leader {
         let mut reign = self.0.reign.lock();
         // Under the lock: leases must not follow older facts after newer ones.
         let facts = self.0.published.facts();
-        if reign.term != leads {
-            reign.term = leads;
-            reign.leases.became_leader(now, alive(&facts));
-            reign.followed = facts.revision;
-            reign.cell_time = Millis(facts.cell_time_ms);
-            reign.began = now;
-            if facts.cell_time_ms == 0 {
-                // A new cell's time begins at the wall clock, so that an audit reads as dates do;
-                // from then on only monotonic clocks move it.
-                reign.cell_time = wall_clock();
-            }
+        if reign.settle(now, leads, &facts, wall_clock) {
             self.0.reigns.send_replace(leads);
-        } else if leads.is_some() {
-            reign.follow(now, &facts);
         }
     }
 
@@ -341,74 +264,10 @@ impl Leader {
     }
 }
 
-/// The term that a node was elected in, while it leads.
-fn elected(status: &Status) -> Option<u64> {
-    (status.role == Role::Leader).then_some(status.term)
-}
-
-/// The term in which this node leads and has applied all that was agreed before.
-///
-/// `election` keeps the term it was elected in and where its log ended when that was first seen: its
-/// first entry is in that log, and all that was agreed before lies ahead of it. The facts are
-/// published before the status says that they are applied.
-fn begun(election: &mut Option<(u64, u64)>, status: &Status) -> Option<u64> {
-    let known = elected(status).map(|term| match *election {
-        Some(known) if known.0 == term => known,
-        Some(_) | None => (term, status.last_index),
-    });
-    *election = known;
-    known
-        .filter(|(_, end)| status.applied >= *end)
-        .map(|(term, _)| term)
-}
-
-/// Workers whose agents should be heard.
-fn alive(facts: &wire::Facts) -> impl Iterator<Item = (String, Incarnation)> {
-    facts
-        .workers
-        .iter()
-        .filter(|worker| !worker.departed)
-        .filter_map(|worker| {
-            let incarnation = Incarnation::from_wire(worker.incarnation.as_ref()).ok()?;
-            Some((worker.name.clone(), incarnation))
-        })
-}
-
 fn wall_clock() -> Millis {
     Millis::from_duration(
         SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default(),
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_reign_begins_when_the_entries_before_it_and_its_own_first_one_are_applied() {
-        let mut election = None;
-        for (role, term, last_index, applied, reigns) in [
-            (Role::Follower, 3, 10, 8, None),
-            (Role::Leader, 4, 11, 8, None),
-            (Role::Leader, 4, 11, 10, None),
-            (Role::Leader, 4, 11, 11, Some(4)),
-            (Role::Leader, 4, 20, 15, Some(4)),
-            (Role::Follower, 5, 20, 15, None),
-            (Role::Leader, 6, 21, 20, None),
-            (Role::Leader, 6, 21, 21, Some(6)),
-            (Role::Leader, 8, 23, 21, None),
-            (Role::Leader, 8, 23, 23, Some(8)),
-        ] {
-            let status = Status {
-                role,
-                term,
-                last_index,
-                applied,
-                ..Status::default()
-            };
-            assert_eq!(begun(&mut election, &status), reigns, "{status:?}");
-        }
-    }
 }

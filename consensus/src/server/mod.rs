@@ -11,7 +11,7 @@ mod callers;
 mod leader;
 mod lifecycle;
 mod peers;
-mod publish;
+pub mod publish;
 mod rpc;
 mod watchers;
 

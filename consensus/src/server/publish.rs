@@ -13,14 +13,14 @@ use crate::fleet::{Applied, Fleet};
 use crate::replica;
 
 /// Deltas kept for watchers that resume, unless told otherwise; who is further behind gets a snapshot.
-pub(crate) const MAX_DELTAS: usize = 4_096;
+pub const MAX_DELTAS: usize = 4_096;
 /// And their bytes: a configuration is much larger than a worker.
 const MAX_DELTA_BYTES: usize = 16 << 20;
 /// Audit entries kept in memory, the newest.
 const MAX_AUDIT: usize = 1_000;
 
 /// The newest facts, the deltas that led there, and the audit's tail.
-pub(crate) struct Publisher {
+pub struct Publisher {
     state: Mutex<State>,
     max_deltas: usize,
     /// Counts publications, to wake watchers.
@@ -40,7 +40,7 @@ struct State {
 }
 
 /// What a watcher gets next.
-pub(crate) enum Next {
+pub enum Next {
     /// It is too far behind, or new: everything.
     Snapshot(Arc<wire::Facts>),
     /// What happened since.
@@ -48,7 +48,9 @@ pub(crate) enum Next {
 }
 
 impl Publisher {
-    pub(crate) fn new(cluster: ClusterId, max_deltas: usize) -> Self {
+    /// Nothing yet: what a node shows before its replica has started.
+    #[must_use]
+    pub fn new(cluster: ClusterId, max_deltas: usize) -> Self {
         let facts = wire::Facts {
             cluster_id: cluster.to_wire(),
             ..wire::Facts::default()
@@ -69,12 +71,7 @@ impl Publisher {
     }
 
     /// Called on the replica's thread after each batch.
-    pub(crate) fn publish(
-        &self,
-        fleet: &Fleet,
-        _applied: u64,
-        outputs: &[replica::Applied<Applied>],
-    ) {
+    pub fn publish(&self, fleet: &Fleet, _applied: u64, outputs: &[replica::Applied<Applied>]) {
         let deltas: Vec<_> = outputs
             .iter()
             .filter_map(|applied| applied.output.delta.clone())
@@ -104,17 +101,20 @@ impl Publisher {
     }
 
     /// The newest facts.
-    pub(crate) fn facts(&self) -> Arc<wire::Facts> {
+    #[must_use]
+    pub fn facts(&self) -> Arc<wire::Facts> {
         self.state.lock().facts.clone()
     }
 
     /// Wakes after each publication.
-    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
     /// What somebody who holds `revision` needs to be up to date.
-    pub(crate) fn since(&self, revision: u64) -> Next {
+    #[must_use]
+    pub fn since(&self, revision: u64) -> Next {
         let state = self.state.lock();
         if revision < state.floor || (revision == 0 && state.facts.revision == 0) {
             return Next::Snapshot(state.facts.clone());
@@ -126,7 +126,8 @@ impl Publisher {
     }
 
     /// The newest audit entries, oldest first, and the head of the chain.
-    pub(crate) fn audit(&self, limit: usize) -> (Vec<wire::AuditEntry>, [u8; 32]) {
+    #[must_use]
+    pub fn audit(&self, limit: usize) -> (Vec<wire::AuditEntry>, [u8; 32]) {
         let state = self.state.lock();
         let skip = state.audit.len().saturating_sub(limit);
         (

@@ -14,10 +14,10 @@ use prost::Message;
 use tokio::time::Instant;
 
 use super::callers::{Bounds, Caller};
-use super::leader::Asked;
 use super::lifecycle::{Phase, Running, Shared};
 use super::{bootstrap, watchers};
 use crate::fleet::lease::RenewError;
+use crate::fleet::reign::Asked;
 use crate::node::{MembersChange, Role as RaftRole};
 use crate::replica::{ProposeError, ReadError};
 
@@ -307,9 +307,9 @@ async fn propose(
         command: request.command,
         reason: request.reason.chars().take(500).collect(),
         registers,
-        change: members_change(action),
     };
-    let proposed = running.leader.propose_for(asked, deadline).await;
+    let change = members_change(action);
+    let proposed = running.leader.propose_for(asked, change, deadline).await;
     if let (Ok(outcome), Action::Register(register)) = (&proposed, action) {
         note_registered(&running, &register.name, outcome);
     }
