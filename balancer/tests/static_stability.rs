@@ -44,6 +44,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         cell_time: Millis(1),
         workers: BTreeMap::from([(known.name, Arc::new(fact))]),
         members: Vec::new(),
+        feature_level: 0,
         config_bytes: config.to_wire(),
         config: Arc::new(config),
         config_revision: Revision(0),
