@@ -162,7 +162,21 @@ async fn models_and_health_are_told() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_aborts_its_request() {
+async fn a_client_that_leaves_aborts_its_request_within_100_ms() {
+    let mut took = Vec::new();
+    // A machine that is busy with something else for a moment says nothing of the engine.
+    while took.len() < 3 {
+        let slowest = slowest_abort().await;
+        if slowest < Duration::from_millis(100) {
+            return;
+        }
+        took.push(slowest);
+    }
+    panic!("{took:?}");
+}
+
+/// Of clients that leave, streaming or not, running or waiting.
+async fn slowest_abort() -> Duration {
     let engine = engine(|config| {
         config.slots = 2;
         config.speed = 1.0;
@@ -179,16 +193,17 @@ async fn a_client_that_leaves_aborts_its_request() {
     let mut some = vec![0; 2000];
     streaming.read_exact(&mut some).await.unwrap();
 
+    let mut slowest = Duration::ZERO;
     for (left, gone) in [waiting_stream, whole, waiting_whole, streaming]
         .into_iter()
         .enumerate()
     {
         drop(gone);
-        engine
-            .until_open(3.0 - left as f64, Duration::from_millis(100))
-            .await;
+        let took = engine.until_open(3.0 - left as f64, Duration::from_secs(5));
+        slowest = slowest.max(took.await);
     }
     assert_eq!(engine.metric("num_requests_running").await, 0.0);
+    slowest
 }
 
 #[tokio::test]

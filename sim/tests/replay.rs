@@ -83,7 +83,8 @@ async fn errors_are_counted_by_status_and_code() {
             .map(|e| (e.status, e.code, e.count));
         (report.requests, errors.collect::<Vec<_>>())
     };
-    let config = replay_of(small_trace(5, 2), &engine);
+    // Long enough that all have come before the first is over.
+    let config = replay_of(small_trace(5, 40), &engine);
     let busy = (Some(503), "Service Unavailable".to_owned(), 3);
     assert_eq!(errors(config.clone()).await, (5, vec![busy]));
 
@@ -106,7 +107,7 @@ async fn errors_are_counted_by_status_and_code() {
     );
 
     let hurried = replay::Config {
-        timeout: Duration::from_millis(30),
+        timeout: Duration::from_secs(1),
         trace: small_trace(1, 10_000),
         ..config.clone()
     };
@@ -114,7 +115,7 @@ async fn errors_are_counted_by_status_and_code() {
         errors(hurried).await,
         (1, vec![(Some(200), "timeout".to_owned(), 1)])
     );
-    engine.until_open(0.0, Duration::from_millis(200)).await;
+    engine.until_open(0.0, Duration::from_secs(5)).await;
 
     let (target, model) = ("http://127.0.0.1:1".to_owned(), Some("m".to_owned()));
     let nobody = replay::Config {

@@ -43,7 +43,9 @@ pub struct BlockRun {
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
     /// Not JSON, a field is missing, or a field has another type.
-    #[error("not a request: {0}")]
+    #[error(
+        "not a request: {0}; a line is a JSON object with timestamp, input_length and output_length"
+    )]
     Json(#[from] serde_json::Error),
     /// A number is outside what a trace may hold.
     #[error("{field} is {value}, allowed are {least} to {most}")]

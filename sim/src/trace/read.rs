@@ -43,6 +43,14 @@ pub enum TraceError {
         /// What the system said.
         source: io::Error,
     },
+    /// What is in the file is no trace.
+    #[error("{path}: {source}")]
+    Within {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<TraceError>,
+    },
     /// The bytes cannot be read or decompressed.
     #[error("line {line}: cannot read on: {source}; is the file cut off?")]
     Read {
@@ -107,9 +115,9 @@ impl Trace {
     ///
     /// # Errors
     ///
-    /// Says which line is wrong and how; nothing of a trace with a bad line is returned.
+    /// Says which line of which file is wrong and how; nothing of a trace with a bad line is returned.
     pub fn open(path: &Path, options: Options) -> Result<Trace, TraceError> {
-        let file = File::open(path).map_err(|source| TraceError::Open {
+        let file = opened(path).map_err(|source| TraceError::Open {
             path: path.to_owned(),
             source,
         })?;
@@ -126,9 +134,17 @@ impl Trace {
             ..options
         };
         let quantum = listed.map_or(0, |listed| listed.quantum_ms);
+        let read = Trace::read(BufReader::new(file), options);
+        let read = read.map_err(|error| match error {
+            TraceError::BlockTokens(_) => error,
+            _ => TraceError::Within {
+                path: path.to_owned(),
+                source: Box::new(error),
+            },
+        })?;
         Ok(Trace {
             quantum: Duration::from_millis(quantum.into()),
-            ..Trace::read(BufReader::new(file), options)?
+            ..read
         })
     }
 
@@ -281,6 +297,15 @@ fn collect<R: BufRead>(mut reader: Reader<R>, limit: usize) -> Result<Vec<Reques
         requests.push(request);
     }
     Ok(requests)
+}
+
+/// A folder can be opened, too, but not be read.
+fn opened(path: &Path) -> io::Result<File> {
+    let file = File::open(path)?;
+    if file.metadata()?.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    Ok(file)
 }
 
 fn listed(trace: &Path) -> Result<Option<Entry>, TraceError> {
@@ -437,6 +462,22 @@ mod tests {
         assert_eq!(size(Some(16)).unwrap(), 16);
         let missing = Trace::open(&folder.path().join("no"), Options::default());
         assert!(matches!(missing, Err(TraceError::Open { .. })));
+    }
+
+    #[test]
+    fn an_error_in_a_file_names_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.jsonl");
+        let said = |path: &Path| {
+            let read = Trace::open(path, Options::default());
+            read.unwrap_err().to_string()
+        };
+        std::fs::write(&path, format!("{GOOD}\nnonsense\n")).unwrap();
+        let line = format!("{}: line 2: not a request", path.display());
+        assert!(said(&path).starts_with(&line), "{}", said(&path));
+        std::fs::write(&path, "").unwrap();
+        assert!(said(&path).contains("t.jsonl: the trace has no requests"));
+        assert!(said(folder.path()).contains("cannot open the trace"));
     }
 
     proptest! {

@@ -95,7 +95,8 @@ impl Engine {
         self.metric("num_requests_running").await + self.metric("num_requests_waiting").await
     }
 
-    pub async fn until_open(&self, count: f64, within: Duration) {
+    /// Waits for so many open requests; says how long that took.
+    pub async fn until_open(&self, count: f64, within: Duration) -> Duration {
         let start = Instant::now();
         while self.open_requests().await != count {
             assert!(
@@ -103,6 +104,7 @@ impl Engine {
                 "not {count} open requests within {within:?}"
             );
         }
+        start.elapsed()
     }
 }
 
