@@ -7,7 +7,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::{Act, EVENT, REST, Saw, Setup, WHOLE, World};
+use common::{Act, EVENT, REST, Saw, Setup, WHOLE, World, promptly};
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
 use hyper::client::conn::http2::{SendRequest, handshake};
@@ -53,22 +53,26 @@ async fn a_stream_that_is_reset_cancels_its_request_within_100_ms() {
         (true, Act::HangAfterFirst),
         (true, Act::Flood),
     ] {
-        let mut world = World::with(1).await;
-        let mut sender = connect(&world).await;
-        world.next(std::slice::from_ref(&act));
-        let request = chat(&world, streaming);
-        let asking = tokio::spawn(async move {
-            let answer = sender.send_request(request).await.unwrap();
-            answer.into_body().collect().await
-        });
-        world.agents[0].is_placed().await;
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        let left = Instant::now();
-        asking.abort();
-        // The connection stays: only the stream is reset.
-        let took = world.agents[0].sees(&Saw::Cancelled).await - left;
-        assert!(took < Duration::from_millis(100), "{act:?}: {took:?}");
-        world.settles().await;
+        eprintln!("{act:?}, streaming: {streaming}");
+        promptly(Duration::from_millis(100), async || {
+            let mut world = World::with(1).await;
+            let mut sender = connect(&world).await;
+            world.next(std::slice::from_ref(&act));
+            let request = chat(&world, streaming);
+            let asking = tokio::spawn(async move {
+                let answer = sender.send_request(request).await.unwrap();
+                answer.into_body().collect().await
+            });
+            world.agents[0].is_placed().await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let left = Instant::now();
+            asking.abort();
+            // The connection stays: only the stream is reset.
+            let cancelled = world.agents[0].sees(&Saw::Cancelled).await;
+            world.settles().await;
+            cancelled - left
+        })
+        .await;
     }
 }
 
@@ -103,14 +107,14 @@ async fn a_held_back_head_pings_events_and_failures_are_as_over_http_1() {
     let world = World::new(setup).await;
     let mut sender = connect(&world).await;
     world.next(&[
-        Act::Slow(Duration::from_millis(400)),
+        Act::Slow(Duration::from_millis(1_500)),
         Act::BreakAfterFirst,
         Act::Status(400, "{\"error\":{}}"),
     ]);
     let began = Instant::now();
     let answer = sender.send_request(chat(&world, true)).await.unwrap();
     assert_eq!(answer.status(), 200);
-    assert!(began.elapsed() < Duration::from_millis(350));
+    assert!(began.elapsed() < Duration::from_millis(1_400));
     let mut body = answer.into_body();
     let mut pieces = Vec::new();
     while let Some(frame) = body.frame().await {

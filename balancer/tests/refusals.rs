@@ -191,7 +191,7 @@ async fn without_a_reachable_worker_there_is_no_capacity() {
 #[tokio::test]
 async fn a_stop_finishes_what_is_under_way_and_takes_nothing_new() {
     let mut world = World::with(1).await;
-    world.agents[0].will(&[Act::Slow(Duration::from_millis(500))]);
+    world.agents[0].will(&[Act::Slow(Duration::from_millis(1_500))]);
     let mut client = world.client().await;
     client.chat(false).await;
     world.agents[0].is_placed().await;

@@ -7,7 +7,7 @@ mod common;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use common::{Act, EVENT, REST, Saw, Setup, WHOLE, World};
+use common::{Act, EVENT, REST, Saw, Setup, WHOLE, World, promptly};
 use forebay_proto::wire::work::{End, RefusalReason};
 
 #[tokio::test]
@@ -128,22 +128,25 @@ async fn a_client_that_leaves_cancels_its_request_within_100_ms() {
         (true, Act::HangAfterFirst),
         (true, Act::Flood),
     ] {
-        let mut world = World::with(1).await;
-        world.next(std::slice::from_ref(&act));
-        let mut client = world.client().await;
-        client.chat(streaming).await;
-        world.agents[0].is_placed().await;
-        if matches!(act, Act::HangAfterFirst | Act::Flood) {
-            client.head().await;
-        } else {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        let left = Instant::now();
-        drop(client);
-        let cancelled = world.agents[0].sees(&Saw::Cancelled).await;
-        let took = cancelled - left;
-        assert!(took < Duration::from_millis(100), "{act:?}: {took:?}");
-        world.settles().await;
+        eprintln!("{act:?}, streaming: {streaming}");
+        promptly(Duration::from_millis(100), async || {
+            let mut world = World::with(1).await;
+            world.next(std::slice::from_ref(&act));
+            let mut client = world.client().await;
+            client.chat(streaming).await;
+            world.agents[0].is_placed().await;
+            if matches!(act, Act::HangAfterFirst | Act::Flood) {
+                client.head().await;
+            } else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            let left = Instant::now();
+            drop(client);
+            let cancelled = world.agents[0].sees(&Saw::Cancelled).await;
+            world.settles().await;
+            cancelled - left
+        })
+        .await;
     }
 }
 
@@ -218,8 +221,8 @@ async fn after_some_refusals_the_worker_has_to_queue_it() {
 #[tokio::test]
 async fn a_first_byte_or_a_next_one_that_does_not_come_is_a_timeout() {
     let mut setup = Setup::default();
-    setup.pool.first_byte_timeout_ms = 300;
-    setup.pool.idle_timeout_ms = 200;
+    setup.pool.first_byte_timeout_ms = 1_000;
+    setup.pool.idle_timeout_ms = 500;
     let world = World::new(setup).await;
     world.agents[0].will(&[Act::Hang, Act::HangAfterFirst]);
     let answer = world.chat(true).await;
@@ -237,14 +240,14 @@ async fn a_late_first_byte_comes_after_a_held_back_head_and_a_ping() {
     setup.settings.hold_headers_ms = 100;
     let world = World::new(setup).await;
     world.agents[0].will(&[
-        Act::Slow(Duration::from_millis(400)),
+        Act::Slow(Duration::from_millis(1_500)),
         Act::Slow(Duration::from_millis(400)),
     ]);
     let mut client = world.client().await;
     client.chat(true).await;
     let began = Instant::now();
     assert_eq!(client.head().await.status, 200);
-    assert!(began.elapsed() < Duration::from_millis(350));
+    assert!(began.elapsed() < Duration::from_millis(1_400));
     assert_eq!(client.chunk().await.unwrap().unwrap(), ": ping\n\n");
     assert_eq!(client.chunk().await.unwrap().unwrap(), EVENT);
     // What is no stream has no head to send early.
@@ -257,7 +260,7 @@ async fn a_late_first_byte_comes_after_a_held_back_head_and_a_ping() {
 async fn a_failure_after_an_early_head_is_an_event() {
     let mut setup = Setup::default();
     setup.settings.hold_headers_ms = 50;
-    setup.pool.first_byte_timeout_ms = 300;
+    setup.pool.first_byte_timeout_ms = 1_000;
     let world = World::new(setup).await;
     world.agents[0].will(&[Act::Hang]);
     let answer = world.chat(true).await;
@@ -304,14 +307,14 @@ async fn fails_over(end: fn(&mut common::Agent)) -> Duration {
 
 #[tokio::test]
 async fn a_worker_that_says_goodbye_fails_over_at_once() {
-    let took = fails_over(common::Agent::closes).await;
-    assert!(took < Duration::from_millis(500), "{took:?}");
+    let measure = async || fails_over(common::Agent::closes).await;
+    promptly(Duration::from_millis(500), measure).await;
 }
 
 #[tokio::test]
 async fn a_worker_that_dies_without_a_word_is_found_out_by_a_probe() {
-    let took = fails_over(common::Agent::dies).await;
-    assert!(took < Duration::from_millis(1_500), "{took:?}");
+    let measure = async || fails_over(common::Agent::dies).await;
+    promptly(Duration::from_millis(1_500), measure).await;
 }
 
 #[tokio::test]

@@ -22,6 +22,20 @@ pub use client::{Answer, Client};
 
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Measures until it is within the bound once, three times at most: a machine that is busy with something
+/// else for a moment says nothing of the balancer.
+pub async fn promptly(bound: Duration, mut measure: impl AsyncFnMut() -> Duration) {
+    let mut took = Vec::new();
+    while took.len() < 3 {
+        let once = measure().await;
+        if once < bound {
+            return;
+        }
+        took.push(once);
+    }
+    panic!("{took:?}, each more than {bound:?}");
+}
+
 pub struct World {
     pub dir: tempfile::TempDir,
     authority: Authority,
