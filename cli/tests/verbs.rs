@@ -311,6 +311,15 @@ fn a_replay_without_a_server_says_what_it_asked() {
         1,
         &["/nonexistent.jsonl"],
     );
+    check(&["replay", "/"], 1, &["cannot open the trace /"]);
+    let dir = tempfile::tempdir().unwrap();
+    let wrong = dir.path().join("wrong.jsonl");
+    std::fs::write(&wrong, "nonsense\n").unwrap();
+    check(
+        &["replay", text(&wrong)],
+        1,
+        &["wrong.jsonl: line 1: not a request", "input_length"],
+    );
     check(
         &["replay", "--target", "https://127.0.0.1:9"],
         2,

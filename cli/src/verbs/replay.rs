@@ -24,7 +24,7 @@ pub(crate) struct ReplayArgs {
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
     target: Vec<String>,
     /// How many times faster than recorded: 2 is twice the requests a second.
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = speed)]
     speed: f64,
     /// The model to ask for; default: the first that the target lists.
     #[arg(long, value_name = "NAME")]
@@ -267,10 +267,10 @@ impl Shown {
             }
             None if elapsed >= self.next_line => {
                 self.next_line = elapsed + LINE_EVERY;
-                let left = elapsed.as_secs_f64() / done.max(1) as f64 * (total - done) as f64;
+                let seconds = elapsed.as_secs();
+                let left = left(done, total, elapsed);
                 say(&format!(
-                    "{done}/{total} requests, {in_flight} in flight, {errors} errors after {} s, about {left:.0} s left",
-                    elapsed.as_secs()
+                    "{done}/{total} requests, {in_flight} in flight, {errors} errors after {seconds} s{left}"
                 ));
             }
             None => {}
@@ -282,6 +282,15 @@ impl Shown {
             bar.finish_and_clear();
         }
     }
+}
+
+/// How long the rest takes at the pace so far; nothing before there is one.
+fn left(done: u64, total: u64, elapsed: Duration) -> String {
+    if done == 0 {
+        return String::new();
+    }
+    let left = elapsed.as_secs_f64() / done as f64 * total.saturating_sub(done) as f64;
+    format!(", about {left:.0} s left")
 }
 
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -338,4 +347,17 @@ fn page(report: &Report) -> String {
 
 pub(crate) fn ms(value: Option<f64>) -> String {
     value.map_or_else(String::new, |ms| format!("{ms:.1}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_told_once_something_is_done() {
+        let five = Duration::from_secs(5);
+        assert_eq!(left(0, 50, five), "");
+        assert_eq!(left(10, 50, five), ", about 20 s left");
+        assert_eq!(left(50, 50, five), ", about 0 s left");
+    }
 }

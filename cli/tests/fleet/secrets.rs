@@ -1,8 +1,9 @@
 //! Prompt text stays on the request path.
 
 use std::path::Path;
+use std::time::Duration;
 
-use crate::harness::{FAST_ENGINE, Fleet, get, post};
+use crate::harness::{FAST_ENGINE, Fleet, get, post, within};
 
 const MARKER: &str = "forebay-prompt-marker-7f3a9c";
 
@@ -79,7 +80,11 @@ fn a_marker_sent_through_every_path_is_found_nowhere() {
     // One that dies in the middle: the worker is killed under it.
     let long = format!(r#"{{"model":"{model}","stream":true,{message},"max_tokens":100000}}"#);
     let streaming = std::thread::spawn(move || post(&url, &long));
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    within(Duration::from_secs(20), "the stream is under way", || {
+        let (_, page) = get(&format!("{}/debug/workers", fleet.admin("b1")));
+        page.contains("\"running\":1").then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(500));
     // While it runs, and every process is there to ask.
     pages_are_clean(&fleet);
     fleet.kill("w1");
