@@ -214,6 +214,39 @@ async fn a_stop_finishes_what_is_under_way_and_takes_nothing_new() {
 }
 
 #[tokio::test]
+async fn who_asks_while_a_stop_waits_is_sent_elsewhere() {
+    let mut world = World::with(1).await;
+    world.agents[0].will(&[Act::Slow(Duration::from_millis(1_500))]);
+    let mut client = world.client().await;
+    client.chat(false).await;
+    world.agents[0].is_placed().await;
+    // Asking already, as far as the balancer can see.
+    let mut late = world.client().await;
+    late.send("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
+        .await;
+    world
+        .until("/metrics", |_, text| {
+            text.contains("forebay_balancer_connections 2\n")
+        })
+        .await;
+    world.stop.take().unwrap().send(()).unwrap();
+    world
+        .until("/readyz", |status, text| {
+            status == 503 && text.contains("stop")
+        })
+        .await;
+    late.send("content-length: 13\r\n\r\n{\"model\":\"m\"}")
+        .await;
+    let answer = late.answer().await;
+    assert_eq!(answer.code(), (503, "draining".into()));
+    for header in ["retry-after: 1\r\n", "connection: close\r\n"] {
+        assert!(answer.head.has(header), "{}", answer.head.text);
+    }
+    assert!(late.is_closed().await);
+    assert_eq!(client.answer().await.status, 200);
+}
+
+#[tokio::test]
 async fn a_stop_waits_no_longer_than_it_may() {
     let mut setup = Setup::default();
     setup.settings.drain_timeout_ms = 200;

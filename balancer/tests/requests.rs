@@ -198,6 +198,13 @@ async fn waiting_ends_at_the_pools_deadline() {
         .await;
     let answer = world.chat(true).await;
     assert_eq!(answer.code(), (429, "queue_timeout".into()));
+    for header in [
+        "retry-after: ",
+        "retry-after-ms: ",
+        "x-forebay-dropped-reason: rejected-queue-timeout\r\n",
+    ] {
+        assert!(answer.head.has(header), "{}", answer.head.text);
+    }
     drop(running);
     world.settles().await;
 }
