@@ -113,6 +113,10 @@ mod tests {
             running: 2,
             waiting: 1,
             finished: 7,
+            prompt_tokens: 100,
+            cached_tokens: 64,
+            preemptions: 3,
+            kv_usage: 0.25,
             ..Reading::default()
         }
         .page("m\"x");
@@ -121,6 +125,10 @@ mod tests {
             "vllm:num_requests_running{engine=\"0\",model_name=\"m\\\"x\"} 2.0",
             "vllm:num_requests_waiting{engine=\"0\",model_name=\"m\\\"x\"} 1.0",
             "vllm:request_success_total{engine=\"0\",model_name=\"m\\\"x\",finished_reason=\"length\"} 7.0",
+            "vllm:prefix_cache_queries_total{engine=\"0\",model_name=\"m\\\"x\"} 100.0",
+            "vllm:prefix_cache_hits_total{engine=\"0\",model_name=\"m\\\"x\"} 64.0",
+            "vllm:num_preemptions_total{engine=\"0\",model_name=\"m\\\"x\"} 3.0",
+            "vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"m\\\"x\"} 0.2500",
         ] {
             assert!(
                 page.lines().any(|got| got == line),
