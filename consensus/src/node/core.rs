@@ -26,10 +26,11 @@ pub const HEARTBEAT_TICKS: usize = 2;
 pub const MIN_ELECTION_TICKS: usize = 10;
 /// Above every election timeout (exclusive).
 pub const MAX_ELECTION_TICKS: usize = 20;
-/// A candidate that was not elected stands again after so many ticks,
+/// A candidate that was not elected stands again after so many ticks: a split vote or a lost message
+/// must not cost a whole timeout.
 const MIN_RETRY_TICKS: u32 = 3;
-/// or up to so many (exclusive): a split vote or a lost message must not cost a whole timeout.
-const MAX_RETRY_TICKS: u32 = 8;
+/// And after so many more for each voter before it, so that two who split a vote do not split the next.
+const RETRY_TICKS_APART: u32 = 2;
 /// The largest command.
 pub const MAX_COMMAND_BYTES: usize = 1 << 20;
 
@@ -146,8 +147,7 @@ impl Node {
             return;
         }
         if self.standing == 0 {
-            let range = MIN_RETRY_TICKS..MAX_RETRY_TICKS;
-            self.retry = self.elections.random_range(range);
+            self.retry = self.retry_ticks();
         }
         self.standing += 1;
         if self.standing > self.retry {
@@ -165,9 +165,13 @@ impl Node {
         let _ = self.raw.campaign();
         self.settle(before, true);
         self.standing = 0;
-        self.retry = self
-            .elections
-            .random_range(MIN_RETRY_TICKS..MAX_RETRY_TICKS);
+        self.retry = self.retry_ticks();
+    }
+
+    fn retry_ticks(&self) -> u32 {
+        let voters = self.members.voters();
+        let before = voters.iter().filter(|voter| **voter < self.id()).count();
+        MIN_RETRY_TICKS + RETRY_TICKS_APART * u32::try_from(before).unwrap_or_default()
     }
 
     /// Whether no other vote is needed.
