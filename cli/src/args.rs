@@ -66,6 +66,8 @@ pub(crate) enum Verb {
     Replay(verbs::replay::ReplayArgs),
     /// Send a real trace through a fresh fleet for each placement policy, and compare them.
     Compare(verbs::compare::CompareArgs),
+    /// Run the fleet's parts in virtual time.
+    Sim(verbs::sim::SimArgs),
     /// Print a page of the documentation that follows from the code.
     #[command(hide = true)]
     Docs(verbs::docs::DocsArgs),

@@ -59,6 +59,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Config(args) => verbs::config::run(args),
         Verb::Replay(args) => verbs::replay::run(args),
         Verb::Compare(args) => verbs::compare::run(&args),
+        Verb::Sim(args) => verbs::sim::run(&args),
         Verb::Docs(args) => {
             verbs::docs::run(&args);
             Ok(())

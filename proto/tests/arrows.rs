@@ -40,7 +40,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     (
         "sim",
         "forebay-sim",
-        "forebay-proto forebay-scheduler forebay-consensus forebay-control-client forebay-balancer forebay-worker-agent",
+        "forebay-proto forebay-scheduler forebay-consensus forebay-control-client forebay-controller forebay-balancer forebay-worker-agent",
     ),
     ("benches", "forebay-benches", "*"),
     ("cli", "forebay", "*"),

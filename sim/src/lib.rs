@@ -3,12 +3,16 @@
 //! - [`engine`]: an inference engine behind the OpenAI API whose text betrays a gap or a repeat.
 //! - [`model`]: what such an engine does in which time, as a pure model.
 //! - [`trace`]: reads request traces, and holds the sample that ships with Forebay.
+//! - [`faults`]: the control plane in virtual time, with faults, and what must hold all the while.
+//! - [`linear`]: whether a history could have come from one register.
 //! - [`replay`]: sends a trace, open loop, to anything that speaks the OpenAI API, and measures it.
 //!
 //! Each is pure modules and a rim that owns sockets and clocks. Nothing here knows how Forebay
 //! places requests: the replay sees a fleet as its clients do.
 
 pub mod engine;
+pub mod faults;
+pub mod linear;
 pub mod model;
 pub mod replay;
 pub mod trace;

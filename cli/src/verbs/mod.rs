@@ -9,5 +9,6 @@ pub(crate) mod init;
 pub(crate) mod keys;
 pub(crate) mod members;
 pub(crate) mod replay;
+pub(crate) mod sim;
 pub(crate) mod status;
 pub(crate) mod workers;

@@ -139,6 +139,13 @@ impl Fleet {
         }
     }
 
+    /// The same at an older feature level, as a cell that was founded by an older version is.
+    #[must_use]
+    pub fn with_feature_level(mut self, level: u32) -> Self {
+        self.feature_level = level;
+        self
+    }
+
     /// Applies one committed entry, an encoded `Proposal`, alike on every replica.
     ///
     /// An entry that does not decode is refused as invalid; a repetition of a client's newest

@@ -38,6 +38,15 @@ impl TryFrom<RawMembers> for Members {
     type Error = MembersError;
 
     fn try_from(raw: RawMembers) -> Result<Self, MembersError> {
+        let lists = [
+            &raw.voters,
+            &raw.learners,
+            &raw.outgoing,
+            &raw.learners_next,
+        ];
+        if lists.iter().all(|list| list.is_empty()) {
+            return Ok(Self::unknown());
+        }
         Self::joint(raw.voters, raw.learners, raw.outgoing, raw.learners_next)
     }
 }

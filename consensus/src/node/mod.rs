@@ -45,4 +45,4 @@ pub use self::step::{Outcome, ReadReady, Step, Write};
 pub use self::types::{Entry, HardState, Restored, RestoredError, Snapshot};
 pub use self::validate::{MAX_SNAPSHOT_BYTES, Rejected};
 /// A message between members, as raft-rs knows it; [`wire`] turns it into what peers exchange.
-pub use raft::eraftpb::Message;
+pub use raft::eraftpb::{Message, MessageType};

@@ -107,6 +107,13 @@ pub trait DiskFile: Debug + Send {
     /// The system's.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
 
+    /// Writes the file's own bytes once more, in place, so that the next sync takes them to the disk.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn rewrite(&mut self, bytes: &[u8]) -> io::Result<()>;
+
     /// Makes all that was written durable.
     ///
     /// # Errors
@@ -163,7 +170,10 @@ impl Disk for RealDisk {
     }
 
     fn append(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(OpenOptions::new().append(true).open(path)?))
+        use std::io::Seek as _;
+        let mut file = OpenOptions::new().write(true).open(path)?;
+        file.seek(io::SeekFrom::End(0))?;
+        Ok(Box::new(file))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -199,6 +209,12 @@ impl DiskFile for File {
         self.write_all(bytes)
     }
 
+    fn rewrite(&mut self, bytes: &[u8]) -> io::Result<()> {
+        use std::io::Seek as _;
+        self.seek(io::SeekFrom::Start(0))?;
+        self.write_all(bytes)
+    }
+
     fn sync(&mut self) -> io::Result<()> {
         self.sync_data()
     }
@@ -206,7 +222,7 @@ impl DiskFile for File {
     fn cut(&mut self, len: u64) -> io::Result<()> {
         use std::io::Seek as _;
         self.set_len(len)?;
-        // A file that was created, not opened for appending, goes on where it stood.
+        // It would go on where it stood.
         self.seek(io::SeekFrom::Start(len)).map(|_| ())
     }
 }

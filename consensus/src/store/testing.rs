@@ -78,6 +78,9 @@ impl DiskFile for FailingFile {
         }
         self.0.write(bytes)
     }
+    fn rewrite(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.rewrite(bytes)
+    }
     fn sync(&mut self) -> io::Result<()> {
         self.1.syncs.fetch_add(1, Ordering::Relaxed);
         if self.1.sync.load(Ordering::Relaxed) {

@@ -95,9 +95,9 @@ impl Wal {
         };
         let mut replayed = Replayed::default();
         let mut segments: VecDeque<Segment> = VecDeque::new();
-        let mut end = 0;
+        let (mut end, mut bytes) = (0, Vec::new());
         for path in &paths {
-            let bytes = files::read(&*disk, path)?.unwrap_or_default();
+            bytes = files::read(&*disk, path)?.unwrap_or_default();
             let mut segment = read_header(path, &bytes, &mut replayed)?;
             if let Some(before) = segments.back()
                 && before.sequence + 1 != segment.sequence
@@ -113,8 +113,11 @@ impl Wal {
             segments.push_back(segment);
         }
         let mut file = disk.append(last).map_err(StoreError::io("open", last))?;
-        // Also makes durable what a lazy write left in the page cache.
+        // After a sync that failed the kernel shows bytes that the disk never got, and takes them for
+        // written: only writing them again makes a sync take them there.
+        bytes.truncate(usize::try_from(end).unwrap_or(usize::MAX));
         file.cut(end)
+            .and_then(|()| file.rewrite(&bytes))
             .and_then(|()| file.sync())
             .map_err(StoreError::io("cut", last))?;
         let wal = Self::at_end(

@@ -1,0 +1,52 @@
+//! A leader declares lost only whom it has not heard for a whole lease (I21).
+
+use std::collections::BTreeMap;
+
+use forebay_consensus::fleet::lease::AGENT_TTL;
+use forebay_proto::{Incarnation, NodeId};
+
+use super::{Held, Violation};
+
+/// A renewal that a leader took.
+#[derive(Clone, Copy, Debug)]
+struct Heard {
+    node: NodeId,
+    at_us: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Leases {
+    heard: BTreeMap<Incarnation, Heard>,
+    pub(crate) expiries: u64,
+}
+
+impl Leases {
+    pub(crate) fn renewed(&mut self, node: NodeId, incarnation: Incarnation, at_us: u64) {
+        self.heard.insert(incarnation, Heard { node, at_us });
+    }
+
+    /// The leader proposes that this one is lost. `jumped_at`: when its clock last jumped.
+    pub(crate) fn expired(
+        &mut self,
+        node: NodeId,
+        incarnation: Incarnation,
+        at_us: u64,
+        jumped_at: Option<u64>,
+    ) -> Held {
+        self.expiries += 1;
+        let Some(heard) = self.heard.get(&incarnation) else {
+            return Ok(());
+        };
+        let clock_is_right = jumped_at.is_none_or(|jumped| jumped < heard.at_us);
+        // A clock may run a hundredth too fast.
+        let silent_us = (at_us - heard.at_us) * 102 / 100;
+        if heard.node != node || !clock_is_right || u128::from(silent_us) >= AGENT_TTL.as_micros() {
+            return Ok(());
+        }
+        let detail = format!(
+            "{node} declares {incarnation} lost and heard it {} ms before",
+            (at_us - heard.at_us) / 1_000
+        );
+        Err(Violation::new("lost-after-a-lease", detail))
+    }
+}
