@@ -35,8 +35,6 @@ pub enum Probe {
     Repeated,
     /// A command older than the newest one of its client came.
     StaleSequence,
-    /// A command came with evidence that was too old.
-    StaleEvidence,
     /// A command needed a feature level that not everyone has.
     FeatureTooNew,
     /// A worker with a newer incarnation was there already.
@@ -57,7 +55,7 @@ pub enum Probe {
 
 impl Probe {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 21] = [
         Self::JointLeftByAnotherLeader,
         Self::TornTail,
         Self::SnapshotBeforeReset,
@@ -71,7 +69,6 @@ impl Probe {
         Self::ReadAskedAgain,
         Self::Repeated,
         Self::StaleSequence,
-        Self::StaleEvidence,
         Self::FeatureTooNew,
         Self::Superseded,
         Self::LeavesModelEmpty,

@@ -110,7 +110,11 @@ fn worlds(args: &FaultsArgs, began: Instant) -> Ended {
                     if seed >= end {
                         break;
                     }
-                    let world = faults::run(Request { seed, nodes });
+                    let world = faults::run(Request {
+                        seed,
+                        nodes,
+                        bug: None,
+                    });
                     if let Err(failure) = &world {
                         output::say(&format!("seed {seed}: {}", failure.violation));
                     }

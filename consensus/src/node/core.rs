@@ -494,6 +494,11 @@ impl Node {
         self.raw.store().snapshot().members != self.members
     }
 
+    /// The members of the last snapshot.
+    pub(crate) fn snapshot_members(&self) -> &Members {
+        &self.raw.store().snapshot().members
+    }
+
     /// The index of the last snapshot.
     #[must_use]
     pub fn snapshot_index(&self) -> u64 {

@@ -15,6 +15,7 @@ use super::reads::Reads;
 use super::{
     Applied, Hook, Machine, Outbound, ReplicaOptions, RestoreError, StartError, StopReason,
 };
+use crate::bug::{Bug, on};
 use crate::node::{
     Config, Entry, MAX_SNAPSHOT_BYTES, Message, Node, Outcome, ProposeRefused, Rejected, Restored,
     Role, Snapshot, Write,
@@ -124,10 +125,23 @@ impl<M: Machine> Core<M> {
             } => {
                 // In the order in which they came.
                 self.propose_batch();
-                let proposed = self.node.propose_change(&change, command);
+                let proposed = self.node.propose_change(&change, command.clone());
+                if let (Ok((term, index)), true) = (&proposed, on(Bug::ChangeWhenProposed)) {
+                    self.change_members(&Entry {
+                        change: Some(change.encode().into()),
+                        ..Entry::command(*index, *term, command)
+                    });
+                }
                 self.wait_for(proposed, vec![reply]);
             }
-            Input::Read { reply } => self.reads.add(reply),
+            Input::Read { reply } => {
+                let alone = on(Bug::LeaderReadsAlone) && self.node.role() == Role::Leader;
+                if alone || on(Bug::StaleRead) {
+                    let _ = reply.send(Ok(self.applied));
+                } else {
+                    self.reads.add(reply);
+                }
+            }
             Input::Transfer { to, reply } => {
                 let begun = self.node.transfer(to);
                 if begun.is_ok() {
@@ -284,7 +298,7 @@ impl<M: Machine> Core<M> {
         self.hook.applied(&self.machine, self.applied, &results);
         for result in results {
             if let Some((term, reply)) = self.waiters.remove(&result.index) {
-                let same = term == result.term;
+                let same = term == result.term || on(Bug::OutcomeOfAnother);
                 let _ = reply.send(if same {
                     Ok(result)
                 } else {
@@ -305,6 +319,9 @@ impl<M: Machine> Core<M> {
 
     /// What this node proposed in a term that it no longer leads has an unknown outcome.
     fn fail_lost_proposals(&mut self) {
+        if on(Bug::OutcomeOfAnother) {
+            return;
+        }
         let leads = self.node.role() == Role::Leader;
         let term = self.node.term();
         if self
@@ -338,7 +355,11 @@ impl<M: Machine> Core<M> {
         let Some(term) = self.node.term_at(self.applied) else {
             return Ok(());
         };
-        let members = self.node.members().clone();
+        let members = if on(Bug::SnapshotOfOlderMembers) {
+            self.node.snapshot_members().clone()
+        } else {
+            self.node.members().clone()
+        };
         if self.node.snapshot_index() >= self.applied {
             return Ok(());
         }

@@ -37,6 +37,7 @@ pub use error::StoreError;
 pub use identity::{ClusterFile, MemberRecord};
 
 use crate::node::{HardState, Restored, Snapshot, Write};
+use crate::probe::{Probe, hit};
 use disk::{Disk, RealDisk};
 use files::Lock;
 use wal::Wal;
@@ -125,6 +126,7 @@ impl Store {
         let (mut wal, replayed) = Wal::open(&dir, options.segment_bytes, options.disk.clone())?;
         let (restored, stale) = replayed.onto(snapshot);
         if stale {
+            hit(Probe::SnapshotBeforeReset);
             wal.reset(&restored.snapshot)?;
         }
         let store = Self {

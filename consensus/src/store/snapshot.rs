@@ -11,6 +11,7 @@ use super::disk::Disk;
 use super::error::StoreError;
 use super::files;
 use crate::node::{Members, Snapshot};
+use crate::probe::{Probe, hit};
 
 const MAGIC: &[u8; 8] = b"FBSNAP\x00\x01";
 const KEPT: usize = 2;
@@ -71,7 +72,12 @@ pub(crate) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<Snapshot>, St
     let mut damage = None;
     for path in files::list(disk, &folder(dir), "snap")?.iter().rev() {
         match read(disk, path) {
-            Ok(snapshot) => return Ok(Some(snapshot)),
+            Ok(snapshot) => {
+                if damage.is_some() {
+                    hit(Probe::SnapshotPassedOver);
+                }
+                return Ok(Some(snapshot));
+            }
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::error!(%error, "a snapshot is passed over");
                 damage = damage.or(Some(error));
@@ -79,7 +85,10 @@ pub(crate) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<Snapshot>, St
             Err(error) => return Err(error),
         }
     }
-    damage.map_or(Ok(None), Err)
+    damage.map_or(Ok(None), |damage| {
+        hit(Probe::Damage);
+        Err(damage)
+    })
 }
 
 fn read(disk: &dyn Disk, path: &Path) -> Result<Snapshot, StoreError> {
