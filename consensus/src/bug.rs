@@ -43,8 +43,6 @@ pub enum Bug {
     RetryAppliedTwice,
     /// An older start of a worker takes the place of a newer one.
     StaleIncarnation,
-    /// A dead start of a worker acknowledges for the one that lives.
-    DeadStartAcknowledges,
     /// A compare-and-set does not compare.
     ConfigOverwritten,
     /// A node of the version before stores a spec as it understands it.
@@ -63,7 +61,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 25] = [
         Self::AckBeforeSync,
         Self::FailedSyncPassedOver,
         Self::VoteNotPersisted,
@@ -82,7 +80,6 @@ impl Bug {
         Self::SnapshotOfOlderMembers,
         Self::RetryAppliedTwice,
         Self::StaleIncarnation,
-        Self::DeadStartAcknowledges,
         Self::ConfigOverwritten,
         Self::ReencodedByOldNode,
         Self::FeatureNotGated,

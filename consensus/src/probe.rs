@@ -11,6 +11,8 @@ use std::cell::Cell;
 pub enum Probe {
     /// A leader left a joint membership that another leader had entered.
     JointLeftByAnotherLeader,
+    /// A leader applied its own removal, which a leader before it had begun.
+    LeaderRemoved,
     /// An unfinished write was cut off at the end of the log.
     TornTail,
     /// A snapshot of the leader was on disk, and the log was not emptied at it yet.
@@ -55,8 +57,9 @@ pub enum Probe {
 
 impl Probe {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::JointLeftByAnotherLeader,
+        Self::LeaderRemoved,
         Self::TornTail,
         Self::SnapshotBeforeReset,
         Self::SnapshotPassedOver,

@@ -10,7 +10,6 @@ use wire::change::Change;
 use wire::{Desired, Observed};
 
 use super::{Effect, Fleet};
-use crate::bug::{Bug, on};
 use crate::probe::{Probe, hit};
 
 /// One worker, as agreed.
@@ -198,8 +197,7 @@ impl Fleet {
     ) -> Result<&mut Worker, Refusal> {
         let asked = incarnation(path, wire)?;
         let worker = self.by_id(asked.worker)?;
-        let lives = worker.incarnation == asked && !worker.departed;
-        if lives || on(Bug::DeadStartAcknowledges) {
+        if worker.incarnation == asked && !worker.departed {
             Ok(worker)
         } else {
             Err(worker.supersedes(asked))

@@ -103,11 +103,7 @@ impl World {
             }
             Kind::AgentRestart { agent, wiped } => {
                 let party = self.agent_at(agent);
-                let mut asker = self.askers.remove(&party)?;
-                asker.restart(wiped, &mut self.rng, &mut self.history);
-                self.askers.insert(party, asker);
-                self.follows_again(party);
-                self.awake(party);
+                self.restart_agent(party, wiped)?;
             }
             Kind::AgentZombie { agent } => self.zombie(self.agent_at(agent))?,
             Kind::AgentSilent { agent, for_ms } => {
@@ -123,6 +119,15 @@ impl World {
                 self.at(self.now_us + RESTART_US, Event::Start(node));
             }
         }
+        Some(())
+    }
+
+    fn restart_agent(&mut self, party: Party, wiped: bool) -> Option<()> {
+        let mut asker = self.askers.remove(&party)?;
+        asker.restart(wiped, &mut self.rng, &mut self.history);
+        self.askers.insert(party, asker);
+        self.follows_again(party);
+        self.awake(party);
         Some(())
     }
 
@@ -145,6 +150,9 @@ impl World {
         let Party::Agent(number) = party else {
             return None;
         };
+        if self.askers.get_mut(&party)?.as_agent()?.start == 1 {
+            self.restart_agent(party, false);
+        }
         let copy = self.askers.get_mut(&party)?.as_agent()?.copied()?;
         let again = Party::Zombie(number);
         if self.askers.contains_key(&again) {

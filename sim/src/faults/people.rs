@@ -141,6 +141,15 @@ impl World {
         }
         let fewest = self.params.nodes as usize;
         let mut change = wire::ChangeMembers::default();
+        if self.rng.random_bool(0.1) {
+            // What Raft would carry out and the machine refuses: an id from before.
+            change.add.push(member(&record(900)).to_wire());
+            let group = MembersChange {
+                add: vec![NodeId(900)],
+                ..MembersChange::default()
+            };
+            return (Some((Action::ChangeMembers(change), Some(group))), None);
+        }
         let dead: Vec<u64> = voters
             .iter()
             .copied()

@@ -255,7 +255,12 @@ fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
     };
     let other = Target(rng.random_range(0..LEADER.0));
     let back_ms = rng.random_range(50..=8_000);
-    let for_ms = rng.random_range(100..=8_000);
+    // As long as an election takes, or much longer.
+    let for_ms = if rng.random_bool(0.5) {
+        rng.random_range(100..=2_000)
+    } else {
+        rng.random_range(100..=8_000)
+    };
     match kind {
         0 => Kind::Kill { node, back_ms },
         1 => Kind::PowerLoss { node, back_ms },
