@@ -11,12 +11,13 @@ use forebay_proto::{Level, Role};
 use prost::Message;
 use wire::command::Action;
 
-use super::{Config, ControlNode, Settings, start_with};
+use super::{Config, ControlNode, ServerError, Settings, start_with};
 use crate::replica::ReplicaOptions;
 
 mod crowd;
 mod founding;
 mod leases;
+mod rot;
 mod strangers;
 mod watching;
 
@@ -31,6 +32,7 @@ struct Cell {
     runtime: tokio::runtime::Runtime,
     operator: Option<Endpoint>,
     settings: Settings,
+    replica: ReplicaOptions,
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -52,6 +54,10 @@ impl Cell {
     }
 
     fn with(size: usize, settings: Settings) -> Self {
+        Self::with_replicas(size, settings, ReplicaOptions::default())
+    }
+
+    fn with_replicas(size: usize, settings: Settings, replica: ReplicaOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::create("test", 9).unwrap();
         authority.save(dir.path()).unwrap();
@@ -65,6 +71,7 @@ impl Cell {
             runtime: runtime(),
             operator: None,
             settings,
+            replica,
         };
         for node in 0..size {
             cell.start(node);
@@ -97,19 +104,27 @@ impl Cell {
     }
 
     fn start(&mut self, node: usize) {
+        self.try_start(node).unwrap();
+    }
+
+    fn try_start(&mut self, node: usize) -> Result<(), ServerError> {
         let config = Config {
             data_dir: self.disk(node),
             listen: self.addresses[node].parse().unwrap(),
             credentials: self.paths(Role::Control, &format!("c{}", node + 1)),
-            replica: ReplicaOptions::default(),
+            replica: ReplicaOptions {
+                seed: rand::random(),
+                ..self.replica
+            },
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let own = runtime();
-        let started: ControlNode = own.block_on(start_with(config, self.settings)).unwrap();
+        let started: ControlNode = own.block_on(start_with(config, self.settings))?;
         own.spawn(started.run(async {
             let _ = stopped.await;
         }));
         self.nodes[node] = Some((own, stop));
+        Ok(())
     }
 
     /// Ends a node and waits until its disk is free.
@@ -200,7 +215,11 @@ impl Cell {
     }
 
     fn initialised_with(size: usize, settings: Settings) -> Self {
-        let mut cell = Self::with(size, settings);
+        Self::with(size, settings).founded()
+    }
+
+    fn founded(self) -> Self {
+        let mut cell = self;
         let members = cell.members();
         for response in cell.bootstrap(1, &members) {
             assert!(
