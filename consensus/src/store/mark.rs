@@ -8,6 +8,7 @@
 //! `magic 8 | segments 4 | (sequence 8 | bytes 8)… | crc32c 4`; what follows is left from a longer one.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::disk::{Disk, DiskFile};
@@ -20,12 +21,12 @@ const NAME: &str = "synced.mark";
 /// Bytes that were synced, by the sequence number of the segment.
 pub(crate) type Synced = BTreeMap<u64, u64>;
 
-/// The open mark.
+/// The open mark. A failure to write it costs the check, never the log: a node starts and writes on a
+/// disk that is full.
 #[derive(Debug)]
 pub(crate) struct Mark {
     path: PathBuf,
-    file: Box<dyn DiskFile>,
-    failed: bool,
+    file: Option<Box<dyn DiskFile>>,
 }
 
 /// What the mark in a log's folder says; nothing if there is none that can be read.
@@ -42,27 +43,29 @@ pub(crate) fn read(disk: &dyn Disk, folder: &Path) -> Result<Synced, StoreError>
 }
 
 impl Mark {
-    /// Makes the mark durable, in place of one that was there.
-    pub(crate) fn create(
-        disk: &dyn Disk,
-        folder: &Path,
-        synced: &Synced,
-    ) -> Result<Self, StoreError> {
+    /// Opens the mark, or makes one.
+    pub(crate) fn open(disk: &dyn Disk, folder: &Path, synced: &Synced) -> Self {
         let path = folder.join(NAME);
-        let file = files::write_whole(disk, &path, &[&encode(synced)])?;
-        Ok(Self {
-            path,
-            file,
-            failed: false,
-        })
+        let opened = match disk.append(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                files::write_whole(disk, &path, &[&encode(synced)])
+                    .map_err(|error| error.to_string())
+            }
+            opened => opened.map_err(|error| error.to_string()),
+        };
+        let file = opened.inspect_err(|error| lost(&path, error)).ok();
+        let mut mark = Self { path, file };
+        mark.note(synced);
+        mark
     }
 
-    /// Takes what was synced. A failure costs the check, not the log.
+    /// Takes what was synced.
     pub(crate) fn note(&mut self, synced: &Synced) {
-        if let Err(error) = self.file.replace(&encode(synced))
-            && !std::mem::replace(&mut self.failed, true)
+        if let Some(file) = &mut self.file
+            && let Err(error) = file.replace(&encode(synced))
         {
-            tracing::warn!(path = %self.path.display(), %error, "the mark cannot be written");
+            lost(&self.path, &error.to_string());
+            self.file = None;
         }
     }
 }
@@ -70,8 +73,14 @@ impl Mark {
 impl Drop for Mark {
     /// At rest the mark is exact.
     fn drop(&mut self) {
-        let _ = self.file.sync();
+        if let Some(file) = &mut self.file {
+            let _ = file.sync();
+        }
     }
+}
+
+fn lost(path: &Path, error: &str) {
+    tracing::warn!(path = %path.display(), error, "the mark is not written any more until the next start");
 }
 
 fn encode(synced: &Synced) -> Vec<u8> {

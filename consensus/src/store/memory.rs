@@ -82,6 +82,9 @@ impl Disk for MemoryDisk {
         Ok(Box::new(MemoryFile { disk, path }))
     }
     fn append(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        if !self.exists(path) {
+            return Err(not_found());
+        }
         let (disk, path) = (self.clone(), path.to_owned());
         Ok(Box::new(MemoryFile { disk, path }))
     }

@@ -77,7 +77,7 @@ impl Wal {
         files::create_dir(&*disk, &folder)?;
         let hard_state = HardState::default();
         let (segment, file) = create_segment(&*disk, &folder, 1, hard_state)?;
-        Self::at_end(
+        Ok(Self::at_end(
             folder,
             segment_bytes,
             disk,
@@ -85,7 +85,7 @@ impl Wal {
             file,
             HEADER_BYTES as u64,
             hard_state,
-        )
+        ))
     }
 
     /// Reads all segments and opens the last one for writing.
@@ -149,7 +149,7 @@ impl Wal {
             file,
             end,
             replayed.hard_state,
-        )?;
+        );
         Ok((wal, replayed))
     }
 
@@ -161,9 +161,9 @@ impl Wal {
         file: Box<dyn DiskFile>,
         end: u64,
         hard_state: HardState,
-    ) -> Result<Self, StoreError> {
-        let mark = Mark::create(&*disk, &folder, &synced_of(&segments, end))?;
-        Ok(Self {
+    ) -> Self {
+        let mark = Mark::open(&*disk, &folder, &synced_of(&segments, end));
+        Self {
             folder,
             segment_bytes,
             disk,
@@ -173,7 +173,7 @@ impl Wal {
             synced: end,
             mark,
             hard_state,
-        })
+        }
     }
 
     /// Appends a batch, and syncs it when it must be. When the disk was full, nothing was appended.
