@@ -16,6 +16,7 @@ use crate::replica::ReplicaOptions;
 
 mod crowd;
 mod founding;
+mod large;
 mod leases;
 mod rot;
 mod strangers;
@@ -29,6 +30,7 @@ struct Cell {
     authority: Authority,
     addresses: Vec<String>,
     nodes: Vec<Option<(tokio::runtime::Runtime, tokio::sync::oneshot::Sender<()>)>>,
+    controls: Vec<Option<ControlNode>>,
     runtime: tokio::runtime::Runtime,
     operator: Option<Endpoint>,
     settings: Settings,
@@ -66,6 +68,7 @@ impl Cell {
                 .map(|_| format!("127.0.0.1:{}", free_port()))
                 .collect(),
             nodes: (0..size).map(|_| None).collect(),
+            controls: (0..size).map(|_| None).collect(),
             dir,
             authority,
             runtime: runtime(),
@@ -120,6 +123,7 @@ impl Cell {
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let own = runtime();
         let started: ControlNode = own.block_on(start_with(config, self.settings))?;
+        self.controls[node] = Some(started.clone());
         own.spawn(started.run(async {
             let _ = stopped.await;
         }));
@@ -129,6 +133,7 @@ impl Cell {
 
     /// Ends a node and waits until its disk is free.
     fn stop(&mut self, node: usize) {
+        self.controls[node] = None;
         let (own, stop) = self.nodes[node].take().unwrap();
         let _ = stop.send(());
         std::thread::sleep(Duration::from_millis(300));
