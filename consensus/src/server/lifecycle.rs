@@ -13,7 +13,7 @@ use super::callers::Callers;
 use super::leader::Leader;
 use super::peers::{self, Boots, Peers};
 use super::publish::Publisher;
-use super::{Config, ServerError, Settings, rpc};
+use super::{Config, ServerError, Settings, rpc, snapshots};
 use crate::fleet::{Applied, Fleet};
 use crate::node::Restored;
 use crate::replica::{self, ReplicaHandle, ReplicaOptions, StartError, StopReason};
@@ -29,6 +29,8 @@ pub(crate) struct Running {
     pub(crate) published: Arc<Publisher>,
     pub(crate) leader: Leader,
     pub(crate) boots: Boots,
+    /// What comes in of snapshots.
+    pub(crate) snapshots: snapshots::Inbound,
 }
 
 /// What a node is in.
@@ -122,7 +124,10 @@ pub async fn start_with(config: Config, settings: Settings) -> Result<ControlNod
         Opened::Uninitialised(disk) => (disk.store_id(), Some(disk), None),
         Opened::Member(store, restored) => (store.store_id(), None, Some((*store, *restored))),
     };
-    endpoint.update_hello(|hello| hello.store_id = store_id.to_wire());
+    endpoint.update_hello(|hello| {
+        hello.store_id = store_id.to_wire();
+        hello.takes_snapshot_pieces = true;
+    });
     let shared = Arc::new(Shared {
         name: identity.name.clone(),
         store_id,
@@ -189,6 +194,7 @@ pub(crate) fn run_member(
         published,
         leader,
         boots,
+        snapshots: snapshots::Inbound::default(),
     };
     tracing::info!(
         name = shared.name,

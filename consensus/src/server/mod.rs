@@ -13,6 +13,7 @@ mod lifecycle;
 mod peers;
 pub mod publish;
 mod rpc;
+mod snapshots;
 mod watchers;
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ struct Header {
     bytes: u64,
 }
 
-fn folder(dir: &Path) -> PathBuf {
+pub(crate) fn folder(dir: &Path) -> PathBuf {
     dir.join("snapshots")
 }
 
@@ -66,9 +66,12 @@ pub(crate) fn save(disk: &dyn Disk, dir: &Path, snapshot: &Snapshot) -> Result<(
         .try_for_each(|old| files::remove(disk, old))
 }
 
-/// The newest snapshot that can be read. A damaged one is passed over for the one before it: the log
-/// reaches back that far only if it was not yet cut, which the start of the node checks.
-pub(crate) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<Snapshot>, StoreError> {
+/// The newest snapshot that can be read, and what was wrong with the newest that cannot. A damaged one
+/// is passed over for the one before it: the log reaches back that far only if it was not yet cut.
+pub(crate) fn newest(
+    disk: &dyn Disk,
+    dir: &Path,
+) -> Result<Option<(Snapshot, Option<StoreError>)>, StoreError> {
     let mut damage = None;
     for path in files::list(disk, &folder(dir), "snap")?.iter().rev() {
         match read(disk, path) {
@@ -76,7 +79,7 @@ pub(crate) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<Snapshot>, St
                 if damage.is_some() {
                     hit(Probe::SnapshotPassedOver);
                 }
-                return Ok(Some(snapshot));
+                return Ok(Some((snapshot, damage)));
             }
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::error!(%error, "a snapshot is passed over");
