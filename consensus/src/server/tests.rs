@@ -17,6 +17,7 @@ use crate::replica::ReplicaOptions;
 mod crowd;
 mod founding;
 mod leases;
+mod membership;
 mod strangers;
 mod watching;
 
