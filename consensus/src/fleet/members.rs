@@ -7,10 +7,10 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use forebay_proto::NodeId;
 use forebay_proto::fleet::{Member, check_address};
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
+use forebay_proto::{ClusterId, NodeId};
 use wire::change::Change;
 use wire::command::Action;
 use wire::outcome::Outcome;
@@ -168,6 +168,18 @@ impl Fleet {
             needed: level,
             level: self.feature_level,
         })
+    }
+
+    /// The same state as that of a new cluster of this one member, whose id is new.
+    #[must_use]
+    pub fn refounded(mut self, cluster_id: ClusterId, member: Member) -> Self {
+        self.cluster_id = cluster_id;
+        self.newest_member = self.newest_member.max(member.id.0);
+        self.members = vec![Member {
+            learner: false,
+            ..member
+        }];
+        self
     }
 
     /// The newest id that any member ever had.

@@ -290,7 +290,8 @@ impl Node {
         for id in &change.promote {
             let matched = progress(id).map_or(0, |progress| progress.matched);
             let behind = raft.raft_log.committed.saturating_sub(matched);
-            if behind > MAX_BEHIND {
+            // One that acknowledged nothing has no snapshot yet.
+            if behind > MAX_BEHIND || matched == 0 {
                 let node = *id;
                 return Err(ChangeRefused::NotCaughtUp { node, behind });
             }

@@ -142,6 +142,11 @@ impl<M: Machine> Core<M> {
                     self.reads.add(reply);
                 }
             }
+            Input::State { reply } => {
+                if let Some(term) = self.node.term_at(self.applied).filter(|_| self.applied > 0) {
+                    let _ = reply.send(self.state(term));
+                }
+            }
             Input::Transfer { to, reply } => {
                 let begun = self.node.transfer(to);
                 if begun.is_ok() {
@@ -355,29 +360,21 @@ impl<M: Machine> Core<M> {
         let Some(term) = self.node.term_at(self.applied) else {
             return Ok(());
         };
-        let members = if on(Bug::SnapshotOfOlderMembers) {
-            self.node.snapshot_members().clone()
-        } else {
-            self.node.members().clone()
-        };
         if self.node.snapshot_index() >= self.applied {
             return Ok(());
         }
-        let data = Bytes::from(self.machine.snapshot());
-        if data.len() > MAX_SNAPSHOT_BYTES {
-            let (bytes, max) = (data.len(), MAX_SNAPSHOT_BYTES);
+        let mut snapshot = self.state(term);
+        if on(Bug::SnapshotOfOlderMembers) {
+            snapshot.members = self.node.snapshot_members().clone();
+        }
+        if snapshot.data.len() > MAX_SNAPSHOT_BYTES {
+            let (bytes, max) = (snapshot.data.len(), MAX_SNAPSHOT_BYTES);
             tracing::error!(
                 bytes,
                 max,
                 "the state is too large to be sent to a member that lost track"
             );
         }
-        let snapshot = Snapshot {
-            index: self.applied,
-            term,
-            members,
-            data,
-        };
         match self
             .store
             .save_snapshot(&snapshot, self.options.keep_entries)
@@ -392,6 +389,16 @@ impl<M: Machine> Core<M> {
         hit(Probe::SnapshotMade);
         self.node.compact(snapshot, self.options.keep_entries);
         Ok(())
+    }
+
+    /// The machine's state at the index that it includes, which has this term.
+    fn state(&self, term: u64) -> Snapshot {
+        Snapshot {
+            index: self.applied,
+            term,
+            members: self.node.members().clone(),
+            data: self.machine.snapshot().into(),
+        }
     }
 
     /// What the replica knows of itself.

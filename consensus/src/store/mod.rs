@@ -41,6 +41,7 @@ use forebay_proto::{ClusterId, StoreId};
 
 pub use error::StoreError;
 pub use identity::{ClusterFile, MemberRecord};
+pub(crate) use snapshot::{decode as decode_snapshot, encode as encode_snapshot};
 
 use crate::node::{HardState, Restored, Snapshot, Write};
 use crate::probe::{Probe, hit};
