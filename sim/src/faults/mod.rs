@@ -139,6 +139,14 @@ pub fn run(request: Request) -> Result<Summary, Box<Failure>> {
     })
 }
 
+/// Whether this build can put known bugs back (feature `bugs` of the control plane's crate).
+#[must_use]
+pub fn has_bugs() -> bool {
+    let can = put_back(Some(Bug::AckBeforeSync));
+    let _ = put_back(None);
+    can
+}
+
 /// What does not hold in a world, without looking for fewer faults that lead there.
 ///
 /// # Panics
