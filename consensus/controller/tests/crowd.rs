@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a test's helpers fail as its assertions do
 #![allow(clippy::disallowed_methods)] // real sockets and disks in real time
+#![allow(clippy::print_stdout)] // the figures are what these tests are for
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -118,6 +119,26 @@ impl Cell {
                 (leases.expired(now, ttl).len(), leases.agents().len())
             })
         })
+    }
+
+    /// Writes, each begun when all of these have seen the one before: how long each took.
+    fn watched_writes(&self, admin: &ControlClient, watching: &mut [Watching]) -> Vec<Duration> {
+        let mut took = Vec::new();
+        for number in 0..WRITES {
+            took.push(self.clients.block_on(write(admin, number)));
+            let all_saw = async {
+                let newest = admin.read(PATIENCE).await.unwrap().revision;
+                for watching in &mut *watching {
+                    let saw = watching.facts.wait_for(|facts| {
+                        facts.as_ref().is_some_and(|facts| facts.revision >= newest)
+                    });
+                    tokio::time::timeout(PATIENCE, saw).await.unwrap().unwrap();
+                }
+            };
+            self.clients.block_on(all_saw);
+        }
+        took.sort();
+        took
     }
 
     /// Writes of somebody else, one after the other: how long each took.
@@ -289,9 +310,10 @@ fn agents_come_back_at_once(count: u32) {
     drop(agents);
 }
 
-async fn all(
-    asked: Vec<(ControlClient, String, Option<(Incarnation, u32)>)>,
-) -> BTreeMap<String, Agent> {
+/// A process that starts: its client, its name, and what it was before.
+type Starting = (ControlClient, String, Option<(Incarnation, u32)>);
+
+async fn all(asked: Vec<Starting>) -> BTreeMap<String, Agent> {
     let mut starting = JoinSet::new();
     for (client, name, held) in asked {
         starting.spawn(async move { (name.clone(), Agent::start(client, name, held).await) });
@@ -299,66 +321,66 @@ async fn all(
     starting.join_all().await.into_iter().collect()
 }
 
-fn watchers_cost_commits_little(count: u32, role: Role) {
+fn watchers_cost_commits_little(count: u32) {
     let (cell, admin) = Cell::founded();
-    let alone = cell.writes(&admin, WRITES);
+    let alone = cell.watched_writes(&admin, &mut []);
     let clients: Vec<_> = (0..count)
-        .map(|number| cell.client(role, &format!("b{number}"), 100 + number))
+        .map(|number| cell.client(Role::Balancer, &format!("b{number}"), 100 + number))
         .collect();
     let began = Instant::now();
-    let mut watching: Vec<_> = cell.clients.block_on(async {
-        clients
+    let watching = async {
+        let mut watching: Vec<_> = clients
             .iter()
             .map(|client| client.spawn_watch(None))
-            .collect()
-    });
-    cell.clients.block_on(async {
+            .collect();
         for watching in &mut watching {
             watching.first().await;
         }
-    });
+        watching
+    };
+    let mut watching = cell.clients.block_on(watching);
     println!("{count} watchers in {:?}", began.elapsed());
-    let watched = cell.writes(&admin, WRITES);
-    let newest = cell
-        .clients
-        .block_on(admin.read(PATIENCE))
-        .unwrap()
-        .revision;
     let began = Instant::now();
-    cell.clients.block_on(async {
-        for watching in &mut watching {
-            let seen = |facts: &Option<Arc<_>>| {
-                let facts: &Option<Arc<forebay_control_client::Facts>> = facts;
-                facts.as_ref().is_some_and(|facts| facts.revision >= newest)
-            };
-            tokio::time::timeout(PATIENCE, watching.facts.wait_for(seen))
-                .await
-                .unwrap()
-                .unwrap();
-        }
-    });
+    let watched = cell.watched_writes(&admin, &mut watching);
+    let round = began.elapsed() / WRITES as u32;
     let ratio = |percent| p(&watched, percent).as_secs_f64() / p(&alone, percent).as_secs_f64();
     println!(
-        "commits alone p50 {:?} p99 {:?}, with {count} watchers p50 {:?} p99 {:?}: {:.2} and {:.2} times; the last watcher {:?} later",
+        "commits alone p50 {:?} p99 {:?}, with {count} watchers p50 {:?} p99 {:?}: {:.2} and {:.2} times; \
+         {round:?} until the last watcher has one",
         p(&alone, 50),
         p(&alone, 99),
         p(&watched, 50),
         p(&watched, 99),
         ratio(50),
         ratio(99),
-        began.elapsed(),
     );
+    // On a machine that does much else the ratio of two short times says little.
+    assert!(
+        ratio(50) <= 3.0 || p(&watched, 50) < Duration::from_millis(30),
+        "{watched:?}"
+    );
+    assert!(p(&watched, 99) < Duration::from_secs(1), "{watched:?}");
 }
 
 #[test]
 fn agents_that_come_back_at_once_depose_nobody_and_lose_no_lease() {
-    agents_come_back_at_once(std::env::var("CROWD").map_or(200, |n| n.parse().unwrap()));
+    agents_come_back_at_once(60);
 }
 
 #[test]
 fn watchers_do_not_slow_commits() {
-    watchers_cost_commits_little(
-        std::env::var("CROWD").map_or(200, |n| n.parse().unwrap()),
-        Role::Balancer,
-    );
+    watchers_cost_commits_little(100);
+}
+
+/// `cargo test --release -p forebay-controller --test crowd -- --ignored --nocapture --test-threads 1`
+#[test]
+#[ignore = "needs a machine of its own, and a release build"]
+fn a_thousand_agents_come_back_at_once() {
+    agents_come_back_at_once(1_000);
+}
+
+#[test]
+#[ignore = "needs a machine of its own, and a release build"]
+fn a_thousand_watchers_do_not_slow_commits() {
+    watchers_cost_commits_little(1_000);
 }

@@ -14,7 +14,7 @@ use super::group::Group;
 use super::leader::Leader;
 use super::peers;
 use super::publish::Publisher;
-use super::{Config, ServerError, Settings, rpc, snapshots};
+use super::{Config, ServerError, Settings, rpc, snapshots, watchers};
 use crate::fleet::{Applied, Fleet};
 use crate::node::Restored;
 use crate::replica::{self, ReplicaHandle, ReplicaOptions, StartError, StopReason};
@@ -30,6 +30,8 @@ pub(crate) struct Running {
     pub(crate) published: Arc<Publisher>,
     pub(crate) leader: Leader,
     pub(crate) group: Group,
+    /// Wakes whoever watches.
+    pub(crate) wakes: watch::Sender<u64>,
     /// What comes in of snapshots.
     pub(crate) snapshots: snapshots::Inbound,
 }
@@ -195,12 +197,15 @@ pub(crate) fn run_member(
         settings.pace,
     );
     tokio::spawn(leader.clone().follow());
+    let wakes = watch::Sender::new(0);
+    tokio::spawn(watchers::wake(published.clone(), wakes.clone()));
     let running = Running {
         cluster,
         replica: replica.clone(),
         published,
         leader,
         group,
+        wakes,
         snapshots: snapshots::Inbound::default(),
     };
     tracing::info!(

@@ -8,14 +8,32 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::control::{self, response::Response, watch_frame};
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{Identity, Role};
+use tokio::sync::watch;
 
 use super::lifecycle::Running;
-use super::publish::{NextTold, Told};
+use super::publish::{NextTold, Publisher, Told};
 
 /// Heartbeats of a watch stream.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// A consumer that takes nothing for so long is cut off; it resumes elsewhere.
 const SEND_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Watchers are woken at most so often: what comes in between they take together.
+const COALESCE: Duration = Duration::from_millis(2);
+
+/// Wakes the watchers after each publication, for as long as the node runs.
+///
+/// Not the publication itself: a thousand of them would stand in line before whoever waits for the
+/// outcome of what was just applied.
+pub(crate) async fn wake(published: Arc<Publisher>, wakes: watch::Sender<u64>) {
+    let mut changes = published.changes();
+    drop(published);
+    while changes.changed().await.is_ok() {
+        tokio::task::yield_now().await;
+        wakes.send_modify(|count| *count += 1);
+        tokio::time::sleep(COALESCE).await;
+    }
+}
 
 /// Feeds one consumer until it leaves, the link ends or the node stops.
 pub(crate) async fn feed(
@@ -31,7 +49,7 @@ pub(crate) async fn feed(
     // Newer than what the consumer was told, and nothing that it sees: said with the next heartbeat. At
     // once it would be a million frames when a thousand agents register.
     let mut unseen: Option<Arc<Told>> = None;
-    let mut changes = running.published.changes();
+    let mut changes = running.wakes.subscribe();
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {

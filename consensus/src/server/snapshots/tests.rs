@@ -49,11 +49,13 @@ fn a_snapshot_is_what_its_pieces_were() {
     }
 }
 
+type Damage = fn(&mut Vec<Frame>);
+
 #[test]
 fn what_was_not_announced_or_was_damaged_is_refused() {
     let frames = || -> Vec<Frame> { pieces(carrying(state(300)), 100).collect() };
     let announced = 300;
-    let cases: [(fn(&mut Vec<Frame>), Refused); 6] = [
+    let cases: [(Damage, Refused); 6] = [
         (
             |it| drop(it.remove(2)),
             Refused::TooShort {
