@@ -147,10 +147,11 @@ impl Cell {
             .append(true)
             .open(self.log(number))
             .unwrap();
-        let program = env!("CARGO_BIN_EXE_forebay");
+        let program = std::env::var("FOREBAY_FAULT_PROGRAM");
+        let program = program.unwrap_or_else(|_| env!("CARGO_BIN_EXE_forebay").into());
         let mut command = match &self.net {
-            Some(net) => net.inside(number, program),
-            None => Command::new(program),
+            Some(net) => net.inside(number, &program),
+            None => Command::new(&program),
         };
         let node = &mut self.nodes[number - 1];
         assert!(node.process.is_none(), "c{number} runs");

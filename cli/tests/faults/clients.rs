@@ -41,6 +41,8 @@ struct Asker {
     client: ControlClient,
     history: Arc<History>,
     written: Arc<AtomicU64>,
+    /// Commands so far: makes the reason of each unique.
+    asked: u64,
     rng: StdRng,
 }
 
@@ -99,6 +101,7 @@ impl Clients {
             client: cell.client(role, name, cell.addresses()),
             history: self.history.clone(),
             written,
+            asked: 0,
             rng: StdRng::seed_from_u64(rng.random()),
         }
     }
@@ -237,8 +240,10 @@ impl Asker {
         action: Action,
     ) -> Result<Done, ClientError> {
         let deadline = self.deadline();
+        self.asked += 1;
+        let reason = format!("{}#{}", self.number, self.asked);
         let called = self.history.now();
-        let done = self.client.propose(action, "a test", deadline).await;
+        let done = self.client.propose(action, &reason, deadline).await;
         let at = self.history.now();
         let (ended, returned) = match &done {
             Ok(_) => (Ended::Ok, Some((at, success))),
@@ -255,6 +260,9 @@ impl Asker {
             self.written.fetch_add(1, Ordering::Relaxed);
         }
         let asked = call((self.number, key, called), op, returned);
+        if matches!(ended, Ended::Ok) {
+            self.history.acknowledged(reason);
+        }
         // A refusal is certain: no such call was made of the register.
         let calls = (!matches!(ended, Ended::Failed)).then_some(asked);
         self.history.ended(ended, calls);

@@ -15,6 +15,8 @@ pub struct History {
     began: Instant,
     calls: Mutex<Vec<Call>>,
     values: AtomicU64,
+    /// Reasons of the commands that had an outcome.
+    acknowledged: Mutex<Vec<String>>,
     counts: [AtomicU64; 3],
 }
 
@@ -43,6 +45,7 @@ impl History {
             began: Instant::now(),
             calls: Mutex::default(),
             values: AtomicU64::new(0),
+            acknowledged: Mutex::default(),
             counts: Default::default(),
         }
     }
@@ -62,6 +65,15 @@ impl History {
     pub fn ended(&self, ended: Ended, calls: impl IntoIterator<Item = Call>) {
         self.counts[ended as usize].fetch_add(1, Ordering::Relaxed);
         self.calls.lock().unwrap().extend(calls);
+    }
+
+    /// A command with this reason had an outcome, which is audited.
+    pub fn acknowledged(&self, reason: String) {
+        self.acknowledged.lock().unwrap().push(reason);
+    }
+
+    pub fn all_acknowledged(&self) -> Vec<String> {
+        self.acknowledged.lock().unwrap().clone()
     }
 
     pub fn counts(&self) -> Counts {

@@ -4,7 +4,8 @@
 //! Each node is alone in a network namespace, joined to the others and to the clients by a bridge in a
 //! namespace of its own, so that no fault reaches beyond this test. Without the right to make
 //! namespaces the nodes are on loopback, and the faults of the network are left out, with a message.
-//! `FOREBAY_FAULT_SECONDS` sets how long faults go on, `FOREBAY_FAULT_SEED` their order.
+//! `FOREBAY_FAULT_SECONDS` sets how long faults go on, `FOREBAY_FAULT_SEED` their order, and
+//! `FOREBAY_FAULT_PROGRAM` what is run as `forebay`: a build with a bug has to fail here.
 
 // Helpers of a test fail as its assertions do, and measurements are printed beside them.
 #![allow(
@@ -15,6 +16,7 @@
     unreachable_pub
 )]
 
+mod auditor;
 mod cell;
 mod clients;
 mod faults;
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
+use crate::auditor::Auditor;
 use crate::cell::Cell;
 use crate::clients::Clients;
 use crate::faults::Faults;
@@ -50,6 +53,7 @@ fn histories_stay_linearizable_while_processes_disks_and_networks_fail() {
         .unwrap();
     runtime.block_on(async {
         cell.found().await;
+        let auditor = Auditor::start(&cell);
         let clients = Clients::start(&cell, &mut rng).await;
         let mut faults = Faults::new(rng);
         let until = Instant::now() + Duration::from_secs(seconds);
@@ -64,6 +68,8 @@ fn histories_stay_linearizable_while_processes_disks_and_networks_fail() {
         let history = clients.stop().await;
         let level = cell.all_know_the_same(SETTLED_WITHIN).await;
         println!("all know the same: {level}");
+        let entries = auditor.joined(&history.all_acknowledged()).await;
+        println!("audit: {entries} entries, one for each command that had an outcome");
         println!("faults: {}", faults.told());
         let counts = history.counts();
         println!("operations: {counts}");
