@@ -19,7 +19,7 @@ use tokio_rustls::TlsConnector;
 use crate::VALUE_BYTES;
 use crate::servers::{Servers, free_ports};
 
-/// One client, with a connection of its own.
+/// One client.
 pub(crate) struct Client {
     connection: SendRequest<Full<Bytes>>,
     key: String,
@@ -161,7 +161,12 @@ impl Pki {
     }
 }
 
-pub(crate) async fn start(program: &Path, dir: &Path, clients: usize) -> (Servers, Vec<Client>) {
+/// Starts the members, and clients that take turns on so many connections.
+pub(crate) async fn start(
+    program: &Path,
+    dir: &Path,
+    (clients, connections): (usize, usize),
+) -> (Servers, Vec<Client>) {
     let pki = Pki::create(dir);
     let (ports, peers) = (free_ports::<3>(), free_ports::<3>());
     let cluster = peers.iter().zip(1..);
@@ -214,13 +219,20 @@ pub(crate) async fn start(program: &Path, dir: &Path, clients: usize) -> (Server
     let tls = pki.connector();
     let leader = leader(&tls, &ports).await;
     let mut connected = vec![];
-    for number in 0..clients {
-        let mut client = Client::connect(&tls, leader).await.unwrap();
-        client.key = format!("bench/w{number}");
-        client.write().await;
-        connected.push(client);
+    for _ in 0..connections.clamp(1, clients) {
+        connected.push(Client::connect(&tls, leader).await.unwrap().connection);
     }
-    (members, connected)
+    let mut writers = vec![];
+    for (number, connection) in (0..clients).zip(connected.iter().cycle()) {
+        let mut client = Client {
+            connection: connection.clone(),
+            key: format!("bench/w{number}"),
+            writes: 0,
+        };
+        client.write().await;
+        writers.push(client);
+    }
+    (members, writers)
 }
 
 /// The port of the member that leads, once one does.

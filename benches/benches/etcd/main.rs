@@ -56,6 +56,9 @@ struct Args {
     /// What runs the control nodes. Default: `forebay` in the folder above this program's.
     #[arg(long)]
     forebay: Option<PathBuf>,
+    /// Connections that the clients of etcd share; default: one for each, as Forebay's have.
+    #[arg(long)]
+    etcd_connections: Option<usize>,
     /// etcd.
     #[arg(long, default_value = "etcd")]
     etcd: PathBuf,
@@ -133,8 +136,9 @@ fn main() {
 
 async fn compare(args: &Args, program: &std::path::Path, dir: &std::path::Path) {
     let most = args.clients.iter().copied().max().unwrap_or(1);
+    let connections = args.etcd_connections.unwrap_or(most);
     let (nodes, agents) = forebay::start(program, dir, most).await;
-    let (members, clients) = etcd::start(&args.etcd, dir, most).await;
+    let (members, clients) = etcd::start(&args.etcd, dir, (most, connections)).await;
     let agents = agents
         .into_iter()
         .map(|agent| Writer::Forebay(agent.into()));
