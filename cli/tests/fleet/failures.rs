@@ -15,20 +15,21 @@ use serde_json::Value;
 use crate::harness::{FAST_ENGINE, Fleet, forebay, get, metric, post, within};
 
 /// The shipped trace, replayed against every balancer in the background.
-struct Load {
+pub struct Load {
     replay: Child,
 }
 
 impl Load {
     fn start(fleet: &Fleet, requests: u32, speed: u32) -> Self {
+        let (requests, speed) = (requests.to_string(), speed.to_string());
+        Self::of(fleet, &["--limit", &requests, "--speed", &speed])
+    }
+
+    /// A replay with these arguments.
+    pub fn of(fleet: &Fleet, args: &[&str]) -> Self {
         let mut command = forebay();
         command.args(["replay", "--verify", "--output", "json"]);
-        command.args([
-            "--limit",
-            &requests.to_string(),
-            "--speed",
-            &speed.to_string(),
-        ]);
+        command.args(args);
         for balancer in fleet.of_role("balancer") {
             command.args([
                 "--target",
@@ -53,7 +54,7 @@ impl Load {
             .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
     }
 
-    fn without_errors(self) -> Value {
+    pub fn without_errors(self) -> Value {
         let report = self.report();
         assert_eq!(report["errors"], 0, "{report}");
         report
@@ -61,13 +62,13 @@ impl Load {
 }
 
 /// Writes as an operator does, but in this process, to take the time of each.
-struct Writer {
+pub struct Writer {
     runtime: tokio::runtime::Runtime,
     client: ControlClient,
 }
 
 impl Writer {
-    fn new(fleet: &Fleet) -> Self {
+    pub fn new(fleet: &Fleet) -> Self {
         let text = std::fs::read_to_string(fleet.data().join("context.toml")).unwrap();
         let context: toml::Table = text.parse().unwrap();
         let path = |key: &str| context[key].as_str().unwrap().into();
@@ -94,7 +95,7 @@ impl Writer {
         self.set_desired("w1", Desired::Ready);
     }
 
-    fn set_desired(&self, name: &str, desired: Desired) {
+    pub fn set_desired(&self, name: &str, desired: Desired) {
         let set = SetDesired {
             name: name.into(),
             desired: desired.into(),
@@ -196,7 +197,7 @@ fn twenty_leaders_are_killed_and_no_request_notices() {
 }
 
 /// Name, id, incarnation and desired state of each worker.
-fn workers(fleet: &Fleet) -> BTreeMap<String, (Value, Value, Value)> {
+pub fn workers(fleet: &Fleet) -> BTreeMap<String, (Value, Value, Value)> {
     let json = fleet.json(&["workers"]);
     let workers = json["workers"].as_array().unwrap().iter();
     workers

@@ -36,7 +36,7 @@ pub struct Fleet {
     pub dir: tempfile::TempDir,
     pub url: String,
     supervisor: Child,
-    _alone: MutexGuard<'static, ()>,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 /// Waits until no other fleet runs, and keeps others from starting.
@@ -82,7 +82,15 @@ pub fn within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Option<T
 impl Fleet {
     /// Starts `forebay dev` with these arguments and waits until it serves.
     pub fn start(args: &[&str]) -> Self {
-        let alone = alone();
+        Self::start_holding(Some(alone()), args)
+    }
+
+    /// Starts one more beside a fleet that holds the machine, to compare the two.
+    pub fn start_beside(_other: &Self, args: &[&str]) -> Self {
+        Self::start_holding(None, args)
+    }
+
+    fn start_holding(alone: Option<MutexGuard<'static, ()>>, args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listen = format!("127.0.0.1:{}", free_ports(4));
         let supervisor = Self::spawn(dir.path(), &listen, args);

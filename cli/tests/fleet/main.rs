@@ -10,6 +10,7 @@
 
 mod clients;
 mod compare;
+mod control_gone;
 mod failures;
 mod harness;
 mod lost_disks;
