@@ -57,6 +57,12 @@ kinds! {
     Applied = 0x12, max 8;
     /// Raft messages between control nodes.
     Raft = 0x20, max 64 << 20;
+    /// Begins a snapshot that comes in pieces.
+    SnapshotHead = 0x21, max 64 << 10;
+    /// A piece of a snapshot: bytes of the state.
+    SnapshotPiece = 0x22, max 256 << 10;
+    /// The snapshot is complete.
+    SnapshotEnd = 0x23, max 64;
     /// Header of a placement.
     Place = 0x30, max 64 << 10;
     /// A piece of the request's body: text.

@@ -15,6 +15,7 @@ use super::reads::Reads;
 use super::{
     Applied, Hook, Machine, Outbound, ReplicaOptions, RestoreError, StartError, StopReason,
 };
+use crate::bug::{Bug, on};
 use crate::node::{
     Config, Entry, MAX_SNAPSHOT_BYTES, Message, Node, Outcome, ProposeRefused, Rejected, Restored,
     Role, Snapshot, Write,
@@ -124,10 +125,23 @@ impl<M: Machine> Core<M> {
             } => {
                 // In the order in which they came.
                 self.propose_batch();
-                let proposed = self.node.propose_change(&change, command);
+                let proposed = self.node.propose_change(&change, command.clone());
+                if let (Ok((term, index)), true) = (&proposed, on(Bug::ChangeWhenProposed)) {
+                    self.change_members(&Entry {
+                        change: Some(change.encode().into()),
+                        ..Entry::command(*index, *term, command)
+                    });
+                }
                 self.wait_for(proposed, vec![reply]);
             }
-            Input::Read { reply } => self.reads.add(reply),
+            Input::Read { reply } => {
+                let alone = on(Bug::LeaderReadsAlone) && self.node.role() == Role::Leader;
+                if alone || on(Bug::StaleRead) {
+                    let _ = reply.send(Ok(self.applied));
+                } else {
+                    self.reads.add(reply);
+                }
+            }
             Input::State { reply } => {
                 if let Some(term) = self.node.term_at(self.applied).filter(|_| self.applied > 0) {
                     let _ = reply.send(self.state(term));
@@ -289,7 +303,7 @@ impl<M: Machine> Core<M> {
         self.hook.applied(&self.machine, self.applied, &results);
         for result in results {
             if let Some((term, reply)) = self.waiters.remove(&result.index) {
-                let same = term == result.term;
+                let same = term == result.term || on(Bug::OutcomeOfAnother);
                 let _ = reply.send(if same {
                     Ok(result)
                 } else {
@@ -310,6 +324,9 @@ impl<M: Machine> Core<M> {
 
     /// What this node proposed in a term that it no longer leads has an unknown outcome.
     fn fail_lost_proposals(&mut self) {
+        if on(Bug::OutcomeOfAnother) {
+            return;
+        }
         let leads = self.node.role() == Role::Leader;
         let term = self.node.term();
         if self
@@ -346,7 +363,10 @@ impl<M: Machine> Core<M> {
         if self.node.snapshot_index() >= self.applied {
             return Ok(());
         }
-        let snapshot = self.state(term);
+        let mut snapshot = self.state(term);
+        if on(Bug::SnapshotOfOlderMembers) {
+            snapshot.members = self.node.snapshot_members().clone();
+        }
         if snapshot.data.len() > MAX_SNAPSHOT_BYTES {
             let (bytes, max) = (snapshot.data.len(), MAX_SNAPSHOT_BYTES);
             tracing::error!(

@@ -14,7 +14,7 @@ use super::group::Group;
 use super::leader::Leader;
 use super::peers;
 use super::publish::Publisher;
-use super::{Config, ServerError, Settings, rpc};
+use super::{Config, ServerError, Settings, rpc, snapshots};
 use crate::fleet::{Applied, Fleet};
 use crate::node::Restored;
 use crate::replica::{self, ReplicaHandle, ReplicaOptions, StartError, StopReason};
@@ -30,6 +30,8 @@ pub(crate) struct Running {
     pub(crate) published: Arc<Publisher>,
     pub(crate) leader: Leader,
     pub(crate) group: Group,
+    /// What comes in of snapshots.
+    pub(crate) snapshots: snapshots::Inbound,
 }
 
 /// What a node is in.
@@ -123,7 +125,10 @@ pub async fn start_with(config: Config, settings: Settings) -> Result<ControlNod
         Opened::Uninitialised(disk) => (disk.store_id(), Some(disk), None),
         Opened::Member(store, restored) => (store.store_id(), None, Some((*store, *restored))),
     };
-    endpoint.update_hello(|hello| hello.store_id = store_id.to_wire());
+    endpoint.update_hello(|hello| {
+        hello.store_id = store_id.to_wire();
+        hello.takes_snapshot_pieces = true;
+    });
     let shared = Arc::new(Shared {
         name: identity.name.clone(),
         store_id,
@@ -196,6 +201,7 @@ pub(crate) fn run_member(
         published,
         leader,
         group,
+        snapshots: snapshots::Inbound::default(),
     };
     tracing::info!(
         name = shared.name,

@@ -15,6 +15,7 @@ mod membership;
 mod peers;
 pub mod publish;
 mod rpc;
+mod snapshots;
 mod watchers;
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::group::{Caller, Group, Starting, Stranger};
 use super::lifecycle::{Running, Shared};
+use super::snapshots::{self, OnItsWay};
 use crate::fleet::Applied;
 use crate::node::{Message, SnapshotReport, wire};
 use crate::replica::ReplicaHandle;
@@ -26,8 +27,6 @@ const LEAST_BACKOFF: Duration = Duration::from_millis(50);
 const MOST_BACKOFF: Duration = Duration::from_millis(500);
 /// A peer that takes nothing for so long is taken for gone.
 const SEND_PATIENCE: Duration = Duration::from_secs(2);
-/// And one that has not taken a snapshot by then gets another.
-const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(60);
 
 type Replica = ReplicaHandle<Applied>;
 
@@ -43,6 +42,7 @@ pub(crate) async fn attend(
 ) {
     let mut changes = group.changes();
     let cluster_id = cluster.cluster_id;
+    let snapshots = snapshots::Outbound::default();
     loop {
         changes.mark_unchanged();
         for Starting {
@@ -56,6 +56,8 @@ pub(crate) async fn attend(
                 replica: replica.clone(),
                 cluster_id,
                 boot,
+                snapshots: snapshots.clone(),
+                snapshot: OnItsWay::default(),
                 member,
                 backoff: Backoff::new(LEAST_BACKOFF, MOST_BACKOFF),
                 trouble: String::new(),
@@ -80,6 +82,8 @@ struct PeerTask {
     member: Member,
     /// The start of it that dialled us last.
     boot: watch::Receiver<u64>,
+    snapshots: snapshots::Outbound,
+    snapshot: OnItsWay,
     backoff: Backoff,
     /// What was last logged, so that it is said once.
     trouble: String,
@@ -167,35 +171,19 @@ impl PeerTask {
                 }
             };
             let is_snapshot = !message.get_snapshot().data.is_empty();
-            let frame = Frame::message(Kind::Raft, &wire::to_wire(message));
             if is_snapshot {
-                self.send_snapshot(link.clone(), frame);
+                // On a stream of its own, so that heartbeats pass it.
+                let reported_by = (self.replica.clone(), self.member.id);
+                self.snapshot
+                    .replace(&self.snapshots, link.clone(), message, reported_by);
                 continue;
             }
+            let frame = Frame::message(Kind::Raft, &wire::to_wire(message));
             match tokio::time::timeout(SEND_PATIENCE, stream.send(&frame)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => return Some(()),
             }
         }
-    }
-
-    /// On a stream of its own, so that heartbeats pass it.
-    fn send_snapshot(&self, link: Link, frame: Frame) {
-        let (replica, peer) = (self.replica.clone(), self.member.id);
-        tokio::spawn(async move {
-            let sent = async {
-                let mut stream = link.open_one_way().ok()?;
-                stream.send(&frame).await.ok()?;
-                stream.finish();
-                // Read to its end by the peer: `None`.
-                stream.stopped().await.is_none().then_some(())
-            };
-            let report = match tokio::time::timeout(SNAPSHOT_PATIENCE, sent).await {
-                Ok(Some(())) => SnapshotReport::Delivered,
-                Ok(None) | Err(_) => SnapshotReport::Failed,
-            };
-            replica.report_snapshot(peer, report).await;
-        });
     }
 
     async fn lost(&self, message: &Message) {
@@ -271,25 +259,27 @@ pub(crate) async fn receive(shared: &Arc<Shared>, link: &Link) {
         };
         let (replica, from, link) = (running.replica.clone(), caller.id, link.clone());
         let heard = caller.heard.clone();
+        let inbound = running.snapshots.clone();
         tokio::spawn(async move {
-            loop {
-                match stream.recv().await {
-                    Ok(Some(frame)) => {
-                        let message = frame
-                            .decode()
-                            .ok()
-                            .filter(|_| frame.kind == Kind::Raft)
-                            .and_then(|message| wire::from_wire(message).ok());
-                        let Some(message) = message else {
-                            link.close(Code::Protocol, "not a Raft message");
+            while let Ok(Some(frame)) = stream.recv().await {
+                let received = match frame.kind {
+                    Kind::Raft => frame.decode().ok(),
+                    Kind::SnapshotHead => match inbound.receive(&mut stream, &frame).await {
+                        Ok(message) => Some(message),
+                        Err(problem) => {
+                            tracing::warn!(peer = link.peer().name, %problem, "a snapshot was dropped");
                             return;
-                        };
-                        *heard.lock() = Some(std::time::Instant::now());
-                        replica.step(from, message);
-                    }
-                    Ok(None) => return,
-                    Err(_) => return,
-                }
+                        }
+                    },
+                    _ => None,
+                };
+                let Some(message) = received.and_then(|message| wire::from_wire(message).ok())
+                else {
+                    link.close(Code::Protocol, "not a Raft message");
+                    return;
+                };
+                *heard.lock() = Some(std::time::Instant::now());
+                replica.step(from, message);
             }
         });
     }

@@ -18,6 +18,7 @@ use super::lifecycle::{Phase, Running, Shared};
 use super::{bootstrap, membership, watchers};
 use crate::fleet::lease::RenewError;
 use crate::fleet::reign::Asked;
+use crate::fleet::too_new;
 use crate::node::Role as RaftRole;
 use crate::replica::{ProposeError, ReadError};
 
@@ -313,6 +314,11 @@ async fn propose(
         return Err(not_leader(&running, leader));
     }
     check_name(&running, link.peer(), action)?;
+    if let Some(refusal) = too_new(action, running.published.facts().feature_level) {
+        return Ok(wire::Outcome {
+            outcome: Some(wire::outcome::Outcome::Refusal(refusal.to_wire())),
+        });
+    }
     if request.sequence == 0 {
         return Err(bad("sequence numbers begin at 1"));
     }

@@ -11,13 +11,15 @@ use forebay_proto::{Level, Role};
 use prost::Message;
 use wire::command::Action;
 
-use super::{Config, ControlNode, Settings, start_with};
+use super::{Config, ControlNode, ServerError, Settings, start_with};
 use crate::replica::ReplicaOptions;
 
 mod crowd;
 mod founding;
+mod large;
 mod leases;
 mod membership;
+mod rot;
 mod strangers;
 mod watching;
 
@@ -29,9 +31,11 @@ struct Cell {
     authority: Authority,
     addresses: Vec<String>,
     nodes: Vec<Option<(tokio::runtime::Runtime, tokio::sync::oneshot::Sender<()>)>>,
+    controls: Vec<Option<ControlNode>>,
     runtime: tokio::runtime::Runtime,
     operator: Option<Endpoint>,
     settings: Settings,
+    replica: ReplicaOptions,
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -53,6 +57,10 @@ impl Cell {
     }
 
     fn with(size: usize, settings: Settings) -> Self {
+        Self::with_replicas(size, settings, ReplicaOptions::default())
+    }
+
+    fn with_replicas(size: usize, settings: Settings, replica: ReplicaOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::create("test", 9).unwrap();
         authority.save(dir.path()).unwrap();
@@ -61,11 +69,13 @@ impl Cell {
                 .map(|_| format!("127.0.0.1:{}", free_port()))
                 .collect(),
             nodes: (0..size).map(|_| None).collect(),
+            controls: (0..size).map(|_| None).collect(),
             dir,
             authority,
             runtime: runtime(),
             operator: None,
             settings,
+            replica,
         };
         for node in 0..size {
             cell.start(node);
@@ -98,23 +108,33 @@ impl Cell {
     }
 
     fn start(&mut self, node: usize) {
+        self.try_start(node).unwrap();
+    }
+
+    fn try_start(&mut self, node: usize) -> Result<(), ServerError> {
         let config = Config {
             data_dir: self.disk(node),
             listen: self.addresses[node].parse().unwrap(),
             credentials: self.paths(Role::Control, &format!("c{}", node + 1)),
-            replica: ReplicaOptions::default(),
+            replica: ReplicaOptions {
+                seed: rand::random(),
+                ..self.replica
+            },
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let own = runtime();
-        let started: ControlNode = own.block_on(start_with(config, self.settings)).unwrap();
+        let started: ControlNode = own.block_on(start_with(config, self.settings))?;
+        self.controls[node] = Some(started.clone());
         own.spawn(started.run(async {
             let _ = stopped.await;
         }));
         self.nodes[node] = Some((own, stop));
+        Ok(())
     }
 
     /// Ends a node and waits until its disk is free.
     fn stop(&mut self, node: usize) {
+        self.controls[node] = None;
         let (own, stop) = self.nodes[node].take().unwrap();
         let _ = stop.send(());
         std::thread::sleep(Duration::from_millis(300));
@@ -201,7 +221,11 @@ impl Cell {
     }
 
     fn initialised_with(size: usize, settings: Settings) -> Self {
-        let mut cell = Self::with(size, settings);
+        Self::with(size, settings).founded()
+    }
+
+    fn founded(self) -> Self {
+        let mut cell = self;
         let members = cell.members();
         for response in cell.bootstrap(1, &members) {
             assert!(

@@ -1,5 +1,6 @@
 //! Watch streams: a snapshot where it is needed, deltas, heartbeats; acknowledgements come back.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use forebay_link::{FrameReceiver, FrameSender};
@@ -9,7 +10,7 @@ use forebay_proto::wire::fleet as wire;
 use forebay_proto::{Identity, Role};
 
 use super::lifecycle::Running;
-use super::publish::Next;
+use super::publish::{NextTold, Told};
 
 /// Heartbeats of a watch stream.
 const HEARTBEAT: Duration = Duration::from_millis(250);
@@ -27,41 +28,42 @@ pub(crate) async fn feed(
     let same_cluster = request.cluster_id == running.cluster.cluster_id.0[..];
     let mut held = if same_cluster { request.revision } else { 0 };
     let mut started = same_cluster && held > 0;
+    // Newer than what the consumer was told, and nothing that it sees: said with the next heartbeat. At
+    // once it would be a million frames when a thousand agents register.
+    let mut unseen: Option<Arc<Told>> = None;
     let mut changes = running.published.changes();
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         changes.mark_unchanged();
         let next = if started {
-            running.published.since(held)
+            running.published.told_since(held)
         } else {
-            Next::Snapshot(running.published.facts())
+            NextTold::Snapshot(running.published.facts())
         };
         match next {
-            Next::Deltas(deltas) => {
-                let last = deltas.last().map(|delta| delta.revision);
-                for delta in deltas {
-                    held = delta.revision;
-                    let delta = delta_for(consumer, &delta);
-                    // One that shows this consumer nothing only tells the revision: the last will do.
-                    if delta.changes.is_empty() && Some(held) != last {
+            NextTold::Deltas(deltas) => {
+                for told in deltas {
+                    held = told.delta.revision;
+                    let Told { delta, frames } = &*told;
+                    let Encoded { frame, shows } = frames.for_consumer(consumer, delta);
+                    if !shows {
+                        unseen = Some(told);
                         continue;
                     }
-                    if deliver(send, watch_frame::Frame::Delta(delta))
-                        .await
-                        .is_none()
-                    {
+                    unseen = None;
+                    if deliver(send, &frame).await.is_none() {
                         return;
                     }
                 }
             }
             // A consumer may be ahead of a node that is catching up: nothing is taken back.
-            Next::Snapshot(facts) if started && facts.revision <= held => {}
-            Next::Snapshot(facts) => {
-                held = facts.revision;
+            NextTold::Snapshot(facts) if started && facts.revision <= held => {}
+            NextTold::Snapshot(facts) => {
+                (held, unseen) = (facts.revision, None);
                 let snapshot = watch_frame::Frame::Snapshot(facts_for(consumer, &facts));
                 drop(facts);
-                if deliver(send, snapshot).await.is_none() {
+                if deliver(send, &encode(snapshot)).await.is_none() {
                     return;
                 }
             }
@@ -70,9 +72,14 @@ pub(crate) async fn feed(
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             _ = heartbeat.tick() => {
+                if let Some(told) = unseen.take()
+                    && deliver(send, &told.frames.for_consumer(consumer, &told.delta).frame).await.is_none()
+                {
+                    return;
+                }
                 let leader_heard_ms = running.replica.status().borrow().leader_heard_ms;
                 let beat = control::Heartbeat { revision: held, leader_heard_ms };
-                if deliver(send, watch_frame::Frame::Heartbeat(beat)).await.is_none() {
+                if deliver(send, &encode(watch_frame::Frame::Heartbeat(beat))).await.is_none() {
                     return;
                 }
             }
@@ -86,16 +93,68 @@ pub(crate) async fn feed(
     }
 }
 
-async fn deliver(send: &mut FrameSender, frame: watch_frame::Frame) -> Option<()> {
+async fn deliver(send: &mut FrameSender, frame: &Frame) -> Option<()> {
+    tokio::time::timeout(SEND_PATIENCE, send.send(frame))
+        .await
+        .ok()?
+        .ok()
+}
+
+fn encode(frame: watch_frame::Frame) -> Frame {
     let watch = Response::Watch(control::WatchFrame { frame: Some(frame) });
     let response = control::Response {
         response: Some(watch),
     };
-    let frame = Frame::message(Kind::Response, &response);
-    tokio::time::timeout(SEND_PATIENCE, send.send(&frame))
-        .await
-        .ok()?
-        .ok()
+    Frame::message(Kind::Response, &response)
+}
+
+/// A delta as a frame, and whether it has more than the revision.
+#[derive(Clone)]
+pub(crate) struct Encoded {
+    pub(crate) frame: Frame,
+    pub(crate) shows: bool,
+}
+
+impl Encoded {
+    fn of(consumer: &Identity, delta: &wire::Delta) -> Self {
+        let delta = delta_for(consumer, delta);
+        let shows = !delta.changes.is_empty();
+        let frame = encode(watch_frame::Frame::Delta(delta));
+        Self { frame, shows }
+    }
+}
+
+/// The frames of one delta, each made when the first of its audience asks.
+#[derive(Default)]
+pub(crate) struct Frames {
+    balancers: OnceLock<Encoded>,
+    agents_not_named: OnceLock<Encoded>,
+    others: OnceLock<Encoded>,
+}
+
+impl Frames {
+    /// What this consumer sees of the delta that these frames are of.
+    pub(crate) fn for_consumer(&self, consumer: &Identity, delta: &wire::Delta) -> Encoded {
+        let audience = match consumer.role {
+            Role::Balancer => &self.balancers,
+            Role::Agent if names(delta, &consumer.name) => return Encoded::of(consumer, delta),
+            Role::Agent => &self.agents_not_named,
+            Role::Control | Role::Operator(_) => &self.others,
+        };
+        audience
+            .get_or_init(|| Encoded::of(consumer, delta))
+            .clone()
+    }
+}
+
+/// Whether a delta changes this worker.
+fn names(delta: &wire::Delta, worker: &str) -> bool {
+    use wire::change::Change;
+    delta.changes.iter().any(|change| match &change.change {
+        Some(Change::WorkerPut(changed)) => changed.name == worker,
+        Some(Change::WorkerRemoved(name)) => name == worker,
+        _ => false,
+    })
 }
 
 /// Agents see themselves, all others the cell.
@@ -187,5 +246,36 @@ mod tests {
                 "{role:?}"
             );
         }
+    }
+
+    #[test]
+    fn an_audience_shares_one_frame_and_an_agent_sees_itself() {
+        let put = wire::Change {
+            change: Some(wire::change::Change::WorkerPut(wire::Worker {
+                name: "w1".into(),
+                ..wire::Worker::default()
+            })),
+        };
+        let delta = wire::Delta {
+            revision: 7,
+            changes: vec![put],
+            ..wire::Delta::default()
+        };
+        let frames = Frames::default();
+        let seen = |role, name: &str| {
+            let consumer = Identity {
+                trust_domain: "td".into(),
+                role,
+                name: name.into(),
+            };
+            let Encoded { frame, shows } = frames.for_consumer(&consumer, &delta);
+            assert_eq!(frame, Encoded::of(&consumer, &delta).frame);
+            (frame.payload.as_ptr(), shows)
+        };
+        let balancer = seen(Role::Balancer, "b1");
+        assert_eq!((balancer, true), (seen(Role::Balancer, "b2"), balancer.1));
+        let stranger = seen(Role::Agent, "w2");
+        assert_eq!((stranger, false), (seen(Role::Agent, "w3"), stranger.1));
+        assert!(seen(Role::Agent, "w1").1);
     }
 }

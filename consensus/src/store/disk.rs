@@ -114,6 +114,16 @@ pub trait DiskFile: Debug + Send {
     /// The system's.
     fn rewrite(&mut self, bytes: &[u8]) -> io::Result<()>;
 
+    /// Writes over the file from its start. Longer content that was there keeps its end, or loses it.
+    ///
+    /// # Errors
+    ///
+    /// The system's; the file may then hold any mixture.
+    fn replace(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.cut(0)?;
+        self.write(bytes)
+    }
+
     /// Makes all that was written durable.
     ///
     /// # Errors
@@ -213,6 +223,10 @@ impl DiskFile for File {
         use std::io::Seek as _;
         self.seek(io::SeekFrom::Start(0))?;
         self.write_all(bytes)
+    }
+
+    fn replace(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.rewrite(bytes)
     }
 
     fn sync(&mut self) -> io::Result<()> {

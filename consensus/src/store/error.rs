@@ -54,6 +54,20 @@ pub enum StoreError {
         /// The data directory.
         dir: PathBuf,
     },
+    /// The log goes on from a snapshot that is not there.
+    #[error(
+        "{folder} lacks the snapshot at index {index}, the newest one left is at {found}, and the log does \
+         not reach back to it: this disk lost data; remove the node and join as a new one",
+        folder = folder.display()
+    )]
+    NewerSnapshotMissing {
+        /// Where snapshots are kept.
+        folder: PathBuf,
+        /// Index of the newest one that is there.
+        found: u64,
+        /// Index after which the log begins.
+        index: u64,
+    },
     /// A member's directory without a log.
     #[error(
         "{dir} belongs to a cluster but its log is gone: this disk lost data; remove the node and join \

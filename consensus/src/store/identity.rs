@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use forebay_proto::{ClusterId, NodeId, StoreId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use super::disk::Disk;
 use super::error::StoreError;
 use super::{files, snapshot, wal};
 
 const FORMAT: u32 = 1;
+const CHECKSUM: &str = "crc32c";
 
 #[derive(Serialize, Deserialize)]
 struct StoreFile {
@@ -162,11 +164,19 @@ fn read_json<T: DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option
     let Some(bytes) = files::read(disk, path)? else {
         return Ok(None);
     };
-    let damaged = |error: serde_json::Error| StoreError::Damaged {
+    let says = |detail: String| StoreError::Damaged {
         path: path.to_owned(),
-        detail: error.to_string(),
+        detail,
     };
-    let Versioned { format: found } = serde_json::from_slice(&bytes).map_err(damaged)?;
+    let damaged = |error: serde_json::Error| says(error.to_string());
+    let mut value: Value = serde_json::from_slice(&bytes).map_err(damaged)?;
+    let Versioned { format: found } = Versioned::deserialize(&value).map_err(damaged)?;
+    let checksum = value
+        .as_object_mut()
+        .and_then(|object| object.remove(CHECKSUM));
+    if checksum.is_some_and(|found| found != checksum_of(&value)) {
+        return Err(says("its checksum is wrong".into()));
+    }
     if found != FORMAT {
         return Err(StoreError::Format {
             path: path.to_owned(),
@@ -174,14 +184,25 @@ fn read_json<T: DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option
             known: FORMAT,
         });
     }
-    serde_json::from_slice(&bytes).map(Some).map_err(damaged)
+    T::deserialize(value).map(Some).map_err(damaged)
 }
 
 fn write_json<T: Serialize>(disk: &dyn Disk, path: &Path, value: &T) -> Result<(), StoreError> {
-    let mut text = serde_json::to_vec_pretty(value).map_err(|error| StoreError::Damaged {
+    let damaged = |error: serde_json::Error| StoreError::Damaged {
         path: path.to_owned(),
         detail: error.to_string(),
-    })?;
+    };
+    let mut value = serde_json::to_value(value).map_err(damaged)?;
+    let checksum = checksum_of(&value);
+    if let Some(object) = value.as_object_mut() {
+        object.insert(CHECKSUM.to_owned(), checksum.into());
+    }
+    let mut text = serde_json::to_vec_pretty(&value).map_err(damaged)?;
     text.push(b'\n');
     files::write_whole(disk, path, &[&text]).map(|_| ())
+}
+
+/// Of the compact text without the checksum. An older version writes none and passes over ours.
+fn checksum_of(value: &Value) -> u32 {
+    crc32c::crc32c(value.to_string().as_bytes())
 }

@@ -5,6 +5,7 @@
 //! DIR/store.json        this disk's random id; alone, it means "uninitialised"
 //! DIR/cluster.json      which cluster and which member this disk belongs to, from `init` on
 //! DIR/wal/*.log         the log and the hard state, in segments (see `wal`)
+//! DIR/wal/synced.mark   how far they were synced (see `mark`)
 //! DIR/snapshots/*.snap  the newest two snapshots of the machine (see `snapshot`)
 //! ```
 //!
@@ -17,10 +18,15 @@ pub mod disk;
 mod error;
 mod files;
 mod identity;
+mod mark;
 mod record;
 mod snapshot;
 mod wal;
 
+#[cfg(test)]
+mod damage;
+#[cfg(test)]
+mod memory;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
@@ -38,9 +44,10 @@ pub use identity::{ClusterFile, MemberRecord};
 pub(crate) use snapshot::{decode as decode_snapshot, encode as encode_snapshot};
 
 use crate::node::{HardState, Restored, Snapshot, Write};
+use crate::probe::{Probe, hit};
 use disk::{Disk, RealDisk};
 use files::Lock;
-use wal::Wal;
+use wal::{Apart, Wal};
 
 /// How a store writes.
 #[derive(Clone, Debug)]
@@ -121,11 +128,22 @@ impl Store {
         if identity::is_bootstrapping(disk, &dir) {
             identity::end_bootstrap(disk, &dir)?;
         }
-        let snapshot = snapshot::newest(disk, &dir)?
+        let (snapshot, passed_over) = snapshot::newest(disk, &dir)?
             .ok_or_else(|| StoreError::SnapshotMissing { dir: dir.clone() })?;
         let (mut wal, replayed) = Wal::open(&dir, options.segment_bytes, options.disk.clone())?;
-        let (restored, stale) = replayed.onto(snapshot);
+        let found = snapshot.index;
+        let (restored, stale) = replayed.onto(snapshot).map_err(|apart| {
+            passed_over.unwrap_or_else(|| match apart {
+                Apart::EntriesMissing(error) => error,
+                Apart::SnapshotMissing { index } => StoreError::NewerSnapshotMissing {
+                    folder: snapshot::folder(&dir),
+                    found,
+                    index,
+                },
+            })
+        })?;
         if stale {
+            hit(Probe::SnapshotBeforeReset);
             wal.reset(&restored.snapshot)?;
         }
         let store = Self {

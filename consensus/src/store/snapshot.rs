@@ -11,6 +11,7 @@ use super::disk::Disk;
 use super::error::StoreError;
 use super::files;
 use crate::node::{Members, Snapshot};
+use crate::probe::{Probe, hit};
 
 const MAGIC: &[u8; 8] = b"FBSNAP\x00\x01";
 const KEPT: usize = 2;
@@ -23,7 +24,7 @@ struct Header {
     bytes: u64,
 }
 
-fn folder(dir: &Path) -> PathBuf {
+pub(crate) fn folder(dir: &Path) -> PathBuf {
     dir.join("snapshots")
 }
 
@@ -70,13 +71,21 @@ pub(crate) fn encode(snapshot: &Snapshot) -> Result<[Bytes; 3], String> {
     Ok([head.into(), header.into(), snapshot.data.clone()])
 }
 
-/// The newest snapshot that can be read. A damaged one is passed over for the one before it: the log
-/// reaches back that far only if it was not yet cut, which the start of the node checks.
-pub(crate) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<Snapshot>, StoreError> {
+/// The newest snapshot that can be read, and what was wrong with the newest that cannot. A damaged one
+/// is passed over for the one before it: the log reaches back that far only if it was not yet cut.
+pub(crate) fn newest(
+    disk: &dyn Disk,
+    dir: &Path,
+) -> Result<Option<(Snapshot, Option<StoreError>)>, StoreError> {
     let mut damage = None;
     for path in files::list(disk, &folder(dir), "snap")?.iter().rev() {
         match read(disk, path) {
-            Ok(snapshot) => return Ok(Some(snapshot)),
+            Ok(snapshot) => {
+                if damage.is_some() {
+                    hit(Probe::SnapshotPassedOver);
+                }
+                return Ok(Some((snapshot, damage)));
+            }
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::error!(%error, "a snapshot is passed over");
                 damage = damage.or(Some(error));
@@ -84,7 +93,10 @@ pub(crate) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<Snapshot>, St
             Err(error) => return Err(error),
         }
     }
-    damage.map_or(Ok(None), Err)
+    damage.map_or(Ok(None), |damage| {
+        hit(Probe::Damage);
+        Err(damage)
+    })
 }
 
 fn read(disk: &dyn Disk, path: &Path) -> Result<Snapshot, StoreError> {

@@ -81,6 +81,9 @@ impl DiskFile for FailingFile {
     fn rewrite(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.0.rewrite(bytes)
     }
+    fn replace(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.replace(bytes)
+    }
     fn sync(&mut self) -> io::Result<()> {
         self.1.syncs.fetch_add(1, Ordering::Relaxed);
         if self.1.sync.load(Ordering::Relaxed) {

@@ -7,7 +7,9 @@
 //! **What a crash may leave.** A write that was not synced can end anywhere, so the last segment is cut
 //! at its first bad record. But each record carries how much of its segment was synced before it: when
 //! a whole record further on says that the bad place had been synced, that is damage, not a torn
-//! write, and is refused, as is anything bad in an earlier segment.
+//! write, and is refused, as is anything bad in an earlier segment. So is a log that ends before its
+//! mark (see `mark`), cut cleanly or not: what that leaves to chance is the last write before a loss of
+//! power, as long as the mark of it had not reached the disk.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -16,8 +18,11 @@ use std::sync::Arc;
 use super::disk::{Disk, DiskFile};
 use super::error::StoreError;
 use super::files;
+use super::mark::{self, Mark, Synced};
 use super::record::{self, Record};
+use crate::bug::{Bug, on};
 use crate::node::{Entry, HardState, Restored, Snapshot, Write};
+use crate::probe::{Probe, hit};
 
 const MAGIC: &[u8; 7] = b"FBWAL\x00\x00";
 const FORMAT: u8 = 1;
@@ -34,6 +39,7 @@ pub(crate) struct Wal {
     file: Box<dyn DiskFile>,
     written: u64,
     synced: u64,
+    mark: Mark,
     hard_state: HardState,
 }
 
@@ -41,6 +47,8 @@ pub(crate) struct Wal {
 struct Segment {
     path: PathBuf,
     sequence: u64,
+    /// Where it ends, once another one follows.
+    bytes: u64,
     /// The highest index of an entry in it; zero without any.
     max_index: u64,
 }
@@ -52,6 +60,8 @@ pub(crate) struct Replayed {
     entries: Vec<Entry>,
     /// The log was emptied at this index; the first entry follows it.
     base: Option<u64>,
+    /// The last segment, and where it ends.
+    end: (PathBuf, u64),
 }
 
 pub(crate) fn has_segments(disk: &dyn Disk, dir: &Path) -> Result<bool, StoreError> {
@@ -93,6 +103,7 @@ impl Wal {
                 dir: dir.to_owned(),
             });
         };
+        let synced = mark::read(&*disk, &folder)?;
         let mut replayed = Replayed::default();
         let mut segments: VecDeque<Segment> = VecDeque::new();
         let (mut end, mut bytes) = (0, Vec::new());
@@ -109,9 +120,21 @@ impl Wal {
                     detail,
                 });
             }
-            end = replay_records(path, &bytes, path == last, &mut replayed, &mut segment)?;
+            let synced = synced.get(&segment.sequence).copied().unwrap_or(0);
+            let is_last = path == last;
+            end = replay_records(path, &bytes, is_last, synced, &mut replayed, &mut segment)?;
+            segment.bytes = end;
             segments.push_back(segment);
         }
+        let newest = segments.back().map_or(0, |segment| segment.sequence);
+        if let Some((lost, _)) = synced.range(newest + 1..).next() {
+            return Err(StoreError::Corrupt {
+                path: segment_path(&folder, *lost),
+                offset: 0,
+                detail: "the segment is missing".into(),
+            });
+        }
+        replayed.end = (last.clone(), end);
         let mut file = disk.append(last).map_err(StoreError::io("open", last))?;
         // After a sync that failed the kernel shows bytes that the disk never got, and takes them for
         // written: only writing them again makes a sync take them there.
@@ -141,6 +164,7 @@ impl Wal {
         end: u64,
         hard_state: HardState,
     ) -> Self {
+        let mark = Mark::open(&*disk, &folder, &synced_of(&segments, end));
         Self {
             folder,
             segment_bytes,
@@ -149,6 +173,7 @@ impl Wal {
             file,
             written: end,
             synced: end,
+            mark,
             hard_state,
         }
     }
@@ -165,8 +190,13 @@ impl Wal {
         for entry in &write.entries {
             record::entry(&mut batch, self.synced, entry)?;
         }
-        if let Some(state) = write.hard_state {
-            record::hard_state(&mut batch, self.synced, state);
+        if let Some(mut state) = write.hard_state {
+            if on(Bug::VoteNotPersisted) {
+                state.vote = 0;
+            }
+            if !on(Bug::HardStateWithEntriesOnly) || !write.entries.is_empty() {
+                record::hard_state(&mut batch, self.synced, state);
+            }
         }
         let segment = self
             .segments
@@ -187,7 +217,7 @@ impl Wal {
             segment.max_index = segment.max_index.max(last.index);
         }
         self.hard_state = write.hard_state.unwrap_or(self.hard_state);
-        if write.must_sync {
+        if write.must_sync && !on(Bug::AckBeforeSync) {
             self.sync()?;
         }
         Ok(())
@@ -232,36 +262,71 @@ impl Wal {
             .segments
             .back()
             .map_or(self.folder.as_path(), |segment| &segment.path);
-        self.file.sync().map_err(StoreError::io("sync", path))?;
+        match self.file.sync() {
+            Err(_) if on(Bug::FailedSyncPassedOver) => {}
+            synced => synced.map_err(StoreError::io("sync", path))?,
+        }
         self.synced = self.written;
+        self.mark.note(&synced_of(&self.segments, self.synced));
         Ok(())
     }
 
     fn roll(&mut self) -> Result<(), StoreError> {
+        hit(Probe::SegmentRolled);
         self.sync()?;
         let sequence = self
             .segments
             .back()
             .map_or(1, |segment| segment.sequence + 1);
         let (segment, file) = create_segment(&*self.disk, &self.folder, sequence, self.hard_state)?;
+        if let Some(closed) = self.segments.back_mut() {
+            closed.bytes = self.written;
+        }
         self.segments.push_back(segment);
         self.file = file;
         self.written = HEADER_BYTES as u64;
         self.synced = self.written;
+        self.mark.note(&synced_of(&self.segments, self.synced));
         Ok(())
     }
 }
 
+/// What the mark says: where each segment ends, and how far the last one was synced.
+fn synced_of(segments: &VecDeque<Segment>, last: u64) -> Synced {
+    let mut synced: Synced = segments
+        .iter()
+        .map(|segment| (segment.sequence, segment.bytes))
+        .collect();
+    if let Some(mut entry) = synced.last_entry() {
+        entry.insert(last);
+    }
+    synced
+}
+
 impl Replayed {
-    /// Joins the log to the newest snapshot. Returns whether the log on disk must be reset: a snapshot
-    /// from the leader was written, and a crash came before the log was emptied at it.
-    pub(crate) fn onto(self, snapshot: Snapshot) -> (Restored, bool) {
+    /// Joins the log to the newest snapshot that can be read. Returns whether the log on disk must be
+    /// reset: a snapshot from the leader was written, and a crash came before the log was emptied at it.
+    ///
+    /// # Errors
+    ///
+    /// Refuses a log that begins after the snapshot, or ends before what it says is committed.
+    pub(crate) fn onto(self, snapshot: Snapshot) -> Result<(Restored, bool), Apart> {
         let Self {
             hard_state,
             mut entries,
             base,
+            end,
         } = self;
         let at = snapshot.index;
+        let begins_after = match entries.first() {
+            Some(first) => first.index.saturating_sub(1),
+            None => base.unwrap_or(at),
+        };
+        if begins_after > at {
+            return Err(Apart::SnapshotMissing {
+                index: begins_after,
+            });
+        }
         let stale = match (entries.first(), entries.last()) {
             (Some(first), Some(last)) if first.index <= at => {
                 last.index < at || entries[(at - first.index) as usize].term != snapshot.term
@@ -272,15 +337,42 @@ impl Replayed {
         if stale {
             entries.clear();
         }
-        (
+        let last = entries.last().map_or(at, |last| last.index.max(at));
+        if hard_state.commit > last {
+            let (path, offset) = end;
+            let commit = hard_state.commit;
+            return Err(Apart::EntriesMissing(StoreError::Corrupt {
+                path,
+                offset,
+                detail: format!(
+                    "index {commit} is committed, and the newest snapshot and the log end at {last}"
+                ),
+            }));
+        }
+        Ok((
             Restored {
                 hard_state,
                 snapshot,
                 entries,
             },
             stale,
-        )
+        ))
     }
+}
+
+/// Why a log does not belong to a snapshot.
+pub(crate) enum Apart {
+    /// The log goes on from a newer snapshot, at this index.
+    SnapshotMissing {
+        /// Its index.
+        index: u64,
+    },
+    /// Less is there than was committed.
+    EntriesMissing(StoreError),
+}
+
+fn segment_path(folder: &Path, sequence: u64) -> PathBuf {
+    folder.join(format!("{sequence:016x}.log"))
 }
 
 fn create_segment(
@@ -289,7 +381,7 @@ fn create_segment(
     sequence: u64,
     hard_state: HardState,
 ) -> Result<(Segment, Box<dyn DiskFile>), StoreError> {
-    let path = folder.join(format!("{sequence:016x}.log"));
+    let path = segment_path(folder, sequence);
     let mut header = Vec::with_capacity(HEADER_BYTES);
     header.extend_from_slice(MAGIC);
     header.push(FORMAT);
@@ -307,6 +399,7 @@ fn create_segment(
         Segment {
             path,
             sequence,
+            bytes: 0,
             max_index: 0,
         },
         file,
@@ -346,30 +439,36 @@ fn read_header(path: &Path, bytes: &[u8], replayed: &mut Replayed) -> Result<Seg
     Ok(Segment {
         path: path.to_owned(),
         sequence,
+        bytes: 0,
         max_index: 0,
     })
 }
 
-/// Takes over one segment's records; returns where the good part ends.
+/// Takes over one segment's records; returns where the good part ends, at `synced` or after it.
 fn replay_records(
     path: &Path,
     bytes: &[u8],
     is_last: bool,
+    synced: u64,
     replayed: &mut Replayed,
     segment: &mut Segment,
 ) -> Result<u64, StoreError> {
     let corrupt = |at: usize, detail: String| {
+        hit(Probe::Damage);
         Err(StoreError::Corrupt {
             path: path.to_owned(),
             offset: at as u64,
             detail,
         })
     };
-    let mut at = HEADER_BYTES;
+    let (mut at, mut said) = (HEADER_BYTES, 0);
     while at < bytes.len() {
-        let (record, next) = match record::read(bytes, at) {
+        let (record, next) = match record::read(bytes, at, &mut said) {
             Ok(read) => read,
             Err(bad) if !is_last => return corrupt(at, bad.to_string()),
+            Err(bad) if (at as u64) < synced => {
+                return corrupt(at, format!("{bad}, and it was synced up to {synced}"));
+            }
             Err(bad) if record::proves_synced(bytes, at) => {
                 return corrupt(
                     at,
@@ -378,6 +477,7 @@ fn replay_records(
             }
             Err(bad) => {
                 let cut = bytes.len() - at;
+                hit(Probe::TornTail);
                 tracing::info!(path = %path.display(), at, cut, %bad, "an unfinished write is cut off");
                 break;
             }
@@ -386,6 +486,9 @@ fn replay_records(
             return corrupt(at, detail);
         }
         at = next;
+    }
+    if (at as u64) < synced {
+        return corrupt(at, format!("it ends here, and was synced up to {synced}"));
     }
     Ok(at as u64)
 }
@@ -409,6 +512,10 @@ impl Replayed {
                         "entry {} lies before the snapshot at {base}",
                         entry.index
                     ));
+                }
+                if on(Bug::ReplacedEntriesComeBack) && last.is_some_and(|last| entry.index <= last)
+                {
+                    return Ok(());
                 }
                 // Before the first one held: what it replaces was in a segment that a later snapshot
                 // covered, so nothing that is held stays.

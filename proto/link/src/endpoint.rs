@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +30,11 @@ const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 const ANSWER_WINDOW_BYTES: u32 = 64 << 10;
 /// Handshakes under way at once; further ones wait in QUIC's own bounded queue.
 const MAX_HANDSHAKES: usize = 256;
+/// Of them, those that began just now: when a thousand peers come back at once, some are done soon and
+/// the others wait, instead of all being late together and beginning anew.
+const MAX_STARTING: usize = 64;
+/// A handshake that takes longer waits for its peer rather than for us, and another one may begin.
+const STARTING: Duration = Duration::from_millis(200);
 /// Links that were accepted and not yet taken by [`Endpoint::accept`].
 const MAX_ACCEPTED: usize = 256;
 /// From the first packet to both Hellos.
@@ -358,7 +364,11 @@ impl Shared {
 
 async fn accept_loop(endpoint: quinn::Endpoint, shared: Arc<Shared>, accepted: mpsc::Sender<Link>) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    while let Some(incoming) = endpoint.accept().await {
+    let starts = Arc::new(Semaphore::new(MAX_STARTING));
+    // The semaphore is never closed.
+    while let Ok(start) = starts.clone().acquire_owned().await
+        && let Some(incoming) = endpoint.accept().await
+    {
         let Ok(permit) = handshakes.clone().try_acquire_owned() else {
             // Unproven addresses pay a round trip when many knock at once.
             if incoming.may_retry() {
@@ -371,7 +381,18 @@ async fn accept_loop(endpoint: quinn::Endpoint, shared: Arc<Shared>, accepted: m
         let (shared, accepted) = (shared.clone(), accepted.clone());
         tokio::spawn(async move {
             let remote = incoming.remote_address();
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, welcome(incoming, &shared)).await {
+            let mut welcoming = pin!(tokio::time::timeout(
+                HANDSHAKE_TIMEOUT,
+                welcome(incoming, &shared)
+            ));
+            let welcomed = match tokio::time::timeout(STARTING, welcoming.as_mut()).await {
+                Ok(welcomed) => welcomed,
+                Err(_) => {
+                    drop(start);
+                    welcoming.await
+                }
+            };
+            match welcomed {
                 Ok(Ok(link)) => {
                     drop(permit);
                     // The receiver lives as long as the endpoint.

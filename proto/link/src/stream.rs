@@ -68,6 +68,12 @@ impl FrameSender {
             })
     }
 
+    /// Sends after all other streams of this connection that have something to send.
+    pub fn give_way(&self) {
+        // Already stopped or lost: nothing is sent any more.
+        let _ = self.stream.set_priority(-1);
+    }
+
     /// Ends the stream cleanly: all that was sent will arrive unless the connection dies.
     pub fn finish(&mut self) {
         self.over = true;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forebay_link::{Alpn, Endpoint, Expect, FrameReceiver, FrameSender, Link};
+use forebay_link::{Alpn, ConnectError, Endpoint, Expect, FrameReceiver, FrameSender, Link};
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::control as wire;
 use forebay_proto::{ClusterId, Role};
@@ -13,8 +13,12 @@ use parking_lot::Mutex;
 use crate::core::error::NodeError;
 use crate::core::roster::MAX_NODES;
 
-/// A handshake on a machine that has other things to do.
+/// A first handshake, on a machine that has other things to do.
 const DIAL_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Each one that was not answered doubles the patience with the next, up to this: a thousand processes
+/// that come back at once have to wait for each other, and whoever begins anew makes the queue longer.
+const MOST_DIAL_PATIENCE: Duration = Duration::from_secs(4);
 
 /// Addresses remembered. At the bound all are forgotten; what is in use goes on until it ends.
 const MAX_SLOTS: usize = 2 * MAX_NODES;
@@ -28,7 +32,21 @@ pub(crate) struct Links {
 }
 
 /// Held while dialling, so that one node is dialled once.
-type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
+type Slot = Arc<tokio::sync::Mutex<Slotted>>;
+
+#[derive(Default)]
+struct Slotted {
+    link: Option<Link>,
+    /// Dials in a row that nobody answered.
+    unanswered: u32,
+}
+
+impl Slotted {
+    fn patience(&self) -> Duration {
+        let doubled = DIAL_PATIENCE * 2u32.saturating_pow(self.unanswered.min(8));
+        doubled.min(MOST_DIAL_PATIENCE)
+    }
+}
 
 impl Links {
     pub(crate) fn new(endpoint: Endpoint) -> Self {
@@ -97,22 +115,37 @@ impl Links {
 
     /// The connection to a node. What the facts call it, its certificate has to.
     pub(crate) async fn link(&self, address: &str, name: Option<&str>) -> Result<Link, NodeError> {
-        let slot = self.slot(address);
-        let mut held = slot.lock().await;
-        if let Some(link) = held.as_ref().filter(|link| link.close_reason().is_none()) {
+        let mut slot = self.slot(address).lock_owned().await;
+        if let Some(link) = slot
+            .link
+            .as_ref()
+            .filter(|link| link.close_reason().is_none())
+        {
             self.check_cluster(link)?;
             return Ok(link.clone());
         }
         let expect = name.map_or(Expect::role(Role::Control), |name| {
             Expect::named(Role::Control, name)
         });
-        let link = self
-            .endpoint
-            .connect(address, Alpn::Control, &expect, DIAL_PATIENCE)
+        let (endpoint, address) = (self.endpoint.clone(), address.to_owned());
+        // Goes on when whoever asked gives up: the next question finds the link.
+        let dial = tokio::spawn(async move {
+            let patience = slot.patience();
+            let dialled = endpoint
+                .connect(&address, Alpn::Control, &expect, patience)
+                .await;
+            slot.unanswered = match &dialled {
+                Err(ConnectError::NoAnswer { .. }) => slot.unanswered + 1,
+                Ok(_) | Err(_) => 0,
+            };
+            slot.link = dialled.as_ref().ok().cloned();
+            dialled
+        });
+        let link = dial
             .await
+            .map_err(|error| unreachable(&error))?
             .map_err(|error| unreachable(&error))?;
         self.check_cluster(&link)?;
-        *held = Some(link.clone());
         Ok(link)
     }
 
@@ -135,9 +168,15 @@ impl Links {
         }
     }
 
-    /// Drops the connection to a node, once nobody uses it.
+    /// Drops the connection to a node, once nobody uses it. One that is being dialled stays: it is new.
     pub(crate) fn forget(&self, address: &str) {
-        self.slots.lock().remove(address);
+        let mut slots = self.slots.lock();
+        if slots
+            .get(address)
+            .is_some_and(|slot| slot.try_lock().is_ok())
+        {
+            slots.remove(address);
+        }
     }
 }
 

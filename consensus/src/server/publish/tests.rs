@@ -168,10 +168,14 @@ fn the_deltas_are_bounded_by_their_size_too() {
         );
     }
     let state = world.published.state.lock();
-    let held: usize = state.deltas.iter().map(|delta| delta.encoded_len()).sum();
+    let held: usize = state
+        .deltas
+        .iter()
+        .map(|told| told.delta.encoded_len())
+        .sum();
     assert_eq!(held, state.delta_bytes);
     assert!(held <= MAX_DELTA_BYTES, "{held}");
     assert!(state.deltas.len() > 50, "{}", state.deltas.len());
-    let oldest = state.deltas.front().map(|delta| delta.revision);
+    let oldest = state.deltas.front().map(|told| told.delta.revision);
     assert_eq!(oldest, Some(state.floor + 1));
 }
