@@ -56,6 +56,8 @@ pub(crate) enum Verb {
     Init(verbs::init::InitArgs),
     /// Show the control nodes, each as it sees itself.
     Members(verbs::members::MembersArgs),
+    /// Change the control plane's own members, hand over its leadership, back it up, time it.
+    Raft(verbs::raft::RaftArgs),
     /// Show the workers that are registered.
     Workers(verbs::workers::WorkersArgs),
     /// Show the fleet on one page, and what is wrong with it.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use forebay_control_client::{ClientError, InitError};
+use forebay_control_client::{AddError, ClientError, InitError};
 use forebay_proto::refusal::Refusal;
 
 /// The exit codes, a contract.
@@ -62,6 +62,12 @@ pub(crate) enum CliError {
     /// No cluster was founded.
     #[error(transparent)]
     Init(#[from] InitError),
+    /// A control node was not added.
+    #[error(transparent)]
+    Add(#[from] AddError),
+    /// A backup.
+    #[error(transparent)]
+    Backup(#[from] forebay_consensus::backup::BackupError),
     /// The certificate authority.
     #[error(transparent)]
     Pki(#[from] forebay_link::PkiError),
@@ -150,6 +156,8 @@ impl CliError {
             Self::Balancer(error) => of_balancer(error),
             Self::Control(error) => of_client(error),
             Self::Init(error) => of_init(error),
+            Self::Add(error) => of_add(error),
+            Self::Backup(error) => of_backup(error),
             Self::Replay(error) => of_replay(error),
             Self::Pki(_)
             | Self::Engine(_)
@@ -197,6 +205,34 @@ fn of_init(error: &InitError) -> Exit {
         InitError::Initialised { .. } => Exit::Conflict,
         InitError::Unfit { .. } => Exit::Refused,
         InitError::Unfinished { .. } => Exit::Partial,
+    }
+}
+
+fn of_add(error: &AddError) -> Exit {
+    match error {
+        AddError::Address(_) => Exit::Usage,
+        AddError::Unreachable { .. } => Exit::Unreachable,
+        AddError::OtherCluster { .. } | AddError::OtherAddress { .. } => Exit::Conflict,
+        AddError::Unfit { .. } | AddError::WasRemoved { .. } | AddError::LostDisk { .. } => {
+            Exit::Refused
+        }
+        AddError::Client(error) => of_client(error),
+        AddError::Unfinished { .. } => Exit::Partial,
+    }
+}
+
+fn of_backup(error: &forebay_consensus::backup::BackupError) -> Exit {
+    use forebay_consensus::backup::BackupError;
+    use forebay_consensus::store::StoreError;
+    match error {
+        BackupError::Member(_) => Exit::Usage,
+        BackupError::NotEmpty { .. } | BackupError::Store(StoreError::InUse { .. }) => {
+            Exit::Conflict
+        }
+        BackupError::Damaged(_)
+        | BackupError::State(_)
+        | BackupError::Store(_)
+        | BackupError::Members(_) => Exit::Failed,
     }
 }
 

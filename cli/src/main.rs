@@ -54,6 +54,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Keys(args) => verbs::keys::run(args),
         Verb::Init(args) => verbs::init::run(&args),
         Verb::Members(args) => verbs::members::run(&args),
+        Verb::Raft(args) => verbs::raft::run(args),
         Verb::Workers(args) => verbs::workers::run(&args),
         Verb::Status(args) => verbs::status::run(&args),
         Verb::Config(args) => verbs::config::run(args),

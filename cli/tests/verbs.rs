@@ -59,7 +59,7 @@ fn what_is_no_command_is_a_usage_error_that_names_it() {
 #[test]
 fn every_verb_has_help_on_stdout() {
     for verb in [
-        "dev", "control", "balancer", "agent", "engine", "ca", "keys", "init", "members",
+        "dev", "control", "balancer", "agent", "engine", "ca", "keys", "init", "members", "raft",
         "workers", "status", "config", "replay",
     ] {
         let output = forebay(&[verb, "--help"]);

@@ -23,7 +23,7 @@ use crate::settings::required;
 /// Options of `forebay control`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  forebay control --data-dir /var/lib/forebay --ca ca.pem --cert c1.pem --key c1-key.pem\n\nA node with an empty disk waits until `forebay init` makes it a member; its address is the one given there. Its name is the one in its certificate."
+    after_help = "Example:\n  forebay control --data-dir /var/lib/forebay --ca ca.pem --cert c1.pem --key c1-key.pem\n\nA node with an empty disk waits until `forebay init`, or `forebay raft add` for a cluster that exists, makes it a member; its address is the one given there. Its name is the one in its certificate."
 )]
 pub(crate) struct ControlArgs {
     /// Its disk: log, snapshots, identity. Losing it means joining anew as another node.
@@ -121,7 +121,10 @@ fn readiness(status: &NodeStatus) -> Result<(), Vec<String>> {
     if !status.initialised {
         // One that says why it stopped was a member.
         if status.problem.is_empty() {
-            reasons.push("belongs to no cluster yet: run `forebay init`".into());
+            reasons.push(
+                "belongs to no cluster yet: run `forebay init`, or `forebay raft add` for one that exists"
+                    .into(),
+            );
         }
     } else if status.leader != status.node_id && status.leader_heard_ms > LEADERLESS_MS {
         reasons.push(format!(

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use forebay_control_client::{ClientError, ControlClient, Facts, NodeError};
+use forebay_control_client::{ClientError, ControlClient, Facts, Group, NodeError};
 use forebay_link::{BindError, Endpoint};
 use forebay_proto::wire::control::NodeStatus;
 use forebay_proto::wire::fleet::{Desired, Observed};
@@ -60,6 +60,15 @@ impl Asked {
     pub(crate) async fn read(&self) -> Result<Facts, CliError> {
         let facts = self.client.read(self.timeout).await;
         facts.map_err(of_read)
+    }
+
+    /// The control plane's own members, by the word of its leader.
+    ///
+    /// # Errors
+    ///
+    /// As [`Asked::read`].
+    pub(crate) async fn group(&self) -> Result<Group, CliError> {
+        self.client.group(self.timeout).await.map_err(of_read)
     }
 
     /// Every node that the context or any node names; works without a quorum.

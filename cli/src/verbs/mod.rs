@@ -8,6 +8,7 @@ pub(crate) mod docs;
 pub(crate) mod init;
 pub(crate) mod keys;
 pub(crate) mod members;
+pub(crate) mod raft;
 pub(crate) mod replay;
 pub(crate) mod sim;
 pub(crate) mod status;

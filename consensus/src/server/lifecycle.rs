@@ -39,7 +39,7 @@ pub(crate) struct Running {
 /// What a node is in.
 #[derive(Clone)]
 pub(crate) enum Phase {
-    /// Waits for `forebay init`.
+    /// Waits for `forebay init` or `forebay raft add`.
     Uninitialised,
     /// Takes part.
     Running(Arc<Running>),
@@ -149,7 +149,7 @@ pub async fn start_with(config: Config, settings: Settings) -> Result<ControlNod
         None => tracing::info!(
             name = shared.name,
             store = %shared.store_id,
-            "uninitialised: waiting for `forebay init`"
+            "uninitialised: waiting for `forebay init` or `forebay raft add`"
         ),
     }
     tokio::spawn(accept_loop(shared.clone()));

@@ -1,7 +1,7 @@
 //! A control node at work: its disk, its replica, its peers and everyone who asks it something.
 //!
-//! A node with an empty disk waits, *uninitialised*, until `forebay init` makes it a member; no flag
-//! creates a cluster. A member runs the replica, carries Raft messages to its peers, answers RPCs and
+//! A node with an empty disk waits, *uninitialised*, until `forebay init` makes it one of the first
+//! members, or `forebay raft add` a later one; no flag creates a cluster. A member runs the replica, carries Raft messages to its peers, answers RPCs and
 //! feeds watchers. Peers whose disk is not the one that the cluster knows are refused before any
 //! message of theirs is looked at.
 #![allow(clippy::disallowed_methods)] // the rim: clocks, tasks and sockets are what it is made of

@@ -217,7 +217,10 @@ fn member(shared: &Shared) -> Result<Arc<Running>, Failure> {
         Phase::Uninitialised => {
             let mut problem = shared.problem.lock().clone();
             if problem.is_empty() {
-                problem = format!("{} waits for `forebay init`", shared.name);
+                problem = format!(
+                    "{} waits for `forebay init` or `forebay raft add`",
+                    shared.name
+                );
             }
             Err(Failure::Uninitialised(control::Uninitialised { problem }))
         }

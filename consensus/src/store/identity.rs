@@ -30,11 +30,11 @@ pub struct ClusterFile {
     pub node_id: NodeId,
     /// This member's name.
     pub node_name: String,
-    /// The members at the time of `init`, this one included.
+    /// The members when this one became one of them, itself included. Later ones are in the state.
     pub members: Vec<MemberRecord>,
 }
 
-/// One member as `init` recorded it.
+/// One member as it was recorded then.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberRecord {
     /// Its Raft id.

@@ -228,6 +228,30 @@ fn a_member_that_was_removed_says_so_and_comes_back_as_a_new_node() {
 }
 
 #[test]
+fn the_leadership_is_not_handed_to_who_does_not_answer_or_has_no_vote() {
+    let mut cell = Cell::initialised(3);
+    let leader = cell.leader();
+    let written = revision(&cell.apply_config(leader, 1, TWO_POOLS, 0));
+    let gone = (leader + 1) % 3;
+    cell.stop(gone);
+    let mut transfer = |to: u64| {
+        let to = control::Transfer {
+            to,
+            reason: "a test".into(),
+            deadline_ms: 5_000,
+        };
+        unfit(&cell.ask(leader, Request::Transfer(to)))
+    };
+    let problem = transfer(gone as u64 + 1);
+    assert!(problem.contains("did not take over"), "{problem}");
+    let problem = transfer(9);
+    assert!(problem.contains("9 is not a member"), "{problem}");
+    let second = "[[pools]]\nname = \"default\"\n";
+    let rewritten = cell.apply_config(leader, 2, second, written);
+    assert!(revision(&rewritten) > written, "the leader goes on");
+}
+
+#[test]
 fn a_join_that_is_not_for_this_disk_or_cluster_is_refused() {
     let mut cell = Cell::with_spares(1, 1);
     let failure = |response: Response| match response {
