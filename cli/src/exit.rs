@@ -181,9 +181,10 @@ fn of_refusal(refusal: &Refusal) -> Exit {
         | Refusal::StillLive { .. }
         | Refusal::StaleSequence { .. }
         | Refusal::FeatureTooNew { .. } => Exit::Conflict,
-        Refusal::LeavesModelEmpty { .. } | Refusal::PoolInUse { .. } | Refusal::Full { .. } => {
-            Exit::Refused
-        }
+        Refusal::LeavesModelEmpty { .. }
+        | Refusal::PoolInUse { .. }
+        | Refusal::Full { .. }
+        | Refusal::MembersUnfit { .. } => Exit::Refused,
         Refusal::Invalid { .. } => Exit::Usage,
         Refusal::StaleEvidence { .. } => Exit::Failed,
     }

@@ -1,5 +1,7 @@
 //! What the fleet agrees on: a Raft node, the fleet state machine, its storage and server.
 
+pub mod backup;
+pub mod bug;
 pub mod fleet;
 pub mod node;
 pub mod probe;

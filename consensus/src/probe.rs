@@ -11,6 +11,8 @@ use std::cell::Cell;
 pub enum Probe {
     /// A leader left a joint membership that another leader had entered.
     JointLeftByAnotherLeader,
+    /// A leader applied its own removal, which a leader before it had begun.
+    LeaderRemoved,
     /// An unfinished write was cut off at the end of the log.
     TornTail,
     /// A snapshot of the leader was on disk, and the log was not emptied at it yet.
@@ -35,8 +37,6 @@ pub enum Probe {
     Repeated,
     /// A command older than the newest one of its client came.
     StaleSequence,
-    /// A command came with evidence that was too old.
-    StaleEvidence,
     /// A command needed a feature level that not everyone has.
     FeatureTooNew,
     /// A worker with a newer incarnation was there already.
@@ -59,6 +59,7 @@ impl Probe {
     /// All of them.
     pub const ALL: [Self; 22] = [
         Self::JointLeftByAnotherLeader,
+        Self::LeaderRemoved,
         Self::TornTail,
         Self::SnapshotBeforeReset,
         Self::SnapshotPassedOver,
@@ -71,7 +72,6 @@ impl Probe {
         Self::ReadAskedAgain,
         Self::Repeated,
         Self::StaleSequence,
-        Self::StaleEvidence,
         Self::FeatureTooNew,
         Self::Superseded,
         Self::LeavesModelEmpty,

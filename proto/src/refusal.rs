@@ -117,6 +117,12 @@ pub enum Refusal {
         /// The newest applied.
         newest: u64,
     },
+    /// The control plane cannot have these members, or not yet. Nothing was proposed.
+    #[error("{problem}")]
+    MembersUnfit {
+        /// Why, and what to do.
+        problem: String,
+    },
 }
 
 impl Refusal {
@@ -145,6 +151,7 @@ impl Refusal {
             Self::Full { .. } => "full",
             Self::StaleSequence { .. } => "stale-sequence",
             Self::FeatureTooNew { .. } => "feature-too-new",
+            Self::MembersUnfit { .. } => "members-unfit",
         }
     }
 
@@ -194,6 +201,7 @@ impl Refusal {
                 needed: r.needed,
                 level: r.level,
             },
+            Reason::MembersUnfit(r) => Self::MembersUnfit { problem: r.problem },
         })
     }
 
@@ -234,6 +242,7 @@ impl Refusal {
             Self::FeatureTooNew { needed, level } => {
                 Reason::FeatureTooNew(wire::FeatureTooNew { needed, level })
             }
+            Self::MembersUnfit { problem } => Reason::MembersUnfit(wire::MembersUnfit { problem }),
         };
         wire::Refusal {
             reason: Some(reason),
@@ -302,6 +311,7 @@ mod tests {
                 asked: 1,
                 newest: 2,
             },
+            Refusal::MembersUnfit { problem: text() },
         ];
         for refusal in all {
             assert_eq!(Refusal::from_wire(refusal.to_wire()), Some(refusal));

@@ -45,11 +45,19 @@ pub enum Rpc {
     Place,
     /// Follow what is resident in a worker's cache.
     Follow,
+    /// Make an uninitialised node, which was added before, a member.
+    Join,
+    /// Hand the leadership over.
+    Transfer,
+    /// The whole state, for a backup.
+    Snapshot,
+    /// Time an entry that changes nothing.
+    Measure,
 }
 
 impl Rpc {
     /// Every RPC, for tables and tests.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 23] = [
         Self::Probe,
         Self::Bootstrap,
         Self::Read,
@@ -69,6 +77,10 @@ impl Rpc {
         Self::RaiseFeatureLevel,
         Self::Place,
         Self::Follow,
+        Self::Join,
+        Self::Transfer,
+        Self::Snapshot,
+        Self::Measure,
     ];
 
     /// Whether a peer of this role may call it.
@@ -80,7 +92,12 @@ impl Rpc {
         use Role::{Agent, Balancer, Control, Operator};
         match self {
             Self::Probe => true,
-            Self::Bootstrap | Self::ChangeMembers => matches!(role, Operator(Level::Admin)),
+            Self::Bootstrap
+            | Self::ChangeMembers
+            | Self::Join
+            | Self::Transfer
+            | Self::Snapshot
+            | Self::Measure => matches!(role, Operator(Level::Admin)),
             Self::Read | Self::Audit => matches!(role, Control | Operator(_)),
             Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
             Self::Renew => matches!(role, Balancer | Agent),
@@ -107,6 +124,10 @@ impl Rpc {
             Request::Watch(_) => Self::Watch,
             Request::Renew(_) => Self::Renew,
             Request::Audit(_) => Self::Audit,
+            Request::Join(_) => Self::Join,
+            Request::Transfer(_) => Self::Transfer,
+            Request::Snapshot(_) => Self::Snapshot,
+            Request::Measure(_) => Self::Measure,
             Request::Propose(_) => match action? {
                 Action::Register(_) => Self::RegisterWorker,
                 Action::Observe(_) => Self::ObserveWorker,
@@ -128,7 +149,7 @@ mod tests {
     use super::*;
 
     /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
-    const REVIEWED: [(Rpc, &str); 19] = [
+    const REVIEWED: [(Rpc, &str); 23] = [
         (Rpc::Probe, "cbavoA"),
         (Rpc::Bootstrap, ".....A"),
         (Rpc::Read, "c..voA"),
@@ -148,6 +169,10 @@ mod tests {
         (Rpc::RaiseFeatureLevel, "......"),
         (Rpc::Place, ".b...."),
         (Rpc::Follow, ".b...."),
+        (Rpc::Join, ".....A"),
+        (Rpc::Transfer, ".....A"),
+        (Rpc::Snapshot, ".....A"),
+        (Rpc::Measure, ".....A"),
     ];
 
     #[test]
@@ -174,7 +199,7 @@ mod tests {
         }
         assert_eq!(
             Rpc::ALL.last().map(|rpc| *rpc as usize),
-            Some(Rpc::Follow as usize)
+            Some(Rpc::Measure as usize)
         );
     }
 

@@ -13,6 +13,8 @@ use serde::Serialize;
 use crate::exit::{CliError, Exit};
 use crate::output::{self, OutputArgs};
 
+mod bugs;
+
 /// Options of `forebay sim`.
 #[derive(Debug, Args)]
 pub(crate) struct SimArgs {
@@ -43,6 +45,10 @@ struct FaultsArgs {
     /// Control nodes at the start of each world. Default: as the seed draws.
     #[arg(long, value_name = "N", value_parser = ["3", "5"])]
     nodes: Option<String>,
+    /// Put a known bug back first, and count the seeds that catch it (50 unless told otherwise): one
+    /// of those that a wrong name lists, or all. Only in builds with the feature "bugs".
+    #[arg(long, value_name = "NAME", conflicts_with = "minutes")]
+    bug: Option<String>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -63,6 +69,9 @@ type Ended = BTreeMap<u64, Result<Summary, Box<Failure>>>;
 /// Runs the verb.
 pub(crate) fn run(args: &SimArgs) -> Result<(), CliError> {
     let SimVerb::Faults(args) = &args.verb;
+    if let Some(bug) = &args.bug {
+        return bugs::run(args, bug);
+    }
     let began = Instant::now();
     let ended = worlds(args, began);
     let mut summary = Summary::default();
@@ -91,6 +100,16 @@ pub(crate) fn run(args: &SimArgs) -> Result<(), CliError> {
     }
 }
 
+impl FaultsArgs {
+    fn world(&self, seed: u64) -> Request {
+        Request {
+            seed,
+            nodes: self.nodes.as_ref().and_then(|nodes| nodes.parse().ok()),
+            bug: None,
+        }
+    }
+}
+
 /// Runs worlds on all cores; each has its seed alone.
 fn worlds(args: &FaultsArgs, began: Instant) -> Ended {
     let next = AtomicU64::new(args.seed);
@@ -99,7 +118,6 @@ fn worlds(args: &FaultsArgs, began: Instant) -> Ended {
     let stop = args
         .minutes
         .map(|minutes| Duration::from_secs(60 * minutes));
-    let nodes = args.nodes.as_ref().and_then(|nodes| nodes.parse().ok());
     let (ended, said) = (Mutex::new(Ended::new()), Mutex::new(began));
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
     std::thread::scope(|scope| {
@@ -110,7 +128,7 @@ fn worlds(args: &FaultsArgs, began: Instant) -> Ended {
                     if seed >= end {
                         break;
                     }
-                    let world = faults::run(Request { seed, nodes });
+                    let world = faults::run(args.world(seed));
                     if let Err(failure) = &world {
                         output::say(&format!("seed {seed}: {}", failure.violation));
                     }
@@ -145,6 +163,7 @@ fn table(report: &Report) -> String {
             row("simulated hours", format!("{:.2}", summary.simulated_hours)),
             row("times real time", format!("{:.0}", report.speedup)),
             row("faults", faults.to_string()),
+            row("placements", summary.placements.to_string()),
             row(
                 "operations ok/unknown/refused",
                 format!(

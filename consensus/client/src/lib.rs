@@ -10,6 +10,7 @@ mod shell;
 
 pub use crate::core::error::{ClientError, NodeError, Tried};
 pub use crate::core::facts::{Facts, FactsError, WorkerFact};
+pub use crate::core::group::{AddError, Group};
 pub use crate::core::init::InitError;
 pub use crate::core::watch::WatchProblem;
 pub use shell::client::{ControlClient, Done};

@@ -37,6 +37,13 @@ impl Fleet {
             keys: self.keys.clone(),
         })))
     }
+
+    /// The same without any key, for those who must not have them.
+    #[must_use]
+    pub fn without_keys(mut self) -> Self {
+        self.keys.clear();
+        self
+    }
 }
 
 #[cfg(test)]

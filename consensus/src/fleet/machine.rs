@@ -21,7 +21,8 @@ impl Machine for Fleet {
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), RestoreError> {
-        *self = Self::restore(bytes).map_err(|error| RestoreError(error.to_string()))?;
+        let restored = Self::restore(bytes).map_err(|error| RestoreError(error.to_string()))?;
+        *self = restored.as_build_of(self.knows);
         Ok(())
     }
 }

@@ -7,19 +7,50 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use forebay_proto::NodeId;
 use forebay_proto::fleet::{Member, check_address};
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
+use forebay_proto::{ClusterId, NodeId};
 use wire::change::Change;
+use wire::command::Action;
 use wire::outcome::Outcome;
 
 use super::{Applied, Effect, FEATURE_LEVEL, Fleet};
+use crate::bug::{Bug, on};
 use crate::node::Members;
 use crate::probe::{Probe, hit};
 
 /// The feature level that changes of the members need.
 pub const MEMBERS_LEVEL: u32 = 2;
+
+/// The feature level of the version that first understood this command.
+pub(super) const fn level_of(action: &Action) -> u32 {
+    match action {
+        Action::ChangeMembers(_) | Action::RaiseFeatureLevel(_) => MEMBERS_LEVEL,
+        Action::Register(_)
+        | Action::Observe(_)
+        | Action::Goodbye(_)
+        | Action::SetDesired(_)
+        | Action::Remove(_)
+        | Action::ApplyConfig(_)
+        | Action::Expire(_)
+        | Action::RotateKey(_) => 1,
+    }
+}
+
+/// Why a command must not even be proposed in a cell of this feature level: a node that does not
+/// know it would refuse it in other words than one that does, and their states would differ.
+/// Raising the level is left to whoever asked everyone.
+#[must_use]
+pub fn too_new(action: &Action, level: u32) -> Option<Refusal> {
+    let needed = level_of(action);
+    let raises = matches!(action, Action::RaiseFeatureLevel(_));
+    if needed <= level || raises || on(Bug::FeatureNotGated) {
+        return None;
+    }
+    hit(Probe::FeatureTooNew);
+    Some(Refusal::FeatureTooNew { needed, level })
+}
 
 impl Fleet {
     /// Applies one committed entry that carries Raft's change of its members, too; says besides
@@ -133,11 +164,22 @@ impl Fleet {
         if self.feature_level >= level {
             return Ok(());
         }
-        hit(Probe::FeatureTooNew);
         Err(Refusal::FeatureTooNew {
             needed: level,
             level: self.feature_level,
         })
+    }
+
+    /// The same state as that of a new cluster of this one member, whose id is new.
+    #[must_use]
+    pub fn refounded(mut self, cluster_id: ClusterId, member: Member) -> Self {
+        self.cluster_id = cluster_id;
+        self.newest_member = self.newest_member.max(member.id.0);
+        self.members = vec![Member {
+            learner: false,
+            ..member
+        }];
+        self
     }
 
     /// The newest id that any member ever had.

@@ -39,10 +39,11 @@ use forebay_proto::{ClusterId, Millis, Revision};
 use wire::change::Change;
 use wire::command::Action;
 
-pub use members::MEMBERS_LEVEL;
+pub use members::{MEMBERS_LEVEL, too_new};
 pub use snapshot::RestoreError;
 pub use workers::Worker;
 
+use crate::bug::{Bug, on};
 use crate::probe::{Probe, hit};
 use audit::Chain;
 use config::Agreed;
@@ -78,6 +79,8 @@ pub struct Fleet {
     newest_member: u64,
     /// The entry that is applied carries Raft's change of its members, too.
     changing: bool,
+    /// Newest feature that this build understands.
+    knows: u32,
     config: Agreed,
     /// Pools whose leases ran out in too great a number to believe it.
     correlated: BTreeSet<String>,
@@ -130,6 +133,7 @@ impl Fleet {
             workers: BTreeMap::new(),
             newest_member: newest(&members),
             changing: false,
+            knows: FEATURE_LEVEL,
             members,
             config: Agreed::built_in(),
             correlated: BTreeSet::new(),
@@ -146,6 +150,13 @@ impl Fleet {
         self
     }
 
+    /// The same as a build would hold it that understands no newer features than this.
+    #[must_use]
+    pub fn as_build_of(mut self, level: u32) -> Self {
+        self.knows = level;
+        self
+    }
+
     /// Applies one committed entry, an encoded `Proposal`, alike on every replica.
     ///
     /// An entry that does not decode is refused as invalid; a repetition of a client's newest
@@ -157,7 +168,11 @@ impl Fleet {
             Err(refusal) => return Applied::refused(&refusal),
         };
         // Time never goes back, whatever a leader stamped; the audit says the same time.
-        self.cell_time = self.cell_time.max(proposal.at);
+        self.cell_time = if on(Bug::CellTimeRestarts) {
+            proposal.at
+        } else {
+            self.cell_time.max(proposal.at)
+        };
         proposal.at = self.cell_time;
         if proposal.sequence == 0 {
             return self.apply_once(Revision(index), &proposal);
@@ -214,6 +229,10 @@ impl Fleet {
         action: Action,
         proposal: &Proposal,
     ) -> Result<Effect, Refusal> {
+        if members::level_of(&action) > self.knows {
+            // As that build decodes it: a command of no kind.
+            return Err(proposal::unknown_kind());
+        }
         let evidence = proposal.evidence.as_ref();
         match action {
             Action::Register(command) => self.register(at, command, evidence),

@@ -44,10 +44,13 @@ pub(super) fn action(command: &Bytes) -> Result<Action, Refusal> {
     wire::Command::decode(command.clone())
         .map_err(|_| Refusal::invalid("command", "does not decode"))?
         .action
-        .ok_or_else(|| {
-            let problem = "is none that this version knows: update the control nodes first";
-            Refusal::invalid("command", problem)
-        })
+        .ok_or_else(unknown_kind)
+}
+
+/// A command of a kind that a later version added.
+pub(super) fn unknown_kind() -> Refusal {
+    let problem = "is none that this version knows: update the control nodes first";
+    Refusal::invalid("command", problem)
 }
 
 /// The leader's evidence, where a guard cannot do without it.
@@ -60,7 +63,6 @@ pub(super) fn fresh(evidence: Option<&wire::Evidence>) -> Result<&wire::Evidence
     })?;
     let age = Millis(evidence.age_ms.into());
     if age > EVIDENCE_LIMIT {
-        crate::probe::hit(crate::probe::Probe::StaleEvidence);
         return Err(Refusal::StaleEvidence {
             age_ms: age.0,
             limit_ms: EVIDENCE_LIMIT.0,

@@ -15,7 +15,8 @@ use wire::{Desired, Observed};
 
 use super::proposal::fresh;
 use super::workers::{Worker, incarnation};
-use super::{Effect, Fleet, LIVE_WITHIN, MAX_WORKERS};
+use super::{Effect, FEATURE_LEVEL, Fleet, LIVE_WITHIN, MAX_WORKERS};
+use crate::bug::{Bug, on};
 
 /// A registration that is well-formed and fits the configuration.
 struct Registration {
@@ -111,8 +112,12 @@ impl Fleet {
             worker.observed = Observed::Joining;
             worker.acknowledged_revision = Revision(0);
         }
+        if self.knows < FEATURE_LEVEL && on(Bug::ReencodedByOldNode) {
+            worker.spec_bytes = asked.spec.to_wire();
+        } else {
+            worker.spec_bytes = asked.spec_bytes;
+        }
         worker.spec = asked.spec;
-        worker.spec_bytes = asked.spec_bytes;
         worker.lost = false;
         worker.departed = false;
         worker.revision = at;
@@ -172,7 +177,7 @@ impl Worker {
             ..held
         };
         let again = next == self.incarnation && !self.departed;
-        if next > self.incarnation || again {
+        if next > self.incarnation || again || on(Bug::StaleIncarnation) {
             Ok(next)
         } else {
             Err(self.supersedes(next))

@@ -14,6 +14,7 @@ use forebay_proto::{Incarnation, Millis, Now};
 use prost::Message;
 
 use super::lease::{Leases, RenewError};
+use crate::bug::{Bug, on};
 use crate::node::Role;
 use crate::replica::Status;
 
@@ -77,11 +78,15 @@ impl Reign {
             return false;
         }
         self.term = leads;
-        self.leases.became_leader(now, alive(facts));
+        if on(Bug::OldLeases) {
+            self.leases.follow(now, alive(facts));
+        } else {
+            self.leases.became_leader(now, alive(facts));
+        }
         self.followed = facts.revision;
         self.cell_time = Millis(facts.cell_time_ms);
         self.began = now;
-        if facts.cell_time_ms == 0 {
+        if facts.cell_time_ms == 0 || on(Bug::CellTimeRestarts) {
             self.cell_time = wall_clock();
         }
         true
@@ -161,7 +166,7 @@ pub fn begun(election: &mut Option<(u64, u64)>, status: &Status) -> Option<u64> 
     });
     *election = known;
     known
-        .filter(|(_, end)| status.applied >= *end)
+        .filter(|(_, end)| status.applied >= *end || on(Bug::ReignTooEarly))
         .map(|(term, _)| term)
 }
 

@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use forebay_proto::ClientId;
 use forebay_proto::wire::fleet as wire;
 
+use crate::bug::{Bug, on};
+
 /// Clients remembered.
 pub(super) const MAX_SESSIONS: usize = 4_096;
 
@@ -43,6 +45,7 @@ impl Sessions {
         session.used = session.used.max(index);
         match sequence.cmp(&session.sequence) {
             std::cmp::Ordering::Greater => Seen::Never,
+            std::cmp::Ordering::Equal if on(Bug::RetryAppliedTwice) => Seen::Never,
             std::cmp::Ordering::Equal => Seen::Before(session.outcome.clone()),
             std::cmp::Ordering::Less => Seen::Past {
                 newest: session.sequence,

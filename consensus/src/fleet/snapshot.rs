@@ -17,6 +17,7 @@ use super::config::Agreed;
 use super::keys::MAX_KEYS;
 use super::sessions::{MAX_SESSIONS, Session, Sessions};
 use super::{FEATURE_LEVEL, Fleet, MAX_WORKERS, Worker};
+use crate::bug::{Bug, on};
 
 const MAGIC: &[u8; 8] = b"FBYFLEET";
 const VERSION: u16 = 1;
@@ -94,7 +95,7 @@ impl Fleet {
     /// The whole state as bytes. Equal states give equal bytes.
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {
-        let body = self.body().encode_to_vec();
+        let body = self.kept().encode_to_vec();
         let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_be_bytes());
@@ -130,6 +131,20 @@ impl Fleet {
     #[must_use]
     pub fn state_hash(&self) -> [u8; 32] {
         Sha256::digest(self.body().encode_to_vec()).into()
+    }
+
+    /// What [`Fleet::snapshot`] keeps.
+    fn kept(&self) -> Body {
+        let mut body = self.body();
+        if on(Bug::SnapshotWithoutSessions) {
+            body.sessions.clear();
+        }
+        if on(Bug::SnapshotLosesDesired) {
+            for worker in body.facts.iter_mut().flat_map(|facts| &mut facts.workers) {
+                worker.desired = wire::Desired::Ready.into();
+            }
+        }
+        body
     }
 
     fn body(&self) -> Body {
@@ -184,6 +199,7 @@ impl Fleet {
             // Written by a version that changed no members: the newest one is among them.
             newest_member: body.newest_member.max(super::newest(&members)),
             changing: false,
+            knows: FEATURE_LEVEL,
             members,
             config: Agreed {
                 document: Config::from_wire(&facts.config).map_err(malformed)?,

@@ -10,6 +10,7 @@ use wire::change::Change;
 use wire::{Desired, Observed};
 
 use super::{Effect, Fleet};
+use crate::probe::{Probe, hit};
 
 /// One worker, as agreed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,6 +164,7 @@ impl Fleet {
                     && other.spec.serves(model)
             });
             if !stays_served {
+                hit(Probe::LeavesModelEmpty);
                 return Err(Refusal::LeavesModelEmpty {
                     model: model.clone(),
                     pool: pool.clone(),
@@ -211,6 +213,7 @@ impl Worker {
     }
 
     pub(super) fn supersedes(&self, asked: Incarnation) -> Refusal {
+        hit(Probe::Superseded);
         Refusal::Superseded {
             asked,
             current: self.incarnation,

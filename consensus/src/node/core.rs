@@ -17,6 +17,7 @@ use super::status::{Role, SnapshotReport, Status};
 use super::step::{Outcome, ReadReady, Step, Write};
 use super::types::{Entry, HardState, Restored, Snapshot};
 use super::validate::{self, Rejected};
+use crate::probe::{Probe, hit};
 
 /// How often [`Node::tick`] is to be called.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -69,6 +70,8 @@ pub struct Node {
     stopped: bool,
     /// Entries were given out and are not applied yet.
     applying: bool,
+    /// The term of the entry by which the group entered a joint membership.
+    joint_since: u64,
 }
 
 impl Node {
@@ -116,6 +119,7 @@ impl Node {
             commit_owed: false,
             stopped: false,
             applying: false,
+            joint_since: 0,
         };
         node.draw_timeout();
         Ok(node)
@@ -286,7 +290,8 @@ impl Node {
         for id in &change.promote {
             let matched = progress(id).map_or(0, |progress| progress.matched);
             let behind = raft.raft_log.committed.saturating_sub(matched);
-            if behind > MAX_BEHIND {
+            // One that acknowledged nothing has no snapshot yet.
+            if behind > MAX_BEHIND || matched == 0 {
                 let node = *id;
                 return Err(ChangeRefused::NotCaughtUp { node, behind });
             }
@@ -332,7 +337,6 @@ impl Node {
             && !raft.has_pending_conf()
             && raft.raft_log.applied == raft.raft_log.committed
         {
-            crate::probe::hit(crate::probe::Probe::JointLeftByAnotherLeader);
             // Refused only while too much waits; the next tick tries again.
             let _ = self.append_change(Bytes::new(), Bytes::new());
         }
@@ -358,8 +362,22 @@ impl Node {
             .raw
             .apply_conf_change(&change)
             .map_err(|error| Rejected::Raft(error.to_string()))?;
+        let raft = &mut self.raw.raft;
+        if raft.state == StateRole::Leader && !state.voters.contains(&raft.id) {
+            // A leader of before began its removal. raft-rs would let it lead on, and panics when it
+            // next counts the votes that it has none of.
+            hit(Probe::LeaderRemoved);
+            let term = raft.term;
+            raft.become_follower(term, raft::INVALID_ID);
+        }
         self.settle(before, false);
+        let was_joint = self.members.is_joint();
         self.members = Members::from_raft(&state)?;
+        if self.members.is_joint() {
+            self.joint_since = entry.term;
+        } else if was_joint && self.joint_since != entry.term {
+            hit(Probe::JointLeftByAnotherLeader);
+        }
         Ok(&self.members)
     }
 
@@ -492,6 +510,11 @@ impl Node {
     #[must_use]
     pub fn members_changed(&self) -> bool {
         self.raw.store().snapshot().members != self.members
+    }
+
+    /// The members of the last snapshot.
+    pub(crate) fn snapshot_members(&self) -> &Members {
+        &self.raw.store().snapshot().members
     }
 
     /// The index of the last snapshot.

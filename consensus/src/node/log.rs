@@ -8,6 +8,8 @@ use raft::{Error, GetEntriesContext, RaftState, Storage, StorageError};
 use std::collections::VecDeque;
 
 use super::types::{Entry, HardState, Restored, RestoredError, Snapshot};
+use crate::bug::{Bug, on};
+use crate::probe::{Probe, hit};
 
 pub(crate) struct Log {
     hard_state: HardState,
@@ -73,6 +75,9 @@ impl Log {
             });
         }
         hard_state.commit = hard_state.commit.max(at.0);
+        if on(Bug::WholeLogTakenForCommitted) {
+            hard_state.commit = last;
+        }
         if hard_state.term < at.1 {
             hard_state = HardState {
                 term: at.1,
@@ -121,6 +126,7 @@ impl Log {
             .back()
             .is_some_and(|last| last.index >= first.index)
         {
+            hit(Probe::EntriesReplaced);
             if let Some(entry) = self.entries.pop_back() {
                 self.bytes -= cost(&entry);
             }

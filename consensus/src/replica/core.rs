@@ -15,6 +15,7 @@ use super::reads::Reads;
 use super::{
     Applied, Hook, Machine, Outbound, ReplicaOptions, RestoreError, StartError, StopReason,
 };
+use crate::bug::{Bug, on};
 use crate::node::{
     Config, Entry, MAX_SNAPSHOT_BYTES, Message, Node, Outcome, ProposeRefused, Rejected, Restored,
     Role, Snapshot, Write,
@@ -124,10 +125,28 @@ impl<M: Machine> Core<M> {
             } => {
                 // In the order in which they came.
                 self.propose_batch();
-                let proposed = self.node.propose_change(&change, command);
+                let proposed = self.node.propose_change(&change, command.clone());
+                if let (Ok((term, index)), true) = (&proposed, on(Bug::ChangeWhenProposed)) {
+                    self.change_members(&Entry {
+                        change: Some(change.encode().into()),
+                        ..Entry::command(*index, *term, command)
+                    });
+                }
                 self.wait_for(proposed, vec![reply]);
             }
-            Input::Read { reply } => self.reads.add(reply),
+            Input::Read { reply } => {
+                let alone = on(Bug::LeaderReadsAlone) && self.node.role() == Role::Leader;
+                if alone || on(Bug::StaleRead) {
+                    let _ = reply.send(Ok(self.applied));
+                } else {
+                    self.reads.add(reply);
+                }
+            }
+            Input::State { reply } => {
+                if let Some(term) = self.node.term_at(self.applied).filter(|_| self.applied > 0) {
+                    let _ = reply.send(self.state(term));
+                }
+            }
             Input::Transfer { to, reply } => {
                 let begun = self.node.transfer(to);
                 if begun.is_ok() {
@@ -284,7 +303,7 @@ impl<M: Machine> Core<M> {
         self.hook.applied(&self.machine, self.applied, &results);
         for result in results {
             if let Some((term, reply)) = self.waiters.remove(&result.index) {
-                let same = term == result.term;
+                let same = term == result.term || on(Bug::OutcomeOfAnother);
                 let _ = reply.send(if same {
                     Ok(result)
                 } else {
@@ -305,6 +324,9 @@ impl<M: Machine> Core<M> {
 
     /// What this node proposed in a term that it no longer leads has an unknown outcome.
     fn fail_lost_proposals(&mut self) {
+        if on(Bug::OutcomeOfAnother) {
+            return;
+        }
         let leads = self.node.role() == Role::Leader;
         let term = self.node.term();
         if self
@@ -338,25 +360,21 @@ impl<M: Machine> Core<M> {
         let Some(term) = self.node.term_at(self.applied) else {
             return Ok(());
         };
-        let members = self.node.members().clone();
         if self.node.snapshot_index() >= self.applied {
             return Ok(());
         }
-        let data = Bytes::from(self.machine.snapshot());
-        if data.len() > MAX_SNAPSHOT_BYTES {
-            let (bytes, max) = (data.len(), MAX_SNAPSHOT_BYTES);
+        let mut snapshot = self.state(term);
+        if on(Bug::SnapshotOfOlderMembers) {
+            snapshot.members = self.node.snapshot_members().clone();
+        }
+        if snapshot.data.len() > MAX_SNAPSHOT_BYTES {
+            let (bytes, max) = (snapshot.data.len(), MAX_SNAPSHOT_BYTES);
             tracing::error!(
                 bytes,
                 max,
                 "the state is too large to be sent to a member that lost track"
             );
         }
-        let snapshot = Snapshot {
-            index: self.applied,
-            term,
-            members,
-            data,
-        };
         match self
             .store
             .save_snapshot(&snapshot, self.options.keep_entries)
@@ -371,6 +389,16 @@ impl<M: Machine> Core<M> {
         hit(Probe::SnapshotMade);
         self.node.compact(snapshot, self.options.keep_entries);
         Ok(())
+    }
+
+    /// The machine's state at the index that it includes, which has this term.
+    fn state(&self, term: u64) -> Snapshot {
+        Snapshot {
+            index: self.applied,
+            term,
+            members: self.node.members().clone(),
+            data: self.machine.snapshot().into(),
+        }
     }
 
     /// What the replica knows of itself.

@@ -11,7 +11,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Applied, StopReason};
 use crate::node::{
-    ChangeRefused, MAX_COMMAND_BYTES, Members, MembersChange, Message, Role, SnapshotReport,
+    ChangeRefused, MAX_COMMAND_BYTES, Members, MembersChange, Message, Role, Snapshot,
+    SnapshotReport,
 };
 
 /// Inputs that wait for the replica's thread.
@@ -152,6 +153,11 @@ pub enum Input<O> {
         /// Gets an index that the machine has applied.
         reply: oneshot::Sender<Result<u64, ReadError>>,
     },
+    /// The machine's state as it is, with the members.
+    State {
+        /// Gets it; nobody does when no index is known for it.
+        reply: oneshot::Sender<Snapshot>,
+    },
     /// Hand the leadership over.
     Transfer {
         /// To whom.
@@ -180,6 +186,7 @@ impl<O> Input<O> {
             }
             Self::Propose { command, .. } | Self::Change { command, .. } => command.len(),
             Self::Read { .. }
+            | Self::State { .. }
             | Self::Transfer { .. }
             | Self::Unreachable(_)
             | Self::Snapshot(..)
@@ -323,6 +330,26 @@ impl<O: Send + 'static> ReplicaHandle<O> {
             })?;
         match timeout_at(deadline, answer).await {
             Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(ReadError::Stopped),
+            Err(_) => Err(ReadError::Timeout),
+        }
+    }
+
+    /// The whole state as it is applied here. For one that is new enough, wait for
+    /// [`ReplicaHandle::read_index`] first.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ReadError`]; also at the deadline when this node has no state yet.
+    pub async fn snapshot(&self, deadline: Instant) -> Result<Snapshot, ReadError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::State { reply })
+            .map_err(|full| match full {
+                Full::Queue => ReadError::Overloaded,
+                Full::Gone => ReadError::Stopped,
+            })?;
+        match timeout_at(deadline, answer).await {
+            Ok(Ok(snapshot)) => Ok(snapshot),
             Ok(Err(_)) => Err(ReadError::Stopped),
             Err(_) => Err(ReadError::Timeout),
         }

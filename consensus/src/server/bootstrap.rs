@@ -1,10 +1,11 @@
-//! How a node with an empty disk becomes one of the first members of a cluster.
+//! How a node with an empty disk becomes a member: one of the first of a new cluster, or a later one.
 
 use std::sync::Arc;
 
 use forebay_proto::fleet::Member;
 use forebay_proto::ids::check_name;
 use forebay_proto::wire::control::{self, failure::Failure};
+use forebay_proto::wire::fleet;
 use forebay_proto::{ClusterId, NodeId};
 
 use super::BOOTSTRAP_AFTER;
@@ -12,7 +13,7 @@ use super::lifecycle::{Phase, Shared, run_member};
 use crate::fleet::Fleet;
 use crate::node::{Members, Snapshot};
 use crate::replica::StopReason;
-use crate::store::{ClusterFile, MemberRecord};
+use crate::store::{ClusterFile, MemberRecord, Uninitialised};
 
 /// How long the answer to a failed init may take to leave.
 const TELL_PATIENCE: std::time::Duration = std::time::Duration::from_millis(250);
@@ -29,7 +30,7 @@ pub(crate) async fn bootstrap(
     request: &control::Bootstrap,
 ) -> Result<control::Bootstrapped, Failure> {
     let cluster_id = ClusterId::from_wire(&request.cluster_id).map_err(|e| bad(e.to_string()))?;
-    let members = members(request)?;
+    let members = members(&request.members)?;
     let own = members
         .iter()
         .find(|member| member.name == shared.name)
@@ -56,19 +57,75 @@ pub(crate) async fn bootstrap(
     check_distinct(&members)?;
     let snapshot = first_snapshot(cluster_id, &members).map_err(|error| bad(error.to_string()))?;
     let file = ClusterFile::new(cluster_id, own, shared.name.clone(), members);
-    // Last: whatever is wrong with the request, the disk stays fit for a better one.
-    let disk = waiting.take().ok_or_else(|| {
-        let reason = "the disk failed during an earlier init: see this node's log".to_owned();
-        Failure::Stopped(control::Stopped { reason })
-    })?;
-    let (store, restored) = disk
-        .bootstrap(file, &snapshot)
-        .map_err(|error| ended(shared, StopReason::Store(error)))?;
-    run_member(shared, store, restored).map_err(|error| ended(shared, StopReason::Start(error)))?;
+    begin(shared, waiting.take(), file, &snapshot)?;
     Ok(control::Bootstrapped {
         cluster_id: cluster_id.to_wire(),
         node_id: own.0,
     })
+}
+
+/// Makes this node a member of a cluster that has added it, with an empty log: the leader sends it what
+/// it needs. A repetition succeeds.
+///
+/// What it asks for holds even where the node was told that it lost its disk: the cluster has agreed on
+/// this disk since.
+pub(crate) async fn join(
+    shared: &Arc<Shared>,
+    request: &control::Join,
+) -> Result<control::Bootstrapped, Failure> {
+    let cluster_id = ClusterId::from_wire(&request.cluster_id).map_err(|e| bad(e.to_string()))?;
+    let own = NodeId(request.node_id);
+    let members = members(&request.members)?;
+    let mut waiting = shared.waiting.lock().await;
+    if let Some(running) = shared.running() {
+        let (cluster, node_id) = (&running.cluster, running.cluster.node_id);
+        let cluster_id_of = cluster.cluster_id.to_wire();
+        if cluster.cluster_id == cluster_id && node_id == own {
+            return Ok(control::Bootstrapped {
+                cluster_id: cluster_id_of,
+                node_id: own.0,
+            });
+        }
+        return Err(Failure::AlreadyInitialised(control::AlreadyInitialised {
+            cluster_id: cluster_id_of,
+        }));
+    }
+    let same = |member: &&MemberRecord| {
+        member.id == own && member.name == shared.name && member.store_id == shared.store_id
+    };
+    if !members.iter().any(|member| same(&member)) {
+        return Err(bad(format!(
+            "the cluster did not add {} with store {} as node {own}: it restarted on another disk; \
+             remove that node and add this one anew",
+            shared.name, shared.store_id
+        )));
+    }
+    check_distinct(&members)?;
+    let file = ClusterFile::new(cluster_id, own, shared.name.clone(), members);
+    begin(shared, waiting.take(), file, &Snapshot::of_a_joiner())?;
+    shared.set_problem("");
+    Ok(control::Bootstrapped {
+        cluster_id: cluster_id.to_wire(),
+        node_id: own.0,
+    })
+}
+
+/// Writes what a member begins with, and takes part. Last of all: whatever is wrong with a request, the
+/// disk stays fit for a better one.
+fn begin(
+    shared: &Arc<Shared>,
+    disk: Option<Uninitialised>,
+    file: ClusterFile,
+    snapshot: &Snapshot,
+) -> Result<(), Failure> {
+    let disk = disk.ok_or_else(|| {
+        let reason = "the disk failed during an earlier init: see this node's log".to_owned();
+        Failure::Stopped(control::Stopped { reason })
+    })?;
+    let (store, restored) = disk
+        .bootstrap(file, snapshot)
+        .map_err(|error| ended(shared, StopReason::Store(error)))?;
+    run_member(shared, store, restored).map_err(|error| ended(shared, StopReason::Start(error)))
 }
 
 /// The disk is in an unknown state, which only a new start of the process sorts out.
@@ -101,9 +158,9 @@ fn check_distinct(members: &[MemberRecord]) -> Result<(), Failure> {
     Ok(())
 }
 
-fn members(request: &control::Bootstrap) -> Result<Vec<MemberRecord>, Failure> {
+fn members(wire: &[fleet::Member]) -> Result<Vec<MemberRecord>, Failure> {
     let mut records = Vec::new();
-    for wire in request.members.iter().take(Members::MAX + 1) {
+    for wire in wire.iter().take(Members::MAX + 1) {
         let member = Member::from_wire(wire).map_err(|error| bad(error.to_string()))?;
         check_name("member", &member.name).map_err(|error| bad(error.to_string()))?;
         forebay_proto::fleet::check_address(&member.address).map_err(bad)?;

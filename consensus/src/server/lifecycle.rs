@@ -10,8 +10,9 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
 use super::callers::Callers;
+use super::group::Group;
 use super::leader::Leader;
-use super::peers::{self, Boots, Peers};
+use super::peers;
 use super::publish::Publisher;
 use super::{Config, ServerError, Settings, rpc, snapshots, watchers};
 use crate::fleet::{Applied, Fleet};
@@ -28,7 +29,7 @@ pub(crate) struct Running {
     pub(crate) replica: ReplicaHandle<Applied>,
     pub(crate) published: Arc<Publisher>,
     pub(crate) leader: Leader,
-    pub(crate) boots: Boots,
+    pub(crate) group: Group,
     /// Wakes whoever watches.
     pub(crate) wakes: watch::Sender<u64>,
     /// What comes in of snapshots.
@@ -171,18 +172,24 @@ pub(crate) fn run_member(
     let published = Publisher::new(cluster.cluster_id, settings.watch_deltas);
     let published = Arc::new(published);
     let fleet = Fleet::bootstrap(cluster.cluster_id, members);
-    let (peers, outbound) = Peers::new(&cluster);
-    let (hook, boots) = (published.clone(), peers.boots());
+    let group = Group::new(&cluster);
+    let (hook, following, outbound) = (published.clone(), group.clone(), group.clone());
     let replica = replica::start(
         shared.options,
         (store, restored),
         fleet,
-        outbound,
+        move |to, message| outbound.send(to, message),
         move |fleet: &Fleet, applied, outputs: &[replica::Applied<Applied>]| {
+            following.follow(fleet.members(), fleet.newest_member());
             hook.publish(fleet, applied, outputs);
         },
     )?;
-    peers.spawn(shared, &replica);
+    tokio::spawn(peers::attend(
+        group.clone(),
+        cluster.clone(),
+        shared.clone(),
+        replica.clone(),
+    ));
     let leader = Leader::new(
         shared.started,
         replica.clone(),
@@ -197,7 +204,7 @@ pub(crate) fn run_member(
         replica: replica.clone(),
         published,
         leader,
-        boots,
+        group,
         wakes,
         snapshots: snapshots::Inbound::default(),
     };

@@ -8,8 +8,10 @@
 
 mod bootstrap;
 mod callers;
+mod group;
 mod leader;
 mod lifecycle;
+mod membership;
 mod peers;
 pub mod publish;
 mod rpc;

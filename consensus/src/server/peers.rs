@@ -3,29 +3,25 @@
 //! Before a message is sent or looked at, both ends compare cluster, node and store id: a member
 //! whose disk was emptied has forgotten its votes, and would help to elect a second history.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_link::{Alpn, Backoff, Code, ConnectError, Expect, Link, LinkClosed};
+use forebay_proto::fleet::Member;
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::Hello;
 use forebay_proto::{ClusterId, NodeId, Role, StoreId};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use super::lifecycle::Shared;
+use super::group::{Caller, Group, Starting, Stranger};
+use super::lifecycle::{Running, Shared};
 use super::snapshots::{self, OnItsWay};
 use crate::fleet::Applied;
 use crate::node::{Message, SnapshotReport, wire};
 use crate::replica::ReplicaHandle;
-use crate::store::{ClusterFile, MemberRecord};
+use crate::store::ClusterFile;
 
-/// Messages that wait for one peer; more are dropped, which Raft takes as loss.
-const MAX_WAITING: usize = 1_024;
-/// Of them, places that only snapshots may take: one that is lost without a report leaves its peer
-/// without any message for ever, and Raft makes no second one before the report.
-const KEPT_FOR_SNAPSHOTS: usize = 4;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 const LEAST_BACKOFF: Duration = Duration::from_millis(50);
 const MOST_BACKOFF: Duration = Duration::from_millis(500);
@@ -37,86 +33,29 @@ type Replica = ReplicaHandle<Applied>;
 /// A link that ended sooner than this was refused rather than lost.
 const LEAST_LIFE: Duration = Duration::from_millis(100);
 
-/// The peers of one member, before their tasks run.
-pub(crate) struct Peers {
+/// Starts a task for each peer, now and as the members change, until the replica ends.
+pub(crate) async fn attend(
+    group: Group,
     cluster: ClusterFile,
-    queues: Vec<(MemberRecord, mpsc::Receiver<Message>)>,
-    boots: Boots,
-}
-
-/// Which start of each peer dialled us last, by its Hello.
-///
-/// A peer that was killed and started again leaves our link to it dead without a sign; its own new
-/// link is that sign. Without it the first votes of the next election would be lost.
-#[derive(Clone, Default)]
-pub(crate) struct Boots(Arc<BTreeMap<NodeId, watch::Sender<u64>>>);
-
-impl Boots {
-    fn seen(&self, peer: NodeId, boot: u64) {
-        if let Some(sender) = self.0.get(&peer) {
-            sender.send_replace(boot);
-        }
-    }
-
-    fn of(&self, peer: NodeId) -> watch::Receiver<u64> {
-        let unknown = || watch::Sender::new(0).subscribe();
-        self.0
-            .get(&peer)
-            .map_or_else(unknown, watch::Sender::subscribe)
-    }
-}
-
-impl Peers {
-    /// The peers, and what the replica hands its messages to.
-    pub(crate) fn new(
-        cluster: &ClusterFile,
-    ) -> (Self, impl FnMut(NodeId, Message) + Send + 'static + use<>) {
-        let mut senders = BTreeMap::new();
-        let mut queues = Vec::new();
-        let mut boots = BTreeMap::new();
-        for member in cluster
-            .members
-            .iter()
-            .filter(|member| member.id != cluster.node_id)
+    shared: Arc<Shared>,
+    replica: Replica,
+) {
+    let mut changes = group.changes();
+    let cluster_id = cluster.cluster_id;
+    let snapshots = snapshots::Outbound::default();
+    loop {
+        changes.mark_unchanged();
+        for Starting {
+            member,
+            queue,
+            boot,
+        } in group.starting()
         {
-            let (sender, receiver) = mpsc::channel(MAX_WAITING);
-            senders.insert(member.id, sender);
-            boots.insert(member.id, watch::Sender::new(0));
-            queues.push((member.clone(), receiver));
-        }
-        let outbound = move |to: NodeId, message: Message| {
-            if let Some(queue) = senders.get(&to)
-                && (message.has_snapshot() || queue.capacity() > KEPT_FOR_SNAPSHOTS)
-            {
-                // Full: the peer's task reports it unreachable, and Raft sends again.
-                let _ = queue.try_send(message);
-            }
-        };
-        let (cluster, boots) = (cluster.clone(), Boots(Arc::new(boots)));
-        (
-            Self {
-                cluster,
-                queues,
-                boots,
-            },
-            outbound,
-        )
-    }
-
-    /// Where inbound links are noted.
-    pub(crate) fn boots(&self) -> Boots {
-        self.boots.clone()
-    }
-
-    /// Starts a task for each peer.
-    pub(crate) fn spawn(self, shared: &Arc<Shared>, replica: &Replica) {
-        let snapshots = snapshots::Outbound::default();
-        for (member, queue) in self.queues {
             let task = PeerTask {
                 shared: shared.clone(),
                 replica: replica.clone(),
-                cluster_id: self.cluster.cluster_id,
-                boot: self.boots.of(member.id),
+                cluster_id,
+                boot,
                 snapshots: snapshots.clone(),
                 snapshot: OnItsWay::default(),
                 member,
@@ -125,6 +64,14 @@ impl Peers {
             };
             tokio::spawn(task.run(queue));
         }
+        if !group.has_own() {
+            removed(&shared, cluster_id);
+        }
+        tokio::select! {
+            // The sender lives as long as the group.
+            _ = changes.changed() => {}
+            _ = replica.stopped() => return group.close(),
+        }
     }
 }
 
@@ -132,7 +79,7 @@ struct PeerTask {
     shared: Arc<Shared>,
     replica: Replica,
     cluster_id: ClusterId,
-    member: MemberRecord,
+    member: Member,
     /// The start of it that dialled us last.
     boot: watch::Receiver<u64>,
     snapshots: snapshots::Outbound,
@@ -151,6 +98,11 @@ impl PeerTask {
                     let connected = Instant::now();
                     if self.carry(&link, &mut queue).await.is_none() {
                         return;
+                    }
+                    if let Some(LinkClosed::Peer { code, .. }) = link.close_reason()
+                        && code == u64::from(Code::Removed as u32)
+                    {
+                        return removed(&self.shared, self.cluster_id);
                     }
                     link.close(Code::Normal, "reconnecting");
                     self.replica.report_unreachable(self.member.id);
@@ -254,15 +206,15 @@ impl PeerTask {
 }
 
 /// Whether a peer's Hello is that of the member we know.
-fn check_disk(ours: ClusterId, member: &MemberRecord, hello: &Hello) -> Result<(), String> {
+fn check_disk(ours: ClusterId, member: &Member, hello: &Hello) -> Result<(), String> {
     let name = &member.name;
     if hello.store_id != member.store_id.0[..] {
         let found = StoreId::from_wire(&hello.store_id)
             .map_or_else(|_| "no store id".to_owned(), |id| format!("store {id}"));
         return Err(format!(
             "{name} lost its disk: cluster {ours} knows it with store {}, it answers with {found}. \
-             Its votes are forgotten, so it is refused: put the old disk back; see docs/operators.md, \
-             \"A lost disk\"",
+             Its votes are forgotten, so it is refused: put the old disk back, or remove the node and \
+             add it as a new one; see docs/operators.md, \"A lost disk\"",
             member.store_id
         ));
     }
@@ -291,31 +243,22 @@ pub(crate) async fn receive(shared: &Arc<Shared>, link: &Link) {
         link.close(Code::Normal, "uninitialised");
         return;
     };
-    let peer = running
-        .cluster
-        .members
-        .iter()
-        .find(|member| member.name == link.peer().name);
-    let checked = match peer {
-        Some(member) => {
-            check_disk(running.cluster.cluster_id, member, link.hello()).map(|()| member)
-        }
-        None => Err(format!(
-            "{} is no member of this cluster",
-            link.peer().short()
-        )),
+    let Some(mut caller) = admit(&running, link) else {
+        return;
     };
-    let member = match checked {
-        Ok(member) => member,
-        Err(problem) => {
-            tracing::warn!(peer = link.peer().name, problem, "refused a peer");
-            link.close(Code::Identity, &problem);
-            return;
-        }
-    };
-    running.boots.seen(member.id, link.hello().boot);
-    while let Ok(mut stream) = link.accept_one_way().await {
-        let (replica, from, link) = (running.replica.clone(), member.id, link.clone());
+    loop {
+        let mut stream = tokio::select! {
+            stream = link.accept_one_way() => match stream {
+                Ok(stream) => stream,
+                Err(_) => return,
+            },
+            changed = caller.belongs.changed() => match changed {
+                Ok(()) => continue,
+                Err(_) => return part(&running, caller.id, link),
+            },
+        };
+        let (replica, from, link) = (running.replica.clone(), caller.id, link.clone());
+        let heard = caller.heard.clone();
         let inbound = running.snapshots.clone();
         tokio::spawn(async move {
             while let Ok(Some(frame)) = stream.recv().await {
@@ -335,10 +278,64 @@ pub(crate) async fn receive(shared: &Arc<Shared>, link: &Link) {
                     link.close(Code::Protocol, "not a Raft message");
                     return;
                 };
+                *heard.lock() = Some(std::time::Instant::now());
                 replica.step(from, message);
             }
         });
     }
+}
+
+/// Whether the one who has dialled is the member or guest that it must be.
+fn admit(running: &Running, link: &Link) -> Option<Caller> {
+    let (hello, name) = (link.hello(), &link.peer().name);
+    let cluster = ClusterId::from_wire(&hello.cluster_id).unwrap_or(ClusterId([0; 16]));
+    let says = Member {
+        id: NodeId(hello.node_id),
+        name: name.clone(),
+        address: link.remote().to_string(),
+        store_id: StoreId::from_wire(&hello.store_id).unwrap_or(StoreId([0; 16])),
+        learner: false,
+    };
+    let known = match running.group.caller(cluster, &says) {
+        Ok(known) => known,
+        Err(Stranger::Removed) => {
+            link.close(Code::Removed, "removed from the cluster");
+            return None;
+        }
+        Err(stranger @ (Stranger::Unknown | Stranger::TooMany)) => {
+            let problem = match stranger {
+                Stranger::TooMany => "too many nodes say that they were just added",
+                Stranger::Unknown | Stranger::Removed => "no member of this cluster",
+            };
+            tracing::warn!(peer = name, problem, "refused a peer");
+            link.close(Code::Identity, problem);
+            return None;
+        }
+    };
+    if let Err(problem) = check_disk(running.cluster.cluster_id, &known, hello) {
+        tracing::warn!(peer = name, problem, "refused a peer");
+        link.close(Code::Identity, &problem);
+        return None;
+    }
+    running.group.called(known.id, hello.boot)
+}
+
+/// A peer's place in the group has ended, or is another one.
+fn part(running: &Running, peer: NodeId, link: &Link) {
+    if running.group.members().iter().any(|one| one.id == peer) {
+        link.close(Code::Normal, "its address changed: dial again");
+    } else {
+        link.close(Code::Removed, "removed from the cluster");
+    }
+}
+
+/// The others say, or this node has applied, that it is no member any more.
+fn removed(shared: &Shared, cluster: ClusterId) {
+    shared.set_problem(&format!(
+        "{} was removed from cluster {cluster} and takes no part: stop it. To have it back, move its data \
+         directory away, start it, and `forebay raft add` it as a new node",
+        shared.name
+    ));
 }
 
 /// A member of a cluster knows this node with another disk than this empty one.
@@ -347,36 +344,9 @@ fn lost_disk(shared: &Shared, hello: &Hello) {
         shared.set_problem(&format!(
             "{} lost its disk: cluster {cluster} counts it as a member, but this data directory is \
              empty (store {}). It takes no part, and cannot be initialised again, because a second \
-             history could begin. Put the old disk back; see docs/operators.md, \"A lost disk\"",
+             history could begin. Put the old disk back, or remove the node and add it as a new one; see \
+             docs/operators.md, \"A lost disk\"",
             shared.name, shared.store_id
         ));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_snapshot_finds_room_in_a_queue_that_is_full_of_other_messages() {
-        let member = |id| MemberRecord {
-            id: NodeId(id),
-            name: format!("c{id}"),
-            address: String::new(),
-            store_id: StoreId([1; 16]),
-        };
-        let members = vec![member(1), member(2)];
-        let cluster = ClusterFile::new(ClusterId([1; 16]), NodeId(1), "c1".into(), members);
-        let (mut peers, mut outbound) = Peers::new(&cluster);
-        for _ in 0..2 * MAX_WAITING {
-            outbound(NodeId(2), Message::default());
-        }
-        let mut snapshot = Message::default();
-        snapshot.mut_snapshot().data = vec![1].into();
-        outbound(NodeId(2), snapshot);
-        let queue = &mut peers.queues[0].1;
-        assert!(queue.len() < MAX_WAITING);
-        let waiting: Vec<Message> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
-        assert!(waiting.last().is_some_and(Message::has_snapshot));
     }
 }

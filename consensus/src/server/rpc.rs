@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_link::{FEATURE_LEVEL, FrameReceiver, FrameSender, Link};
+use forebay_proto::fleet::Member;
 use forebay_proto::frame::{Frame, Kind};
-use forebay_proto::refusal::Refusal;
 use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::control::{self, failure::Failure, request::Request, response::Response};
 use forebay_proto::wire::fleet::{self as wire, command::Action};
@@ -15,10 +15,11 @@ use tokio::time::Instant;
 
 use super::callers::{Bounds, Caller};
 use super::lifecycle::{Phase, Running, Shared};
-use super::{bootstrap, watchers};
+use super::{bootstrap, membership, watchers};
 use crate::fleet::lease::RenewError;
 use crate::fleet::reign::Asked;
-use crate::node::{MembersChange, Role as RaftRole};
+use crate::fleet::too_new;
+use crate::node::Role as RaftRole;
 use crate::replica::{ProposeError, ReadError};
 
 /// A stream that does not say what it wants is ended.
@@ -110,7 +111,7 @@ async fn watch_or_fail(
     send: &mut FrameSender,
     recv: &mut FrameReceiver,
 ) -> Option<Result<Response, Failure>> {
-    match member(shared) {
+    match informed(shared) {
         Ok(running) => {
             watchers::feed(&running, link.peer(), watch, send, recv).await;
             None
@@ -119,7 +120,7 @@ async fn watch_or_fail(
     }
 }
 
-fn bad(problem: impl Into<String>) -> Failure {
+pub(crate) fn bad(problem: impl Into<String>) -> Failure {
     Failure::BadRequest(control::BadRequest {
         problem: problem.into(),
     })
@@ -165,6 +166,18 @@ async fn execute(
         (Request::Bootstrap(request), _) => bootstrap::bootstrap(shared, &request)
             .await
             .map(Response::Bootstrapped),
+        (Request::Join(request), _) => bootstrap::join(shared, &request)
+            .await
+            .map(Response::Bootstrapped),
+        (Request::Transfer(request), _) => {
+            membership::transfer(&*member(shared)?, link.peer(), &request).await
+        }
+        (Request::Snapshot(request), _) => membership::snapshot(&*member(shared)?, request)
+            .await
+            .map(Response::Snapshot),
+        (Request::Measure(request), _) => membership::measure(&*member(shared)?, request)
+            .await
+            .map(Response::Measured),
         (Request::Read(read), _) => {
             let running = member(shared)?;
             let waited = Millis(u64::from(read.deadline_ms));
@@ -183,7 +196,7 @@ async fn execute(
         }
         (Request::Audit(audit), _) => {
             let limit = usize::try_from(audit.limit).unwrap_or(usize::MAX);
-            let (entries, head) = member(shared)?.published.audit(limit);
+            let (entries, head) = informed(shared)?.published.audit(limit);
             let head = bytes::Bytes::copy_from_slice(&head);
             Ok(Response::Audit(control::AuditTail { entries, head }))
         }
@@ -214,11 +227,22 @@ fn member(shared: &Shared) -> Result<Arc<Running>, Failure> {
     }
 }
 
-fn deadline(ms: u32) -> Instant {
+/// A member that has a state: one that joins has none before the leader's first snapshot, and nobody
+/// may take that for an empty fleet.
+fn informed(shared: &Shared) -> Result<Arc<Running>, Failure> {
+    let running = member(shared)?;
+    if running.replica.status().borrow().applied > 0 {
+        return Ok(running);
+    }
+    let problem = format!("{} joins and waits for the leader's snapshot", shared.name);
+    Err(Failure::Uninitialised(control::Uninitialised { problem }))
+}
+
+pub(crate) fn deadline(ms: u32) -> Instant {
     Instant::now() + Duration::from_millis(ms.into()).min(MAX_DEADLINE)
 }
 
-fn overloaded(what: &str) -> Failure {
+pub(crate) fn overloaded(what: &str) -> Failure {
     Failure::Overloaded(control::Overloaded { what: what.into() })
 }
 
@@ -231,7 +255,7 @@ fn stopped(shared: &Shared) -> Failure {
     }
 }
 
-fn not_leader(running: &Running, leader: Option<NodeId>) -> Failure {
+pub(crate) fn not_leader(running: &Running, leader: Option<NodeId>) -> Failure {
     let leader_address = leader
         .map(|id| running.leader.address_of(id))
         .unwrap_or_default();
@@ -287,6 +311,11 @@ async fn propose(
         return Err(not_leader(&running, leader));
     }
     check_name(&running, link.peer(), action)?;
+    if let Some(refusal) = too_new(action, running.published.facts().feature_level) {
+        return Ok(wire::Outcome {
+            outcome: Some(wire::outcome::Outcome::Refusal(refusal.to_wire())),
+        });
+    }
     if request.sequence == 0 {
         return Err(bad("sequence numbers begin at 1"));
     }
@@ -308,17 +337,16 @@ async fn propose(
         reason: request.reason.chars().take(500).collect(),
         registers,
     };
-    let change = members_change(action);
-    let proposed = running.leader.propose_for(asked, change, deadline).await;
+    let proposed = match membership::change(action) {
+        None => running.leader.propose_for(asked, None, deadline).await,
+        Some(change) => membership::propose(&running, asked, change, deadline).await,
+    };
     if let (Ok(outcome), Action::Register(register)) = (&proposed, action) {
         note_registered(&running, &register.name, outcome);
     }
     if let Err(ProposeError::Change(refused)) = &proposed {
         // Nothing was proposed, so nothing is audited; but it is a refusal for whoever asked.
-        let refusal = Refusal::invalid("change_members", refused.to_string());
-        return Ok(wire::Outcome {
-            outcome: Some(wire::outcome::Outcome::Refusal(refusal.to_wire())),
-        });
+        return Ok(membership::unfit(refused.to_string()));
     }
     proposed.map_err(|error| match error {
         ProposeError::NotLeader { leader } => not_leader(&running, leader),
@@ -328,19 +356,6 @@ async fn propose(
             Failure::Unknown(control::Unknown {})
         }
         ProposeError::Stopped => stopped(shared),
-    })
-}
-
-/// What Raft has to change besides.
-fn members_change(action: &Action) -> Option<MembersChange> {
-    let Action::ChangeMembers(change) = action else {
-        return None;
-    };
-    let ids = |ids: &[u64]| ids.iter().copied().map(NodeId).collect();
-    Some(MembersChange {
-        add: change.add.iter().map(|member| NodeId(member.id)).collect(),
-        promote: ids(&change.promote),
-        remove: ids(&change.remove),
     })
 }
 
@@ -450,12 +465,25 @@ pub(crate) fn status(shared: &Shared) -> control::NodeStatus {
             status.applied = replica.applied;
             status.last_index = replica.last_index;
             status.leader_heard_ms = replica.leader_heard_ms;
-            let members = running.cluster.members.iter();
-            status.members = members
-                .map(|one| super::lifecycle::member(one).to_wire())
-                .collect();
+            let members = running.group.members();
+            let peer = |(id, matched): &(NodeId, u64)| control::PeerStatus {
+                node_id: id.0,
+                matched: *matched,
+                heard_ms: running
+                    .group
+                    .heard_ago(*id)
+                    .map(|ago| Millis::from_duration(ago).0),
+            };
+            status.members = members.iter().map(Member::to_wire).collect();
+            status.newest_member = running.group.newest().0;
+            status.peers = replica.peers.iter().map(peer).collect();
+            let learns = replica
+                .members
+                .learners()
+                .contains(&running.cluster.node_id);
             status.role = match replica.role {
                 RaftRole::Leader => "leader",
+                RaftRole::Follower if learns => "learner",
                 RaftRole::Follower => "follower",
                 RaftRole::Candidate | RaftRole::PreCandidate => "candidate",
             }

@@ -18,6 +18,7 @@ mod crowd;
 mod founding;
 mod large;
 mod leases;
+mod membership;
 mod rot;
 mod strangers;
 mod watching;

@@ -41,8 +41,10 @@ use forebay_proto::{ClusterId, StoreId};
 
 pub use error::StoreError;
 pub use identity::{ClusterFile, MemberRecord};
+pub(crate) use snapshot::{decode as decode_snapshot, encode as encode_snapshot};
 
 use crate::node::{HardState, Restored, Snapshot, Write};
+use crate::probe::{Probe, hit};
 use disk::{Disk, RealDisk};
 use files::Lock;
 use wal::{Apart, Wal};
@@ -141,6 +143,7 @@ impl Store {
             })
         })?;
         if stale {
+            hit(Probe::SnapshotBeforeReset);
             wal.reset(&restored.snapshot)?;
         }
         let store = Self {

@@ -11,6 +11,7 @@ use super::disk::Disk;
 use super::error::StoreError;
 use super::files;
 use crate::node::{Members, Snapshot};
+use crate::probe::{Probe, hit};
 
 const MAGIC: &[u8; 8] = b"FBSNAP\x00\x01";
 const KEPT: usize = 2;
@@ -39,30 +40,35 @@ pub(crate) fn save(disk: &dyn Disk, dir: &Path, snapshot: &Snapshot) -> Result<(
         "{:016x}-{:016x}.snap",
         snapshot.index, snapshot.term
     ));
+    let [head, header, data] = encode(snapshot).map_err(|detail| StoreError::Damaged {
+        path: path.clone(),
+        detail,
+    })?;
+    files::write_whole(disk, &path, &[&head, &header, &data])?;
+    let all = files::list(disk, &folder, "snap")?;
+    all.iter()
+        .rev()
+        .skip(KEPT)
+        .try_for_each(|old| files::remove(disk, old))
+}
+
+/// A snapshot as it stands in its file, in three parts.
+pub(crate) fn encode(snapshot: &Snapshot) -> Result<[Bytes; 3], String> {
     let header = Header {
         index: snapshot.index,
         term: snapshot.term,
         members: snapshot.members.clone(),
         bytes: snapshot.data.len() as u64,
     };
-    let damaged = |detail: String| StoreError::Damaged {
-        path: path.clone(),
-        detail,
-    };
-    let header = serde_json::to_vec(&header).map_err(|error| damaged(error.to_string()))?;
+    let header = serde_json::to_vec(&header).map_err(|error| error.to_string())?;
     let length = u32::try_from(header.len())
-        .map_err(|error| damaged(error.to_string()))?
+        .map_err(|error| error.to_string())?
         .to_le_bytes();
     let mut crc = crc32c::crc32c(&length);
     crc = crc32c::crc32c_append(crc, &header);
     crc = crc32c::crc32c_append(crc, &snapshot.data);
-    let parts: [&[u8]; 5] = [MAGIC, &crc.to_le_bytes(), &length, &header, &snapshot.data];
-    files::write_whole(disk, &path, &parts)?;
-    let all = files::list(disk, &folder, "snap")?;
-    all.iter()
-        .rev()
-        .skip(KEPT)
-        .try_for_each(|old| files::remove(disk, old))
+    let head = [&MAGIC[..], &crc.to_le_bytes(), &length].concat();
+    Ok([head.into(), header.into(), snapshot.data.clone()])
 }
 
 /// The newest snapshot that can be read, and what was wrong with the newest that cannot. A damaged one
@@ -74,7 +80,12 @@ pub(crate) fn newest(
     let mut damage = None;
     for path in files::list(disk, &folder(dir), "snap")?.iter().rev() {
         match read(disk, path) {
-            Ok(snapshot) => return Ok(Some((snapshot, damage))),
+            Ok(snapshot) => {
+                if damage.is_some() {
+                    hit(Probe::SnapshotPassedOver);
+                }
+                return Ok(Some((snapshot, damage)));
+            }
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::error!(%error, "a snapshot is passed over");
                 damage = damage.or(Some(error));
@@ -82,15 +93,24 @@ pub(crate) fn newest(
             Err(error) => return Err(error),
         }
     }
-    damage.map_or(Ok(None), Err)
+    damage.map_or(Ok(None), |damage| {
+        hit(Probe::Damage);
+        Err(damage)
+    })
 }
 
 fn read(disk: &dyn Disk, path: &Path) -> Result<Snapshot, StoreError> {
-    let damaged = |detail: &str| StoreError::Damaged {
+    let damaged = |detail: String| StoreError::Damaged {
         path: path.to_owned(),
-        detail: detail.to_owned(),
+        detail,
     };
-    let bytes = Bytes::from(files::read(disk, path)?.ok_or_else(|| damaged("it is gone"))?);
+    let bytes = files::read(disk, path)?.ok_or_else(|| damaged("it is gone".into()))?;
+    decode(&bytes.into()).map_err(damaged)
+}
+
+/// A snapshot from the bytes of its file, or what is wrong with them.
+pub(crate) fn decode(bytes: &Bytes) -> Result<Snapshot, String> {
+    let damaged = |detail: &str| detail.to_owned();
     let word = |at: usize| {
         let word = bytes.get(at..at + 4).and_then(|word| word.try_into().ok());
         word.map(u32::from_le_bytes)

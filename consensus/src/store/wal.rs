@@ -20,7 +20,9 @@ use super::error::StoreError;
 use super::files;
 use super::mark::{self, Mark, Synced};
 use super::record::{self, Record};
+use crate::bug::{Bug, on};
 use crate::node::{Entry, HardState, Restored, Snapshot, Write};
+use crate::probe::{Probe, hit};
 
 const MAGIC: &[u8; 7] = b"FBWAL\x00\x00";
 const FORMAT: u8 = 1;
@@ -188,8 +190,13 @@ impl Wal {
         for entry in &write.entries {
             record::entry(&mut batch, self.synced, entry)?;
         }
-        if let Some(state) = write.hard_state {
-            record::hard_state(&mut batch, self.synced, state);
+        if let Some(mut state) = write.hard_state {
+            if on(Bug::VoteNotPersisted) {
+                state.vote = 0;
+            }
+            if !on(Bug::HardStateWithEntriesOnly) || !write.entries.is_empty() {
+                record::hard_state(&mut batch, self.synced, state);
+            }
         }
         let segment = self
             .segments
@@ -210,7 +217,7 @@ impl Wal {
             segment.max_index = segment.max_index.max(last.index);
         }
         self.hard_state = write.hard_state.unwrap_or(self.hard_state);
-        if write.must_sync {
+        if write.must_sync && !on(Bug::AckBeforeSync) {
             self.sync()?;
         }
         Ok(())
@@ -255,13 +262,17 @@ impl Wal {
             .segments
             .back()
             .map_or(self.folder.as_path(), |segment| &segment.path);
-        self.file.sync().map_err(StoreError::io("sync", path))?;
+        match self.file.sync() {
+            Err(_) if on(Bug::FailedSyncPassedOver) => {}
+            synced => synced.map_err(StoreError::io("sync", path))?,
+        }
         self.synced = self.written;
         self.mark.note(&synced_of(&self.segments, self.synced));
         Ok(())
     }
 
     fn roll(&mut self) -> Result<(), StoreError> {
+        hit(Probe::SegmentRolled);
         self.sync()?;
         let sequence = self
             .segments
@@ -443,6 +454,7 @@ fn replay_records(
     segment: &mut Segment,
 ) -> Result<u64, StoreError> {
     let corrupt = |at: usize, detail: String| {
+        hit(Probe::Damage);
         Err(StoreError::Corrupt {
             path: path.to_owned(),
             offset: at as u64,
@@ -465,6 +477,7 @@ fn replay_records(
             }
             Err(bad) => {
                 let cut = bytes.len() - at;
+                hit(Probe::TornTail);
                 tracing::info!(path = %path.display(), at, cut, %bad, "an unfinished write is cut off");
                 break;
             }
@@ -499,6 +512,10 @@ impl Replayed {
                         "entry {} lies before the snapshot at {base}",
                         entry.index
                     ));
+                }
+                if on(Bug::ReplacedEntriesComeBack) && last.is_some_and(|last| entry.index <= last)
+                {
+                    return Ok(());
                 }
                 // Before the first one held: what it replaces was in a segment that a later snapshot
                 // covered, so nothing that is held stays.

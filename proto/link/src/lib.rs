@@ -45,6 +45,8 @@ pub enum Code {
     Cancelled = 5,
     /// A newer link or a newer incarnation took over.
     Superseded = 6,
+    /// The peer belonged to the group and does not any more.
+    Removed = 7,
 }
 
 impl Code {

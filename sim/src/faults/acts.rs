@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use rand::Rng as _;
 
-use super::clients::Part;
 use super::net::{Trouble, TroubleKind};
 use super::party::Party;
 use super::plan::{Kind, Target};
@@ -103,18 +102,16 @@ impl World {
                 self.checks.time.jumped(by_ms);
             }
             Kind::AgentRestart { agent, wiped } => {
-                let party = self.agent(agent);
-                let mut asker = self.askers.remove(&party)?;
-                asker.restart(wiped, &mut self.rng, &mut self.history);
-                self.askers.insert(party, asker);
-                self.awake(party);
+                let party = self.agent_at(agent);
+                self.restart_agent(party, wiped)?;
             }
-            Kind::AgentZombie { agent } => self.zombie(self.agent(agent))?,
+            Kind::AgentZombie { agent } => self.zombie(self.agent_at(agent))?,
             Kind::AgentSilent { agent, for_ms } => {
                 let until = self.now_us + for_ms * 1_000;
-                let party = self.agent(agent);
+                let party = self.agent_at(agent);
                 self.askers.get_mut(&party)?.silent_until = until;
             }
+            Kind::LeaderLostInJoint { back_ms } => self.joint_trap = Some(back_ms),
             Kind::Upgrade { node } => {
                 let node = self.running(node)?;
                 self.crash(node, false);
@@ -125,12 +122,21 @@ impl World {
         Some(())
     }
 
+    fn restart_agent(&mut self, party: Party, wiped: bool) -> Option<()> {
+        let mut asker = self.askers.remove(&party)?;
+        asker.restart(wiped, &mut self.rng, &mut self.history);
+        self.askers.insert(party, asker);
+        self.follows_again(party);
+        self.awake(party);
+        Some(())
+    }
+
     fn running(&self, target: Target) -> Option<forebay_proto::NodeId> {
         let node = self.target(target)?;
         self.hosts.get(&node)?.process.as_ref().map(|_| node)
     }
 
-    fn agent(&self, target: Target) -> Party {
+    fn agent_at(&self, target: Target) -> Party {
         Party::Agent(u32::from(target.0) % self.params.agents)
     }
 
@@ -144,17 +150,15 @@ impl World {
         let Party::Agent(number) = party else {
             return None;
         };
-        let Part::Agent(agent) = &self.askers.get(&party)?.role else {
-            return None;
-        };
-        let held = agent.held?;
-        let mut copy = agent.clone();
-        copy.start = held.start.min(agent.start.saturating_sub(1)).max(1);
+        if self.askers.get_mut(&party)?.as_agent()?.start == 1 {
+            self.restart_agent(party, false);
+        }
+        let copy = self.askers.get_mut(&party)?.as_agent()?.copied()?;
         let again = Party::Zombie(number);
         if self.askers.contains_key(&again) {
             return None;
         }
-        self.person(again, Part::Agent(copy));
+        self.agent(again, copy);
         Some(())
     }
 
@@ -195,7 +199,7 @@ impl World {
         }
     }
 
-    fn awake(&mut self, party: Party) {
+    pub(super) fn awake(&mut self, party: Party) {
         if let Some(asker) = self.askers.get_mut(&party) {
             let number = asker.wake_number();
             self.at(self.now_us, Event::Wake(party, number));

@@ -1,34 +1,40 @@
-//! Clients, agents and the admin: what they ask next, and what they make of the answers.
+//! Clients, agents, balancers and the admin: what they ask next, and what they make of the answers.
 //!
-//! Each sends one request at a time. A command is repeated with the same sequence number until it has
-//! an outcome or the client gives up; then its outcome is unknown for good.
+//! Each has one request under way, and asks as every process does: by a `Plan` of the control
+//! plane's client, which asks a second node beside one that takes long. A command is repeated with the
+//! same sequence number until it has an outcome or the plan gives up; then its outcome is unknown for
+//! good.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use forebay_consensus::fleet::reign::Asked;
 use forebay_consensus::node::MembersChange;
+use forebay_control_client::core::error::NodeError;
+use forebay_control_client::core::plan::{self, Plan};
+use forebay_control_client::core::roster::Roster;
 use forebay_proto::config::{Config, Pool};
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::control;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{Identity, Incarnation, NodeId, Role};
+use forebay_proto::{Identity, Incarnation, NodeId, Now, Revision, Role};
 use prost::Message as _;
-use rand::Rng as _;
 use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
 use wire::command::Action;
 
+use super::agent::Agent;
 use super::history::{History, Op, Outcome};
 use super::party::{Answer, Ask, Party};
 
-/// A request without an answer is sent again, elsewhere, after this.
-pub(super) const ATTEMPT_US: u64 = 1_000_000;
-/// And given up after this.
-const GIVE_UP_US: u64 = 6_000_000;
-/// A node that does not lead is asked again after this.
-const PAUSE_US: u64 = 50_000;
-/// An agent renews as often.
-const RENEW_US: u64 = 1_000_000;
+/// The link to a node that has not answered for so long is dead.
+const LINK_DIES_US: u64 = 1_000_000;
+/// A request is given up after this.
+const GIVE_UP: Duration = Duration::from_secs(6);
+/// Agents and balancers renew as often, and wait no longer for one renewal.
+const RENEW_EVERY: Duration = Duration::from_secs(1);
 
 /// One who asks.
 pub(super) struct Asker {
@@ -40,11 +46,10 @@ pub(super) struct Asker {
     under_way: Option<UnderWay>,
     /// Number of the newest wake-up: earlier ones are passed over.
     wake: u64,
-    /// Number of the newest attempt: older answers are passed over.
+    /// Number of the newest attempt.
     attempt: u64,
-    /// Who leads, as far as known.
+    /// Who led when it was last answered.
     leader: Option<NodeId>,
-    turn: usize,
     pub(super) silent_until: u64,
     /// When an operation last had an outcome.
     pub(super) done_at: u64,
@@ -56,26 +61,28 @@ pub(super) enum Part {
         /// The configuration that it last read.
         config: Option<(u64, u64)>,
     },
-    Agent(Agent),
+    Agent(Box<Agent>),
+    Balancer {
+        name: String,
+        /// The newest revision that it works by.
+        revision: u64,
+    },
     Admin,
-}
-
-/// An agent and what its disk holds.
-#[derive(Clone)]
-pub(super) struct Agent {
-    pub(super) name: String,
-    pub(super) held: Option<Incarnation>,
-    pub(super) start: u32,
-    registered: bool,
-    revision: u64,
-    /// Gone for good: a newer start was there.
-    pub(super) superseded: bool,
 }
 
 struct UnderWay {
     ask: Ask,
-    begun: u64,
     /// Calls of the history that wait for the outcome.
+    calls: Vec<usize>,
+    kind: Doing,
+    plan: Plan,
+    /// By number: who was asked when, and whether its link still stands.
+    asked: BTreeMap<u64, (NodeId, u64, bool)>,
+}
+
+/// A request that is to be made.
+struct Request {
+    ask: Ask,
     calls: Vec<usize>,
     kind: Doing,
 }
@@ -92,10 +99,9 @@ enum Doing {
 /// What to do now.
 #[allow(clippy::large_enum_variant)] // few at a time, and moved at once
 pub(super) enum Next {
-    /// Send this to this node, and wake the party at this time.
+    /// Send this to these nodes, each with its number, and wake the party at this time.
     Send {
-        to: NodeId,
-        number: u64,
+        to: Vec<(NodeId, u64)>,
         ask: Ask,
         wake_us: u64,
     },
@@ -110,6 +116,8 @@ pub(super) struct Outside<'a> {
     pub(super) think_us: u64,
     pub(super) nodes: &'a [NodeId],
     pub(super) agents: u32,
+    /// The faults are over: workers are wanted ready, and engines stay up.
+    pub(super) healing: bool,
     pub(super) rng: &'a mut StdRng,
     pub(super) history: &'a mut History,
     /// What the admin wants, if anything.
@@ -128,21 +136,29 @@ impl Asker {
             wake: 0,
             attempt: 0,
             leader: None,
-            turn: rng.random_range(0..16),
             silent_until: 0,
             done_at: 0,
         }
     }
 
-    pub(super) fn agent(index: u32) -> Part {
-        Part::Agent(Agent {
-            name: format!("w{index}"),
-            held: None,
-            start: 1,
-            registered: false,
-            revision: 0,
-            superseded: false,
-        })
+    /// What it is, if it is an agent.
+    pub(super) fn as_agent(&mut self) -> Option<&mut Agent> {
+        match &mut self.role {
+            Part::Agent(agent) => Some(agent),
+            Part::Client { .. } | Part::Balancer { .. } | Part::Admin => None,
+        }
+    }
+
+    /// A balancer works by these facts from now on.
+    pub(super) fn works_by(&mut self, newest: u64) {
+        if let Part::Balancer { revision, .. } = &mut self.role {
+            *revision = newest;
+        }
+    }
+
+    /// Whether nothing of it is under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.under_way.is_none()
     }
 
     /// Whether this wake-up is the newest one.
@@ -163,14 +179,8 @@ impl Asker {
         }
         self.client = rng.random();
         self.sequence = 0;
-        if let Part::Agent(agent) = &mut self.role {
-            if wiped {
-                agent.held = None;
-                agent.start = 0;
-            }
-            agent.start += 1;
-            agent.registered = false;
-            agent.superseded = false;
+        if let Some(agent) = self.as_agent() {
+            agent.restart(wiped);
         }
     }
 
@@ -179,53 +189,96 @@ impl Asker {
         if self.silent_until > world.now_us {
             return Next::Wake(self.silent_until);
         }
-        if let Some(under_way) = &self.under_way {
-            if world.now_us - under_way.begun >= GIVE_UP_US {
-                let lost = self.under_way.take();
-                world
-                    .history
-                    .unknown(&lost.map(|lost| lost.calls).unwrap_or_default());
-            } else {
-                return self.send(world);
-            }
+        if self.under_way.is_none() {
+            let request = match &mut self.role {
+                Part::Client { config } => {
+                    let config = *config;
+                    Some(self.client_operation(world, config))
+                }
+                Part::Agent(agent) if agent.superseded => return Next::End,
+                Part::Agent(agent) => {
+                    let what = agent.wants(clock(world.now_us), world.healing, world.rng);
+                    Some(self.agent_operation(world, what))
+                }
+                Part::Balancer { name, revision } => {
+                    let (name, revision) = (name.clone(), *revision);
+                    Some(renewal(Role::Balancer, name, None, revision, 0))
+                }
+                Part::Admin => self.admin_operation(world),
+            };
+            let Some(request) = request else {
+                return Next::Wake(world.now_us + 500_000);
+            };
+            self.begin(world, request);
         }
-        let begun = match &self.role {
-            Part::Client { config } => {
-                let config = *config;
-                Some(self.client_operation(world, config))
-            }
-            Part::Agent(agent) if agent.superseded => return Next::End,
-            Part::Agent(agent) => {
-                let agent = agent.clone();
-                Some(self.agent_operation(world, &agent))
-            }
-            Part::Admin => self.admin_operation(world),
-        };
-        let Some(begun) = begun else {
-            return Next::Wake(world.now_us + 500_000);
-        };
-        self.under_way = Some(begun);
-        self.send(world)
+        self.go_on(world)
     }
 
-    fn send(&mut self, world: &mut Outside<'_>) -> Next {
-        let Some(under_way) = &self.under_way else {
+    fn begin(&mut self, world: &mut Outside<'_>, request: Request) {
+        let now = clock(world.now_us);
+        let mut roster = Roster::new(world.nodes.iter().map(|node| address(*node)));
+        // Reads go to followers, too.
+        let anywhere = request.kind == Doing::Read && world.rng.random_bool(0.7);
+        if let Some(leader) = self.leader.filter(|_| !anywhere) {
+            roster.led_by(&address(leader));
+        }
+        let patience = match request.kind {
+            Doing::Renew => RENEW_EVERY,
+            Doing::Read | Doing::Write | Doing::Register | Doing::Admin => GIVE_UP,
+        };
+        let rng = StdRng::seed_from_u64(world.rng.random());
+        self.under_way = Some(UnderWay {
+            ask: request.ask,
+            calls: request.calls,
+            kind: request.kind,
+            plan: Plan::new(&roster, now, now + patience, rng),
+            asked: BTreeMap::new(),
+        });
+    }
+
+    /// Does what the plan says.
+    fn go_on(&mut self, world: &mut Outside<'_>) -> Next {
+        let Some(under_way) = &mut self.under_way else {
             return Next::Wake(world.now_us + world.think_us);
         };
-        let reads = under_way.kind == Doing::Read;
-        let known = self.leader.filter(|_| !reads);
-        let to = known.filter(|leader| world.nodes.contains(leader));
-        let to = to.unwrap_or_else(|| {
-            self.turn += 1;
-            world.nodes[self.turn % world.nodes.len()]
-        });
-        self.leader = None;
-        self.attempt += 1;
-        Next::Send {
-            to,
-            number: self.attempt,
-            ask: under_way.ask.clone(),
-            wake_us: world.now_us + ATTEMPT_US,
+        let now = clock(world.now_us);
+        for (node, at, stands) in under_way.asked.values_mut() {
+            if *stands && world.now_us - *at >= LINK_DIES_US {
+                *stands = false;
+                let problem = "its link died".into();
+                let error = NodeError::Unreachable { problem };
+                under_way.plan.failed(now, &address(*node), error);
+            }
+        }
+        let mut to = Vec::new();
+        loop {
+            match under_way.plan.next(now) {
+                plan::Next::Ask(asked) => {
+                    let Ok(node) = asked.parse().map(NodeId) else {
+                        continue;
+                    };
+                    self.attempt += 1;
+                    let asked = (node, world.now_us, true);
+                    under_way.asked.insert(self.attempt, asked);
+                    to.push((node, self.attempt));
+                }
+                plan::Next::Wait(until) => {
+                    let stand = under_way.asked.values().filter(|(_, _, stands)| *stands);
+                    let dies = stand.map(|(_, at, _)| at + LINK_DIES_US).min();
+                    let until = u64::try_from(until.since(Now::default()).as_micros());
+                    let until = until.unwrap_or(u64::MAX).min(dies.unwrap_or(u64::MAX));
+                    return Next::Send {
+                        to,
+                        ask: under_way.ask.clone(),
+                        wake_us: until.max(world.now_us + 1),
+                    };
+                }
+                plan::Next::GiveUp(_) => {
+                    world.history.unknown(&under_way.calls);
+                    self.under_way = None;
+                    return Next::Wake(world.now_us + 1 + world.rng.random_range(0..200_000));
+                }
+            }
         }
     }
 
@@ -248,11 +301,7 @@ impl Asker {
         }
     }
 
-    fn client_operation(
-        &mut self,
-        world: &mut Outside<'_>,
-        config: Option<(u64, u64)>,
-    ) -> UnderWay {
+    fn client_operation(&mut self, world: &mut Outside<'_>, config: Option<(u64, u64)>) -> Request {
         let worker = format!("w{}", world.rng.random_range(0..world.agents));
         let begun = world.now_us;
         let who = self.number();
@@ -267,9 +316,8 @@ impl Asker {
                     .history
                     .call(who, &format!("desired {worker}"), begun, Op::Read),
             ];
-            return UnderWay {
+            return Request {
                 ask: Ask::Read,
-                begun,
                 calls,
                 kind: Doing::Read,
             };
@@ -284,7 +332,11 @@ impl Asker {
             let op = Op::CompareAndSet { expected, new };
             (action, world.history.call(who, "config", begun, op))
         } else {
-            let value = world.rng.random_range(1..=3);
+            let value = if world.healing {
+                1
+            } else {
+                world.rng.random_range(1..=3)
+            };
             let action = Action::SetDesired(wire::SetDesired {
                 name: worker.clone(),
                 desired: value,
@@ -294,70 +346,50 @@ impl Asker {
             let key = format!("desired {worker}");
             (action, world.history.call(who, &key, begun, op))
         };
-        UnderWay {
+        Request {
             ask: Ask::Propose {
                 asked: self.command(action, None),
                 change: None,
             },
-            begun,
             calls: vec![call],
             kind: Doing::Write,
         }
     }
 
-    fn agent_operation(&mut self, world: &mut Outside<'_>, agent: &Agent) -> UnderWay {
+    fn agent_operation(&mut self, world: &mut Outside<'_>, what: Wants) -> Request {
         let begun = world.now_us;
-        let again = world.rng.random_bool(0.1);
-        if agent.registered && !again {
-            let observed = if world.rng.random_bool(0.9) {
-                wire::Observed::Ready
-            } else {
-                wire::Observed::EngineDown
-            };
-            return UnderWay {
-                ask: Ask::Renew {
-                    who: Identity {
-                        trust_domain: "sim".into(),
-                        role: Role::Agent,
-                        name: agent.name.clone(),
-                    },
-                    renew: control::Renew {
-                        incarnation: agent.held.map(Incarnation::to_wire),
-                        applied_revision: agent.revision,
-                        observed: observed.into(),
-                        feature_level: 2,
-                    },
-                },
-                begun,
-                calls: Vec::new(),
-                kind: Doing::Renew,
-            };
-        }
+        let (name, held, start) = match what {
+            Wants::Renew {
+                name,
+                incarnation,
+                revision,
+                observed,
+            } => return renewal(Role::Agent, name, Some(incarnation), revision, observed),
+            Wants::Register { name, held, start } => (name, held, start),
+        };
         // It declares itself, at its start or with another model.
         let value = world.history.fresh();
         let action = Action::Register(wire::RegisterWorker {
-            name: agent.name.clone(),
+            name: name.clone(),
             spec: spec(value),
-            held: agent.held.map(Incarnation::to_wire),
-            start: agent.start,
+            held: held.map(Incarnation::to_wire),
+            start,
             takeover: false,
         });
         let who = self.number();
-        let key = format!("spec {}", agent.name);
+        let key = format!("spec {name}");
         let call = world.history.call(who, &key, begun, Op::Write(value));
-        UnderWay {
+        Request {
             ask: Ask::Propose {
-                asked: self.command(action, Some(agent.name.clone())),
+                asked: self.command(action, Some(name)),
                 change: None,
             },
-            begun,
             calls: vec![call],
             kind: Doing::Register,
         }
     }
 
-    fn admin_operation(&mut self, world: &mut Outside<'_>) -> Option<UnderWay> {
-        let begun = world.now_us;
+    fn admin_operation(&mut self, world: &mut Outside<'_>) -> Option<Request> {
         let ask = if let Some(to) = world.transfer.take() {
             Ask::Transfer { to }
         } else {
@@ -367,9 +399,8 @@ impl Asker {
                 change,
             }
         };
-        Some(UnderWay {
+        Some(Request {
             ask,
-            begun,
             calls: Vec::new(),
             kind: Doing::Admin,
         })
@@ -382,47 +413,50 @@ impl Asker {
         answer: &Answer,
         world: &mut Outside<'_>,
     ) -> Option<u64> {
-        if number != self.attempt || self.under_way.is_none() {
-            return None;
-        }
         let now = world.now_us;
-        match answer {
-            Answer::NotLeader(leader) => {
-                self.leader = *leader;
-                let known = leader.is_some_and(|leader| world.nodes.contains(&leader));
-                return Some(now + if known { 1_000 } else { PAUSE_US });
+        let under_way = self.under_way.as_mut()?;
+        let (node, _, stands) = under_way.asked.get_mut(&number)?;
+        let node = *node;
+        let error = match answer {
+            Answer::NotLeader(leader) => Some(NodeError::NotLeader {
+                leader: leader
+                    .filter(|leader| world.nodes.contains(leader))
+                    .map(address),
+            }),
+            Answer::Unknown => Some(NodeError::Unknown),
+            _ => None,
+        };
+        if let Some(error) = error {
+            if std::mem::take(stands) {
+                under_way.plan.failed(clock(now), &address(node), error);
             }
-            Answer::Unknown => return Some(now + PAUSE_US),
-            _ => {}
+            return Some(now);
         }
         let under_way = self.under_way.take()?;
+        if under_way.kind != Doing::Read {
+            self.leader = Some(node);
+        }
         self.done_at = now;
         let mut pause = 1 + world.rng.random_range(0..=2 * world.think_us);
         match answer {
             Answer::Facts(facts) => self.read(facts, &under_way, world),
             Answer::Outcome { outcome, .. } => self.outcome(outcome, &under_way, world),
             Answer::Refused => world.history.never(&under_way.calls),
-            Answer::Renewed { revision } => {
-                if let Part::Agent(agent) = &mut self.role {
-                    agent.revision = *revision;
-                }
-            }
             Answer::Superseded => {
-                if let Part::Agent(agent) = &mut self.role {
+                if let Some(agent) = self.as_agent() {
                     agent.superseded = true;
+                    agent.core = None;
                 }
             }
             Answer::NotRegistered => {
-                if let Part::Agent(agent) = &mut self.role {
-                    agent.registered = false;
+                if let Some(agent) = self.as_agent() {
+                    agent.registered = None;
                 }
             }
-            Answer::Begun | Answer::NotLeader(_) | Answer::Unknown => {}
+            Answer::Renewed | Answer::Begun | Answer::NotLeader(_) | Answer::Unknown => {}
         }
-        if matches!(self.role, Part::Agent(_))
-            && matches!(under_way.kind, Doing::Renew | Doing::Register)
-        {
-            pause = RENEW_US;
+        if matches!(under_way.kind, Doing::Renew | Doing::Register) {
+            pause = u64::try_from(RENEW_EVERY.as_micros()).unwrap_or(u64::MAX);
         }
         Some(now + pause)
     }
@@ -467,9 +501,10 @@ impl Asker {
                     };
                     world.history.returned(call, world.now_us, written);
                 }
-                if let (Part::Agent(agent), Some(worker)) = (&mut self.role, &done.worker) {
-                    agent.held = Incarnation::from_wire(worker.incarnation.as_ref()).ok();
-                    agent.registered = true;
+                if let (Part::Agent(agent), Some(worker)) = (&mut self.role, &done.worker)
+                    && let Ok(own) = Incarnation::from_wire(worker.incarnation.as_ref())
+                {
+                    agent.registered(own, Revision(done.revision));
                 }
                 if let Part::Client { config } = &mut self.role {
                     *config = None;
@@ -500,9 +535,61 @@ impl Asker {
             Party::Client(number) => number,
             Party::Agent(number) => 1_000 + number,
             Party::Zombie(number) => 2_000 + number,
+            Party::Balancer(number) => 4_000 + number,
             Party::Admin => 3_000,
         }
     }
+}
+
+/// What an agent asks for next.
+pub(super) enum Wants {
+    Renew {
+        name: String,
+        incarnation: Incarnation,
+        /// In force on it.
+        revision: u64,
+        observed: i32,
+    },
+    Register {
+        name: String,
+        held: Option<Incarnation>,
+        start: u32,
+    },
+}
+
+fn renewal(
+    role: Role,
+    name: String,
+    incarnation: Option<Incarnation>,
+    revision: u64,
+    observed: i32,
+) -> Request {
+    Request {
+        ask: Ask::Renew {
+            who: Identity {
+                trust_domain: "sim".into(),
+                role,
+                name,
+            },
+            renew: control::Renew {
+                incarnation: incarnation.map(Incarnation::to_wire),
+                applied_revision: revision,
+                observed,
+                feature_level: 2,
+            },
+        },
+        calls: Vec::new(),
+        kind: Doing::Renew,
+    }
+}
+
+/// Those who ask have clocks of their own, which nobody compares with others'.
+fn clock(world_us: u64) -> Now {
+    Now::at(Duration::from_micros(world_us))
+}
+
+fn address(node: NodeId) -> String {
+    node.0.to_string()
 }
 
 fn hex(bytes: &[u8]) -> String {

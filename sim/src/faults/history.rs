@@ -4,6 +4,8 @@ use crate::linear::{self, Call, Verdict};
 
 pub(super) use linear::{Op, Outcome};
 
+/// Values are above every default.
+const NEWER: u64 = 10_000;
 /// Steps of the checker a world may take.
 const MAX_STEPS: u64 = 20_000_000;
 
@@ -31,7 +33,7 @@ impl History {
     /// A value that nobody wrote yet; fits a pool's queue limit.
     pub(super) fn fresh(&mut self) -> u64 {
         self.values += 1;
-        self.values
+        NEWER + self.values
     }
 
     pub(super) fn call(&mut self, client: u32, key: &str, called: u64, op: Op) -> usize {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forebay_consensus::fleet::reign::{self, Asked, Reign};
-use forebay_consensus::fleet::{Applied, Fleet};
+use forebay_consensus::fleet::{Applied, FEATURE_LEVEL, Fleet, too_new};
 use forebay_consensus::node::{
     Members, MembersChange, Message, Restored, Role, Snapshot, SnapshotReport,
 };
@@ -127,7 +127,7 @@ pub(super) struct Process {
     own: Vec<oneshot::Receiver<Result<Entry<Applied>, ProposeError>>>,
     next_tick: Now,
     next_step: Now,
-    pub(super) streams: BTreeMap<u32, Stream>,
+    pub(super) streams: BTreeMap<Party, Stream>,
 }
 
 /// A watch, on the node's side.
@@ -270,6 +270,7 @@ impl Host {
             ..ReplicaOptions::default()
         };
         let machine = Fleet::bootstrap(cluster.cluster_id, Vec::new());
+        let machine = machine.as_build_of(if self.is_old { 1 } else { FEATURE_LEVEL });
         let memory = restored.clone();
         let core = Core::new(
             options,
@@ -410,6 +411,14 @@ impl Process {
     fn ask(&mut self, now: Now, party: Party, number: u64, ask: Ask) -> Option<Answer> {
         match ask {
             Ask::Propose { asked, change } => {
+                let level = self.publisher.facts().feature_level;
+                let action = wire::Command::decode(asked.command.clone()).ok();
+                let action = action.and_then(|command| command.action);
+                if self.reign.term().is_some()
+                    && action.is_some_and(|action| too_new(&action, level).is_some())
+                {
+                    return Some(Answer::Refused);
+                }
                 let registers = asked.registers.clone();
                 let Some(command) = self.reign.stamp(now, asked) else {
                     return Some(self.not_leader());
@@ -478,9 +487,7 @@ impl Process {
                 if let Some(incarnation) = incarnation {
                     self.observe(now, &facts, &who.name, incarnation, renew);
                 }
-                Answer::Renewed {
-                    revision: facts.revision,
-                }
+                Answer::Renewed
             }
             Some(Err(RenewError::Superseded { .. })) => Answer::Superseded,
             Some(Err(_)) => Answer::NotRegistered,
@@ -668,7 +675,7 @@ impl Process {
     }
 
     /// A watcher dialled in; its earlier watch here ends.
-    pub(super) fn watch(&mut self, watcher: u32, number: u64, from: &control::Watch, now: Now) {
+    pub(super) fn watch(&mut self, watcher: Party, number: u64, from: &control::Watch, now: Now) {
         let facts = self.publisher.facts();
         let same = from.cluster_id == facts.cluster_id;
         let held = if same { from.revision } else { 0 };
@@ -683,7 +690,7 @@ impl Process {
     }
 
     /// What is to be sent to a watcher now.
-    pub(super) fn frames(&mut self, watcher: u32, now: Now) -> Vec<control::WatchFrame> {
+    pub(super) fn frames(&mut self, watcher: Party, now: Now) -> Vec<control::WatchFrame> {
         use control::watch_frame::Frame;
         let Some(stream) = self.streams.get_mut(&watcher) else {
             return Vec::new();

@@ -9,19 +9,27 @@
 //! failure happens again bit for bit, with fewer faults where fewer suffice.
 
 mod acts;
+mod agent;
 mod check;
 mod clients;
 mod disk;
+mod fleet;
 mod history;
 mod host;
 mod net;
+mod nodes;
 mod params;
 mod party;
+mod people;
 mod plan;
+mod watching;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub use forebay_consensus::bug::Bug;
+use forebay_consensus::bug::put_back;
 use forebay_consensus::probe::{self, Probe};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
@@ -40,6 +48,8 @@ pub struct Request {
     pub seed: u64,
     /// Control nodes at the start, 3 or 5; `None`: as the seed draws.
     pub nodes: Option<u32>,
+    /// A known bug, put back first.
+    pub bug: Option<Bug>,
 }
 
 /// What one or more worlds came to.
@@ -59,7 +69,9 @@ pub struct Summary {
     pub ops_failed: u64,
     /// Operations in histories found linearizable.
     pub lin_checked_ops: u64,
-    /// Events, and terms with a leader.
+    /// Placements that agents took from balancers.
+    pub placements: u64,
+    /// Events.
     pub events: u64,
     /// Terms in which a leader was elected.
     pub terms: u64,
@@ -96,6 +108,7 @@ impl Summary {
         self.ops_unknown += other.ops_unknown;
         self.ops_failed += other.ops_failed;
         self.lin_checked_ops += other.lin_checked_ops;
+        self.placements += other.placements;
         self.events += other.events;
         self.terms += other.terms;
         self.trace_hash = self.trace_hash.rotate_left(7) ^ other.trace_hash;
@@ -109,37 +122,78 @@ impl Summary {
 /// # Errors
 ///
 /// Returns the first thing that did not hold, with the faults that lead there.
+///
+/// # Panics
+///
+/// When a bug is asked for and this build has none (feature `bugs`).
 pub fn run(request: Request) -> Result<Summary, Box<Failure>> {
     let plan = plan_of(request);
+    run_plan(request, plan.clone()).map_err(|(violation, at_us)| {
+        let faults = shrink(request, plan, violation.invariant);
+        Box::new(Failure {
+            seed: request.seed,
+            violation,
+            at_ms: at_us / 1_000,
+            faults,
+        })
+    })
+}
+
+/// Whether this build can put known bugs back (feature `bugs` of the control plane's crate).
+#[must_use]
+pub fn has_bugs() -> bool {
+    let can = put_back(Some(Bug::AckBeforeSync));
+    let _ = put_back(None);
+    can
+}
+
+/// What does not hold in a world, without looking for fewer faults that lead there.
+///
+/// # Panics
+///
+/// As [`run`].
+#[must_use]
+pub fn caught(request: Request) -> Option<Violation> {
+    let plan = plan_of(request);
+    run_plan(request, plan)
+        .err()
+        .map(|(violation, _)| violation)
+}
+
+fn run_plan(request: Request, plan: Vec<Fault>) -> Result<Summary, (Violation, u64)> {
     let _ = probe::take();
-    match world(request, plan.clone()).run() {
-        Ok(ended) => Ok(Summary {
-            seeds: 1,
-            simulated_hours: ended.lasted_us as f64 / 3.6e9,
-            faults_injected: ended.injected,
-            ops_ok: ended.counts.ok,
-            ops_unknown: ended.counts.unknown,
-            ops_failed: ended.counts.failed,
-            lin_checked_ops: ended.checked,
-            events: ended.events,
-            terms: ended.terms as u64,
-            trace_hash: ended.trace,
-            probes_hit: probe::take()
-                .iter()
-                .map(|probe| format!("{probe:?}"))
-                .collect(),
-            probes_total: Probe::ALL.len(),
-        }),
-        Err((violation, at_us)) => {
-            let faults = shrink(request, plan, violation.invariant);
-            Err(Box::new(Failure {
-                seed: request.seed,
-                violation,
-                at_ms: at_us / 1_000,
-                faults,
-            }))
-        }
-    }
+    assert!(
+        put_back(request.bug),
+        "this build has no known bugs: it lacks the feature `bugs`"
+    );
+    // raft-rs panics where it finds itself in a state that it takes for impossible.
+    let ended = catch_unwind(AssertUnwindSafe(|| world(request, plan).run()));
+    let ended = ended.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+        let text = text.unwrap_or_else(|| "a panic".into());
+        Err((Violation::new("runs", text), 0))
+    });
+    let _ = put_back(None);
+    let ended = ended?;
+    Ok(Summary {
+        seeds: 1,
+        simulated_hours: ended.lasted_us as f64 / 3.6e9,
+        faults_injected: ended.injected,
+        ops_ok: ended.counts.ok,
+        ops_unknown: ended.counts.unknown,
+        ops_failed: ended.counts.failed,
+        lin_checked_ops: ended.checked,
+        placements: ended.placements,
+        events: ended.events,
+        terms: ended.terms as u64,
+        trace_hash: ended.trace,
+        probes_hit: probe::take()
+            .iter()
+            .map(|probe| format!("{probe:?}"))
+            .collect(),
+        probes_total: Probe::ALL.len(),
+    })
 }
 
 fn rng_of(request: Request) -> StdRng {
@@ -168,7 +222,7 @@ fn shrink(request: Request, mut plan: Vec<Fault>, invariant: &str) -> Vec<Fault>
             tries += 1;
             let mut fewer = plan.clone();
             fewer.drain(start..(start + part).min(plan.len()));
-            let ended = world(request, fewer.clone()).run();
+            let ended = run_plan(request, fewer.clone());
             if ended.is_err_and(|(violation, _)| violation.invariant == invariant) {
                 plan = fewer;
             } else {
@@ -182,33 +236,3 @@ fn shrink(request: Request, mut plan: Vec<Fault>, invariant: &str) -> Vec<Fault>
 
 /// Worlds that are run to leave faults out.
 const MAX_SHRINKS: u32 = 60;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_seed_happens_again_bit_for_bit() {
-        for seed in [1, 2] {
-            let request = Request { seed, nodes: None };
-            let (first, second) = (run(request).unwrap(), run(request).unwrap());
-            assert_eq!(first.trace_hash, second.trace_hash);
-            assert_eq!(first.events, second.events);
-        }
-    }
-
-    #[test]
-    fn worlds_with_faults_hold() {
-        let mut all = Summary::default();
-        let mut failures = Vec::new();
-        for seed in 100..120 {
-            match run(Request { seed, nodes: None }) {
-                Ok(summary) => all.add(summary),
-                Err(failure) => failures.push(format!("{failure:?}")),
-            }
-        }
-        eprintln!("{}", serde_json::to_string(&all).unwrap());
-        assert!(failures.is_empty(), "{}", failures.join("\n\n"));
-        assert!(all.ops_ok > all.ops_unknown + all.ops_failed);
-    }
-}

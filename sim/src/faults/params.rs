@@ -13,7 +13,7 @@ pub(super) struct Params {
     pub(super) nodes: u32,
     pub(super) clients: u32,
     pub(super) agents: u32,
-    pub(super) watchers: u32,
+    pub(super) balancers: u32,
     /// How long faults happen, and how long the world then heals.
     pub(super) faults_for: Duration,
     pub(super) heals_for: Duration,
@@ -30,7 +30,7 @@ pub(super) struct Params {
     pub(super) segment_bytes: u64,
     pub(super) snapshot_entries: u64,
     pub(super) keep_entries: u64,
-    /// Deltas a node keeps for watchers.
+    /// Deltas a node keeps for balancers.
     pub(super) max_deltas: usize,
     /// A clock runs up to so many parts in a million too fast or too slow.
     pub(super) drift_ppm: i64,
@@ -53,7 +53,7 @@ impl Params {
             nodes,
             clients: rng.random_range(3..=6),
             agents: rng.random_range(2..=5),
-            watchers: rng.random_range(1..=3),
+            balancers: rng.random_range(1..=3),
             faults_for: ms(rng, 20_000, 60_000),
             heals_for: Duration::from_secs(25),
             think: ms(rng, 50, 400),

@@ -15,6 +15,7 @@ pub(super) enum Party {
     Agent(u32),
     /// An older start of an agent, back from a copy of its disk.
     Zombie(u32),
+    Balancer(u32),
     Admin,
 }
 
@@ -52,9 +53,7 @@ pub(super) enum Answer {
     Refused,
     /// It may still take effect.
     Unknown,
-    Renewed {
-        revision: u64,
-    },
+    Renewed,
     Superseded,
     NotRegistered,
     /// A hand-over was begun.

@@ -148,6 +148,11 @@ pub enum Kind {
         /// For how long.
         for_ms: u64,
     },
+    /// The next leader that enters a joint membership is lost in it.
+    LeaderLostInJoint {
+        /// When it is started again.
+        back_ms: u64,
+    },
     /// A node is started again with the newest version.
     Upgrade {
         /// Which node.
@@ -187,6 +192,7 @@ impl Kind {
             Self::AgentRestart { wiped: true, .. } => "agent_wiped",
             Self::AgentZombie { .. } => "agent_zombie",
             Self::AgentSilent { .. } => "agent_silent",
+            Self::LeaderLostInJoint { .. } => "leader_lost_in_joint",
             Self::Upgrade { .. } => "upgrade",
         }
     }
@@ -239,7 +245,7 @@ pub(super) fn draw(rng: &mut StdRng, params: &Params) -> Vec<Fault> {
     }
 }
 
-const KINDS: usize = 20;
+const KINDS: usize = 21;
 
 fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
     let node = if rng.random_bool(0.4) {
@@ -249,7 +255,12 @@ fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
     };
     let other = Target(rng.random_range(0..LEADER.0));
     let back_ms = rng.random_range(50..=8_000);
-    let for_ms = rng.random_range(100..=8_000);
+    // As long as an election takes, or much longer.
+    let for_ms = if rng.random_bool(0.5) {
+        rng.random_range(100..=2_000)
+    } else {
+        rng.random_range(100..=8_000)
+    };
     match kind {
         0 => Kind::Kill { node, back_ms },
         1 => Kind::PowerLoss { node, back_ms },
@@ -301,6 +312,7 @@ fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
             },
             _ => Kind::AgentZombie { agent: other },
         },
+        19 => Kind::LeaderLostInJoint { back_ms },
         _ => Kind::Upgrade { node: other },
     }
 }

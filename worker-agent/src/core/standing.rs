@@ -29,21 +29,21 @@ pub fn standing(
         .workers
         .get(name)
         .map(|worker| (worker.incarnation, worker.departed, worker.desired));
-    judge(
-        worker,
-        own,
-        registered.is_some_and(|at| facts.revision >= at),
-    )
+    judge(worker, own, registered.map(|at| facts.revision >= at))
 }
 
+/// `registered`: this process is, and whether these facts are as new as that.
 fn judge(
     worker: Option<(Incarnation, bool, Desired)>,
     own: Incarnation,
-    contains_own: bool,
+    registered: Option<bool>,
 ) -> Standing {
     match worker {
-        None if contains_own => Standing::Removed,
+        None if registered == Some(true) => Standing::Removed,
         None => Standing::NotYet,
+        // From before its registration: what an operator wanted since is in newer ones, which it will
+        // get from the same control plane. Those on its disk count until then.
+        Some((found, _, _)) if registered == Some(false) && found < own => Standing::NotYet,
         Some((found, _, _)) if found > own => Standing::Superseded(found),
         Some((found, true, _)) if found == own => Standing::Superseded(found),
         Some((found, _, _)) if found.worker != own.worker => Standing::NotYet,
@@ -70,34 +70,45 @@ mod tests {
         let own = incarnation(7, 10, 3);
         let ready = |found| Some((found, false, Desired::Ready));
         let wanted = Standing::Wanted(Desired::Ready);
-        assert_eq!(judge(ready(own), own, true), wanted);
+        assert_eq!(judge(ready(own), own, Some(true)), wanted);
         assert_eq!(
-            judge(ready(incarnation(7, 10, 2)), own, false),
+            judge(ready(incarnation(7, 10, 2)), own, None),
             wanted,
             "its last start"
         );
-        let newer = incarnation(7, 10, 4);
-        assert_eq!(judge(ready(newer), own, true), Standing::Superseded(newer));
-        let again = incarnation(8, 20, 1);
-        assert_eq!(judge(ready(again), own, true), Standing::Superseded(again));
         assert_eq!(
-            judge(ready(incarnation(6, 5, 9)), own, false),
+            judge(ready(incarnation(7, 10, 2)), own, Some(false)),
+            Standing::NotYet,
+            "it has registered since: a cordon may lie between"
+        );
+        let newer = incarnation(7, 10, 4);
+        assert_eq!(
+            judge(ready(newer), own, Some(true)),
+            Standing::Superseded(newer)
+        );
+        let again = incarnation(8, 20, 1);
+        assert_eq!(
+            judge(ready(again), own, Some(true)),
+            Standing::Superseded(again)
+        );
+        assert_eq!(
+            judge(ready(incarnation(6, 5, 9)), own, Some(false)),
             Standing::NotYet
         );
-        assert_eq!(judge(None, own, true), Standing::Removed);
+        assert_eq!(judge(None, own, Some(true)), Standing::Removed);
         assert_eq!(
-            judge(None, own, false),
+            judge(None, own, Some(false)),
             Standing::NotYet,
             "facts from before"
         );
         let departed = Some((own, true, Desired::Ready));
-        assert_eq!(judge(departed, own, true), Standing::Superseded(own));
+        assert_eq!(judge(departed, own, Some(true)), Standing::Superseded(own));
     }
 
     #[test]
     fn a_restart_clears_no_cordon() {
         let cordoned = Some((incarnation(7, 10, 2), true, Desired::Cordoned));
-        let standing = judge(cordoned, incarnation(7, 10, 3), false);
+        let standing = judge(cordoned, incarnation(7, 10, 3), None);
         assert_eq!(standing, Standing::Wanted(Desired::Cordoned));
     }
 }

@@ -125,6 +125,7 @@ impl Registrar<'_> {
                 | Refusal::LeavesModelEmpty { .. }
                 | Refusal::RevisionConflict { .. }
                 | Refusal::Invalid { .. }
+                | Refusal::MembersUnfit { .. }
                 | Refusal::PoolInUse { .. } => {
                     Attempt::Fatal(AgentError::Refused { name, refusal })
                 }

@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod facts;
+pub mod group;
 pub mod init;
 pub mod plan;
 pub mod roster;

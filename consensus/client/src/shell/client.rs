@@ -227,8 +227,19 @@ impl ControlClient {
     }
 
     /// Asks whichever nodes the plan says until one answers or the deadline comes.
-    async fn call(
+    pub(crate) async fn call(
         &self,
+        deadline: Duration,
+        question: impl Fn(Duration) -> Ask,
+    ) -> Result<(String, Response), ClientError> {
+        self.call_patiently(ATTEMPT_PATIENCE, deadline, question)
+            .await
+    }
+
+    /// As [`ControlClient::call`], with another time for each question.
+    pub(crate) async fn call_patiently(
+        &self,
+        attempt: Duration,
         deadline: Duration,
         question: impl Fn(Duration) -> Ask,
     ) -> Result<(String, Response), ClientError> {
@@ -239,7 +250,7 @@ impl ControlClient {
         loop {
             let wake_up = match plan.next(self.now()) {
                 Next::Ask(address) => {
-                    let patience = until.since(self.now()).min(ATTEMPT_PATIENCE);
+                    let patience = until.since(self.now()).min(attempt);
                     // The node gives up a little earlier, so that it can say why.
                     let question = question(patience.mul_f32(0.9));
                     asked.push(async move {
@@ -263,7 +274,7 @@ impl ControlClient {
         }
     }
 
-    async fn ask(
+    pub(crate) async fn ask(
         &self,
         address: &str,
         question: Ask,
@@ -277,6 +288,10 @@ impl ControlClient {
             .links
             .ask(address, name.as_deref(), &question, patience)
             .await
+    }
+
+    pub(crate) fn note_leader(&self, address: &str) {
+        self.inner.roster.lock().led_by(address);
     }
 
     pub(crate) fn links(&self) -> &Links {
@@ -319,7 +334,7 @@ impl ControlClient {
     }
 }
 
-fn read_outcome(address: &str, outcome: Outcome) -> Result<Done, ClientError> {
+pub(crate) fn read_outcome(address: &str, outcome: Outcome) -> Result<Done, ClientError> {
     let unintelligible = |problem: String| ClientError::Unintelligible {
         address: address.into(),
         problem,
@@ -340,7 +355,7 @@ fn read_outcome(address: &str, outcome: Outcome) -> Result<Done, ClientError> {
     }
 }
 
-fn unexpected(address: &str) -> ClientError {
+pub(crate) fn unexpected(address: &str) -> ClientError {
     ClientError::Unintelligible {
         address: address.into(),
         problem: "an answer to another question".into(),
@@ -348,7 +363,7 @@ fn unexpected(address: &str) -> ClientError {
 }
 
 /// What a node said in place of the answer to a question that only it can answer.
-fn not_helpful(response: Response) -> NodeError {
+pub(crate) fn not_helpful(response: Response) -> NodeError {
     match classify(response) {
         Answer::TryOn(error) => error,
         Answer::Final(error) => NodeError::Unreachable {

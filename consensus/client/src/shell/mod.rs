@@ -3,6 +3,7 @@
 
 pub(crate) mod client;
 pub(crate) mod facts_file;
+mod group;
 pub(crate) mod init;
 mod links;
 pub(crate) mod renew;

@@ -3,6 +3,7 @@
 
 use forebay_proto::NodeId;
 
+use super::super::party::Party;
 use super::{Held, Violation};
 
 const NAME: &str = "heals";
@@ -12,7 +13,9 @@ pub(crate) struct Rest {
     pub(crate) nodes: Vec<NodeRest>,
     /// Parties without an outcome since the second half of the healing.
     pub(crate) stuck: Vec<String>,
-    pub(crate) watchers: Vec<(u32, u64)>,
+    pub(crate) watchers: Vec<(Party, u64)>,
+    /// Balancers that would place nothing, although a worker is ready.
+    pub(crate) idle: Vec<Party>,
     pub(crate) feature_level: Option<u32>,
 }
 
@@ -58,10 +61,13 @@ impl Liveness {
         }
         for (watcher, at) in &rest.watchers {
             if at + 100 < revision {
-                return broken(format!(
-                    "watcher {watcher} is at {at}, the facts at {revision}"
-                ));
+                return broken(format!("{watcher:?} is at {at}, the facts at {revision}"));
             }
+        }
+        if let Some(idle) = rest.idle.first() {
+            return broken(format!(
+                "{idle:?} places nothing, although a worker is ready"
+            ));
         }
         match rest.feature_level {
             Some(level) if level < 2 => broken(format!("the feature level stays at {level}")),

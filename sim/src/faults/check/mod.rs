@@ -5,6 +5,7 @@ mod agreement;
 mod audit;
 mod durable;
 mod election;
+mod force;
 mod incarnation;
 mod lease;
 mod liveness;
@@ -23,6 +24,7 @@ pub(super) use agreement::Agreement;
 pub(super) use audit::Audit;
 pub(super) use durable::Durable;
 pub(super) use election::Election;
+pub(super) use force::InForce;
 pub(super) use incarnation::Incarnations;
 pub(super) use lease::Leases;
 pub(super) use liveness::{Liveness, NodeRest, Rest};
@@ -74,4 +76,5 @@ pub(super) struct Checks {
     pub(super) time: CellTime,
     pub(super) audit: Audit,
     pub(super) watchers: Watchers,
+    pub(super) force: InForce,
 }

@@ -7,6 +7,7 @@ use forebay_control_client::Facts;
 use forebay_proto::wire::fleet as wire;
 use prost::Message as _;
 
+use super::super::party::Party;
 use super::{Held, Violation};
 
 const NAME: &str = "watchers-hold-what-was-agreed";
@@ -15,7 +16,7 @@ const NAME: &str = "watchers-hold-what-was-agreed";
 pub(crate) struct Watchers {
     /// By revision.
     agreed: BTreeMap<u64, u32>,
-    held: BTreeMap<u32, (u64, usize)>,
+    held: BTreeMap<Party, (u64, usize)>,
     checked: u64,
 }
 
@@ -35,7 +36,7 @@ impl Watchers {
     }
 
     /// A watcher holds these facts from now on.
-    pub(crate) fn holds(&mut self, watcher: u32, facts: &Facts) -> Held {
+    pub(crate) fn holds(&mut self, watcher: Party, facts: &Facts) -> Held {
         let revision = facts.revision.0;
         let workers = facts.workers.len();
         let (before, had) = self
@@ -44,12 +45,10 @@ impl Watchers {
             .unwrap_or_default();
         let broken = |detail: String| Err(Violation::new(NAME, detail));
         if revision < before {
-            return broken(format!(
-                "watcher {watcher} went from {before} to {revision}"
-            ));
+            return broken(format!("{watcher:?} went from {before} to {revision}"));
         }
         if workers == 0 && had > 0 {
-            return broken(format!("watcher {watcher} lost all workers at {revision}"));
+            return broken(format!("{watcher:?} lost all workers at {revision}"));
         }
         self.checked += 1;
         match self.agreed.get(&revision) {
@@ -57,13 +56,18 @@ impl Watchers {
             None => Ok(()),
             Some(agreed) if *agreed == digest(facts.to_wire()) => Ok(()),
             Some(_) => broken(format!(
-                "watcher {watcher} holds something else at {revision} than was agreed"
+                "{watcher:?} holds something else at {revision} than was agreed"
             )),
         }
     }
 
+    /// It begins again with nothing.
+    pub(crate) fn forgot(&mut self, watcher: Party) {
+        self.held.remove(&watcher);
+    }
+
     /// What a watcher holds.
-    pub(crate) fn revision(&self, watcher: u32) -> u64 {
+    pub(crate) fn revision(&self, watcher: Party) -> u64 {
         self.held.get(&watcher).map_or(0, |(revision, _)| *revision)
     }
 }
