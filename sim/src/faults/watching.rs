@@ -19,8 +19,8 @@ const WATCH_EVERY_US: u64 = 100_000;
 /// One who follows the facts.
 pub(super) struct Watcher {
     watch: Watch,
-    /// Counts its dials: frames of earlier ones are passed over.
-    dials: u64,
+    /// Number of its newest dial, of all in the world: frames of others are passed over.
+    dial: u64,
     pub(super) clock: Clock,
 }
 
@@ -28,7 +28,7 @@ impl Watcher {
     pub(super) const fn new(watch: Watch, clock: Clock) -> Self {
         Self {
             watch,
-            dials: 0,
+            dial: 0,
             clock,
         }
     }
@@ -36,7 +36,7 @@ impl Watcher {
     /// Its process starts again, with what its disk kept.
     pub(super) fn restart(&mut self, watch: Watch) {
         self.watch = watch;
-        self.dials += 1;
+        self.dial = 0;
     }
 }
 
@@ -75,8 +75,9 @@ impl World {
         let now = watcher.clock.at(self.now_us);
         match watcher.watch.next(now, &addresses) {
             Step::Dial { address, from } => {
-                watcher.dials += 1;
-                let dial = watcher.dials;
+                self.dials += 1;
+                let dial = self.dials;
+                watcher.dial = dial;
                 let Ok(to) = address.parse().map(NodeId) else {
                     return;
                 };
@@ -168,7 +169,7 @@ impl World {
         let Some(watcher) = self.watchers.get_mut(&number) else {
             return Ok(());
         };
-        if watcher.dials != dial {
+        if watcher.dial != dial {
             return Ok(());
         }
         let now = watcher.clock.at(self.now_us);

@@ -46,6 +46,8 @@ pub(super) struct World {
     pub(super) askers: BTreeMap<Party, Asker>,
     pub(super) watchers: BTreeMap<Party, Watcher>,
     pub(super) balancers: BTreeMap<u32, Balancer>,
+    /// Watches that were ever begun.
+    pub(super) dials: u64,
     pub(super) history: History,
     pub(super) checks: Checks,
     /// The members as agreed.
@@ -137,6 +139,7 @@ impl World {
             askers: BTreeMap::new(),
             watchers: BTreeMap::new(),
             balancers: BTreeMap::new(),
+            dials: 0,
             history: History::default(),
             checks: Checks::default(),
             members: Vec::new(),
