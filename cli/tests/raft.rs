@@ -247,7 +247,7 @@ fn a_lost_disk_is_replaced_the_leader_moves_and_a_backup_becomes_a_cluster_of_it
     assert_eq!((&added["node"], &added["name"]), (&4.into(), &lost.into()));
     let again = cell.json(&all, &["raft", "add", &address]);
     assert_eq!(again["unchanged"], true);
-    let promoted = cell.json(&all, &["raft", "promote", lost]);
+    let promoted = cell.json(&all, &["raft", "promote", "n4"]);
     assert_eq!(promoted["unchanged"], false);
     let new = promoted["members"]
         .as_array()

@@ -277,3 +277,56 @@ async fn two_inits_at_once_found_one_cluster() {
         assert_eq!(found, founded[0].cluster_id, "{address}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_are_added_at_once_and_an_add_that_was_interrupted_is_finished() {
+    let mut cell = Cell::start(4).await;
+    let addresses = cell.addresses();
+    let mut client = |control: &[String]| {
+        cell.clients += 1;
+        let paths = cell.issue(Role::Operator(Level::Admin), "alice");
+        let endpoint = Endpoint::client(&Credentials::load(&paths).unwrap()).unwrap();
+        let id = ClientId([cell.clients; 16]);
+        ControlClient::new(endpoint, control.to_vec(), id, cell.clients.into())
+    };
+    let first = &addresses[..1];
+    let (one, other) = (client(first), client(first));
+    one.init(ClusterId([1; 16]), DEADLINE).await.unwrap();
+
+    // Both would take the same id; whoever comes second takes the next.
+    let (two, three) = tokio::join!(
+        one.add_member(&addresses[1], "a test", DEADLINE),
+        other.add_member(&addresses[2], "a test", DEADLINE),
+    );
+    let mut ids = [two.unwrap().0.id.0, three.unwrap().0.id.0];
+    ids.sort_unstable();
+    assert_eq!(ids, [2, 3]);
+
+    // Agreed on, and then whoever asked was gone.
+    let probed = one.probe_all(DEADLINE).await;
+    assert_eq!(probed.len(), 3, "members are learnt");
+    let spare = client(&addresses[3..]).probe_all(DEADLINE).await;
+    let spare = spare[0].1.clone().unwrap();
+    let added = fleet::Member {
+        id: 4,
+        name: spare.name,
+        address: addresses[3].clone(),
+        store_id: spare.store_id,
+        learner: true,
+    };
+    let change = fleet::ChangeMembers {
+        add: vec![added],
+        ..fleet::ChangeMembers::default()
+    };
+    one.change_members(change, "a test", DEADLINE)
+        .await
+        .unwrap();
+    let (member, unchanged) = one
+        .add_member(&addresses[3], "a test", DEADLINE)
+        .await
+        .unwrap();
+    assert_eq!((member.id.0, unchanged), (4, false));
+    assert!(one.caught_up(&member, DEADLINE).await);
+    let again = one.add_member(&addresses[3], "a test", DEADLINE).await;
+    assert_eq!(again, Ok((member, true)));
+}

@@ -45,12 +45,13 @@ impl Group {
         })
     }
 
-    /// The member of this name or id.
+    /// The member of this name or id, as `4` or as it is shown, `n4`. A name goes before an id.
     #[must_use]
     pub fn find(&self, name_or_id: &str) -> Option<&Member> {
         let named = self.members.iter().find(|one| one.name == name_or_id);
-        let id = || name_or_id.parse().ok().map(NodeId);
-        named.or_else(|| self.members.iter().find(|one| Some(one.id) == id()))
+        let number = name_or_id.strip_prefix('n').unwrap_or(name_or_id);
+        let id = number.parse().ok().map(NodeId);
+        named.or_else(|| self.members.iter().find(|one| Some(one.id) == id))
     }
 }
 
@@ -315,7 +316,10 @@ mod tests {
         let all = [leads(1, 4), leads(2, 5), follows.clone(), empty(7)];
         let group = Group::of(&all).unwrap();
         assert_eq!((group.leader, group.newest), (NodeId(2), NodeId(5)));
-        assert_eq!(group.find("c2"), group.find("2"));
+        for id in ["2", "n2"] {
+            assert_eq!(group.find("c2"), group.find(id));
+        }
+        assert_eq!(group.find("n"), None);
         assert_eq!(group.find("c3"), None);
         assert_eq!(Group::of([&follows, &empty(7)]), None);
     }
