@@ -674,6 +674,12 @@ impl Process {
         }
     }
 
+    /// One that joins has none before the leader's first snapshot, and nobody may take its empty facts
+    /// for the fleet's.
+    pub(super) fn has_state(&self) -> bool {
+        self.core.applied() > 0
+    }
+
     /// A watcher dialled in; its earlier watch here ends.
     pub(super) fn watch(&mut self, watcher: Party, number: u64, from: &control::Watch, now: Now) {
         let facts = self.publisher.facts();

@@ -115,7 +115,9 @@ impl World {
             return;
         };
         let now = host.clock.at(self.now_us);
-        if let Some(process) = &mut host.process {
+        if let Some(process) = &mut host.process
+            && process.has_state()
+        {
             process.watch(watcher, number, from, now);
             self.feed(to, self.now_us);
         }
