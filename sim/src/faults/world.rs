@@ -225,6 +225,8 @@ impl World {
         let kept = self.askers.get_mut(&party).and_then(Asker::as_agent);
         let kept = kept.and_then(|agent| agent.kept.clone());
         let clock = self.clock();
+        // Another of its name may have been there before.
+        self.checks.watchers.forgot(party);
         self.watchers
             .insert(party, Watcher::new(Watch::new(kept, rng), clock));
         let soon = self.now_us + self.rng.random_range(0..10_000);
