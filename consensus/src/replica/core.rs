@@ -347,6 +347,11 @@ impl<M: Machine> Core<M> {
     }
 
     fn snapshot_when_due(&mut self) -> Result<(), StopReason> {
+        let members = self.node.members();
+        if !members.contains(self.node.id()) {
+            // It was removed: a snapshot of others is not one that it can begin from again.
+            return Ok(());
+        }
         let (entries, bytes) = self.node.log_size();
         // A node that was added can only be given a snapshot that has it as a member.
         let members_changed = self.node.members_changed();

@@ -19,10 +19,11 @@ use super::world::{CLUSTER, Event, World, micros, record};
 impl World {
     pub(super) fn start(&mut self, node: NodeId) -> Held {
         let seed = self.rng.random();
+        let needed = self.is_needed(node);
         let Some(host) = self.hosts.get_mut(&node) else {
             return Ok(());
         };
-        if host.process.is_some() || host.refused.is_some() || host.removed {
+        if host.process.is_some() || host.refused.is_some() || (host.removed && !needed) {
             return Ok(());
         }
         let failing = host.disk.fails_to_sync();
@@ -349,6 +350,23 @@ impl World {
             let wait = self.rng.random_range(1_000..5_000_000);
             self.at(self.now_us + wait, Event::Retire(id));
         }
+    }
+
+    /// A member that was removed ends, once its vote counts no more: not before the joint membership by
+    /// which it went is left.
+    pub(super) fn retire(&mut self, node: NodeId) {
+        if self.is_needed(node) {
+            self.at(self.now_us + 500_000, Event::Retire(node));
+        } else {
+            self.crash(node, false);
+        }
+    }
+
+    fn is_needed(&self, node: NodeId) -> bool {
+        self.hosts.values().any(|host| {
+            let group = host.group.as_ref();
+            !host.removed && group.is_some_and(|group| group.outgoing().contains(&node))
+        })
     }
 
     pub(super) fn join(&mut self, id: NodeId) -> Held {

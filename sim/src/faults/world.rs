@@ -426,7 +426,7 @@ impl World {
             Event::Start(node) => self.start(node),
             Event::Join(node) => self.join(node),
             Event::Retire(node) => {
-                self.crash(node, false);
+                self.retire(node);
                 Ok(())
             }
             Event::Room(node) => {

@@ -196,10 +196,13 @@ async fn a_snapshot_arrives_in_pieces_and_whole_at_an_older_version() {
         let receiving = tokio::spawn(async move {
             let mut stream = at.accept_one_way().await.unwrap();
             let first = stream.recv().await.unwrap().unwrap();
-            match first.kind {
+            let arrived = match first.kind {
                 Kind::Raft => (first.kind, first.decode().unwrap()),
                 kind => (kind, inbound.receive(&mut stream, &first).await.unwrap()),
-            }
+            };
+            // To its end, which is how the sender knows.
+            assert!(stream.recv().await.unwrap().is_none());
+            arrived
         });
         let sent = outbound(Pace::default()).send(&pair.to, message).await;
         let (kind, arrived) = receiving.await.unwrap();

@@ -20,6 +20,7 @@ pub(crate) struct Rest {
 }
 
 /// One node that should be well.
+#[derive(Debug)]
 pub(crate) struct NodeRest {
     pub(crate) id: NodeId,
     /// Leader as it knows it, applied index, revision, whether the membership is joint; `None`: it
@@ -40,7 +41,7 @@ impl Liveness {
                 return broken(format!("{} does not run", node.id));
             };
             let Some(led_by) = led_by else {
-                return broken(format!("{} knows no leader", node.id));
+                return broken(format!("{} knows no leader: {:?}", node.id, rest.nodes));
             };
             if *leader.get_or_insert(led_by) != led_by {
                 return broken(format!("{} follows {led_by}, others do not", node.id));
