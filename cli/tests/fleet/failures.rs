@@ -140,6 +140,48 @@ impl Stalls {
     }
 }
 
+/// Fifty writes a second, one after the other, in the background: what an election held up is made up
+/// for. None may fail.
+struct Writing {
+    done: Arc<AtomicU64>,
+    began: Instant,
+    stop: std::sync::mpsc::Sender<()>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Writing {
+    const EVERY: Duration = Duration::from_millis(20);
+
+    fn start(writer: Writer) -> Self {
+        let (done, began) = (Arc::new(AtomicU64::new(0)), Instant::now());
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let count = done.clone();
+        let thread = std::thread::spawn(move || {
+            let mut next = began;
+            while stopped.recv_timeout(next.saturating_duration_since(Instant::now()))
+                == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+            {
+                writer.write();
+                count.fetch_add(1, Ordering::Relaxed);
+                next += Self::EVERY;
+            }
+        });
+        Self {
+            done,
+            began,
+            stop,
+            thread,
+        }
+    }
+
+    /// Ends it; returns writes a second.
+    fn stop(self) -> f64 {
+        drop(self.stop);
+        self.thread.join().expect("no write failed");
+        self.done.load(Ordering::Relaxed) as f64 / self.began.elapsed().as_secs_f64()
+    }
+}
+
 fn percentile(sorted: &[Duration], percent: usize) -> Duration {
     sorted[(sorted.len() - 1) * percent / 100]
 }
@@ -151,6 +193,7 @@ fn twenty_leaders_are_killed_and_no_request_notices() {
     let writer = Writer::new(&fleet);
     writer.write();
     let mut load = Load::start(&fleet, 400, 2);
+    let writing = Writing::start(Writer::new(&fleet));
     let stalls = Stalls::watch();
     let (mut back, mut stalled) = (Vec::new(), Vec::new());
     while back.len() < kills {
@@ -187,10 +230,14 @@ fn twenty_leaders_are_killed_and_no_request_notices() {
         fleet.start_again(&[node]);
     }
     assert!(load.running(), "the requests ended before the kills did");
+    let rate = writing.stop();
+    assert!(rate > 40.0, "{rate} writes a second");
     let report = load.without_errors();
     back.sort();
     let (p50, max) = (percentile(&back, 50), back[back.len() - 1]);
-    eprintln!("writes back after a leader's death: p50 {p50:?}, max {max:?}; {report}");
+    eprintln!(
+        "writes back after a leader's death: p50 {p50:?}, max {max:?}, {rate:.1} writes/s; {report}"
+    );
     eprintln!("not counted, with how long the machine stood still: {stalled:?}");
     assert!(p50 < Duration::from_secs(1), "{back:?}");
     assert!(max < Duration::from_millis(1_500), "{back:?}");

@@ -427,6 +427,10 @@ impl World {
         let before = host.group_before.as_ref();
         let holds = |id: NodeId| {
             self.hosts.get(&id).is_some_and(|host| {
+                // A disk that rotted since held it, if its node said so.
+                if host.rotten {
+                    return self.checks.durable.said_to_hold(id, *index);
+                }
                 recovered(&self.params, &host.disk)
                     .is_ok_and(|restored| host::holds(&restored, *index, *term))
             })

@@ -57,6 +57,13 @@ impl Durable {
         said.then_some(*promised)
     }
 
+    /// Whether the node acknowledged this index, or a later one.
+    pub(crate) fn said_to_hold(&self, node: NodeId, index: u64) -> bool {
+        let promised = self.promised.get(&node);
+        let entry = promised.and_then(|promised| promised.entry);
+        entry.is_some_and(|(newest, _)| newest >= index)
+    }
+
     /// What was promised must be in what a disk gives back.
     pub(crate) fn check(node: NodeId, promised: Promised, restored: &Restored) -> Held {
         let state = restored.hard_state;
