@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use forebay_control_client::ControlClient;
@@ -140,44 +140,48 @@ impl Stalls {
     }
 }
 
-/// Fifty writes a second, one after the other, in the background: what an election held up is made up
-/// for. None may fail.
+/// Fifty writes a second by five in the background: what an election held up is made up for. None may
+/// fail.
 struct Writing {
     done: Arc<AtomicU64>,
     began: Instant,
-    stop: std::sync::mpsc::Sender<()>,
-    thread: std::thread::JoinHandle<()>,
+    over: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Writing {
-    const EVERY: Duration = Duration::from_millis(20);
+    /// Of each writer.
+    const EVERY: Duration = Duration::from_millis(100);
 
-    fn start(writer: Writer) -> Self {
+    fn start(fleet: &Fleet) -> Self {
         let (done, began) = (Arc::new(AtomicU64::new(0)), Instant::now());
-        let (stop, stopped) = std::sync::mpsc::channel();
-        let count = done.clone();
-        let thread = std::thread::spawn(move || {
-            let mut next = began;
-            while stopped.recv_timeout(next.saturating_duration_since(Instant::now()))
-                == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
-            {
-                writer.write();
-                count.fetch_add(1, Ordering::Relaxed);
-                next += Self::EVERY;
-            }
+        let over = Arc::new(AtomicBool::new(false));
+        let threads = (0..5).map(|_| {
+            let (writer, count, over) = (Writer::new(fleet), done.clone(), over.clone());
+            std::thread::spawn(move || {
+                let mut next = began;
+                while !over.load(Ordering::Relaxed) {
+                    writer.write();
+                    count.fetch_add(1, Ordering::Relaxed);
+                    next += Self::EVERY;
+                    std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                }
+            })
         });
         Self {
+            threads: threads.collect(),
             done,
             began,
-            stop,
-            thread,
+            over,
         }
     }
 
     /// Ends it; returns writes a second.
     fn stop(self) -> f64 {
-        drop(self.stop);
-        self.thread.join().expect("no write failed");
+        self.over.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().expect("no write failed");
+        }
         self.done.load(Ordering::Relaxed) as f64 / self.began.elapsed().as_secs_f64()
     }
 }
@@ -193,7 +197,7 @@ fn twenty_leaders_are_killed_and_no_request_notices() {
     let writer = Writer::new(&fleet);
     writer.write();
     let mut load = Load::start(&fleet, 400, 2);
-    let writing = Writing::start(Writer::new(&fleet));
+    let writing = Writing::start(&fleet);
     let stalls = Stalls::watch();
     let (mut back, mut stalled) = (Vec::new(), Vec::new());
     while back.len() < kills {
