@@ -428,8 +428,8 @@ impl World {
         let holds = |id: NodeId| {
             self.hosts.get(&id).is_some_and(|host| {
                 // A disk that rotted since held it, if its node said so.
-                if host.rotten {
-                    return self.checks.durable.said_to_hold(id, *index);
+                if host.rotten && self.checks.durable.said_to_hold(id, *index) {
+                    return true;
                 }
                 recovered(&self.params, &host.disk)
                     .is_ok_and(|restored| host::holds(&restored, *index, *term))

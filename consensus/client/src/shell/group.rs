@@ -84,12 +84,21 @@ impl ControlClient {
                         ..ChangeMembers::default()
                     };
                     unchanged = false;
-                    match self.change_members(change, reason, left()).await {
-                        Ok(_) => {}
+                    if let Err(error) = self.change_members(change, reason, left()).await {
                         // Somebody else added a node meanwhile: this one gets the next id.
-                        Err(ClientError::Refused(Refusal::Invalid { path, .. }))
-                            if path == "add[0].id" && !left().is_zero() => {}
-                        Err(error) => return Err(error.into()),
+                        let taken = match &error {
+                            ClientError::Refused(Refusal::Invalid { path, .. }) => {
+                                path == "add[0].id"
+                            }
+                            ClientError::Refused(Refusal::MembersUnfit { .. }) => {
+                                let group = self.group(left()).await;
+                                group.is_ok_and(|group| group.newest >= member.id)
+                            }
+                            _ => false,
+                        };
+                        if !taken || left().is_zero() {
+                            return Err(error.into());
+                        }
                     }
                 }
             }
