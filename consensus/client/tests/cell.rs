@@ -303,6 +303,7 @@ async fn nodes_are_added_at_once_and_an_add_that_was_interrupted_is_finished() {
     assert_eq!(ids, [2, 3]);
 
     // Agreed on, and then whoever asked was gone.
+    one.read(DEADLINE).await.unwrap();
     let probed = one.probe_all(DEADLINE).await;
     assert_eq!(probed.len(), 3, "members are learnt");
     let spare = client(&addresses[3..]).probe_all(DEADLINE).await;
