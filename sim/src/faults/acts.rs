@@ -158,6 +158,9 @@ impl World {
         if self.askers.contains_key(&again) {
             return None;
         }
+        if let Some(core) = &copy.core {
+            self.checks.force.copied(core.incarnation());
+        }
         self.agent(again, copy);
         Some(())
     }

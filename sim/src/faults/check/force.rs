@@ -1,7 +1,7 @@
 //! What operators were told is in force is in force: a worker whose agent acknowledged a cordon or a
 //! drain takes no placement until it is wanted again (I12), whoever sends it, restarts included.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use forebay_proto::Incarnation;
 use forebay_proto::wire::fleet as wire;
@@ -13,6 +13,9 @@ use super::{Held, Violation};
 pub(crate) struct InForce {
     /// By name: whose acknowledgement is agreed, while the worker is not wanted.
     unwanted: BTreeMap<String, Incarnation>,
+    /// Starts that two processes are, one of them from a copy of a disk: what the copy acknowledges, a
+    /// later start that has not registered yet cannot know.
+    copied: BTreeSet<Incarnation>,
     /// Placements that were taken.
     pub(crate) taken: u64,
 }
@@ -35,12 +38,17 @@ impl InForce {
         }
     }
 
+    /// A process begins as this start, from a copy of a disk.
+    pub(crate) fn copied(&mut self, start: Incarnation) {
+        self.copied.insert(start);
+    }
+
     /// This start of a worker took a placement.
     pub(crate) fn took(&mut self, name: &str, own: Incarnation) -> Held {
         self.taken += 1;
         match self.unwanted.get(name) {
             // A start before the one that acknowledged is fenced by its own death alone.
-            Some(by) if own >= *by => {
+            Some(by) if own == *by || (own > *by && !self.copied.contains(by)) => {
                 let detail = format!(
                     "{own} of {name} took a placement; that it must not was acknowledged by {by}"
                 );
