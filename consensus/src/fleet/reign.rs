@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use forebay_proto::wire::control;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{Incarnation, Millis, Now};
 use prost::Message;
@@ -146,6 +147,29 @@ impl Reign {
             self.leases.registered(now, name, incarnation);
         }
     }
+}
+
+/// What an agent says of itself with a renewal, and whether the facts say otherwise.
+#[must_use]
+pub fn said(
+    worker: &wire::Worker,
+    incarnation: Incarnation,
+    renew: &control::Renew,
+) -> (wire::ObserveWorker, bool) {
+    let acknowledges = worker.acknowledged_revision < worker.desired_revision
+        && renew.applied_revision >= worker.desired_revision;
+    // A state that this version does not know changes nothing, but it is a sign of life.
+    let observed = match renew.observed() {
+        wire::Observed::Unspecified => worker.observed,
+        known => known.into(),
+    };
+    let is_news = worker.observed != observed || worker.lost || acknowledges;
+    let said = wire::ObserveWorker {
+        incarnation: Some(incarnation.to_wire()),
+        observed,
+        acknowledged_revision: renew.applied_revision,
+    };
+    (said, is_news)
 }
 
 /// The term that a node was elected in, while it leads.

@@ -17,7 +17,7 @@ use super::callers::{Bounds, Caller};
 use super::lifecycle::{Phase, Running, Shared};
 use super::{bootstrap, membership, watchers};
 use crate::fleet::lease::RenewError;
-use crate::fleet::reign::Asked;
+use crate::fleet::reign::{self, Asked};
 use crate::fleet::too_new;
 use crate::node::Role as RaftRole;
 use crate::replica::{ProposeError, ReadError};
@@ -424,19 +424,7 @@ fn note_observed(
     let Some(worker) = facts.workers.iter().find(|worker| worker.name == name) else {
         return;
     };
-    let acknowledges = worker.acknowledged_revision < worker.desired_revision
-        && renew.applied_revision >= worker.desired_revision;
-    // A state that this version does not know changes nothing, but it is a sign of life.
-    let observed = match renew.observed() {
-        wire::Observed::Unspecified => worker.observed,
-        known => known.into(),
-    };
-    let is_news = worker.observed != observed || worker.lost || acknowledges;
-    let said = wire::ObserveWorker {
-        incarnation: Some(incarnation.to_wire()),
-        observed,
-        acknowledged_revision: renew.applied_revision,
-    };
+    let (said, is_news) = reign::said(worker, incarnation, renew);
     running.leader.observe(incarnation.worker, said, is_news);
 }
 

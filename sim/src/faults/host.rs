@@ -506,18 +506,11 @@ impl Process {
         let Some(worker) = facts.workers.iter().find(|worker| worker.name == name) else {
             return;
         };
-        let acknowledges = worker.acknowledged_revision < worker.desired_revision
-            && renew.applied_revision >= worker.desired_revision;
-        let observed: i32 = renew.observed().into();
-        let is_news = worker.observed != observed || worker.lost || acknowledges;
+        let (said, is_news) = reign::said(worker, incarnation, renew);
         if !is_news || self.observing.contains_key(&incarnation.worker) {
             return;
         }
-        let said = command::Action::Observe(wire::ObserveWorker {
-            incarnation: Some(incarnation.to_wire()),
-            observed,
-            acknowledged_revision: renew.applied_revision,
-        });
+        let said = command::Action::Observe(said);
         if let Some(answer) = self.propose_own(now, said, "observed state") {
             self.observing.insert(incarnation.worker, answer);
         }
