@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test's helpers fail as its assertions do
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use forebay_link::{
@@ -103,6 +103,30 @@ async fn frames_arrive_both_ways_and_an_end_is_an_end() {
     let load = Frame::new(Kind::Load, Bytes::from_static(b"load"));
     assert!(inward.send_datagram(&load));
     assert_eq!(out.read_datagram().await, Ok(load));
+}
+
+#[tokio::test]
+async fn a_dial_that_began_before_its_peer_was_there_reaches_it_soon_after_it_starts() {
+    let world = World::new();
+    let own = world.credentials(Role::Agent, "w1");
+    let free = std::net::UdpSocket::bind(loopback()).unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    let balancer = Endpoint::client(&world.credentials(Role::Balancer, "b1")).unwrap();
+    let expect = Expect::named(Role::Agent, "w1");
+    let to = address.clone();
+    let dial = tokio::spawn(async move {
+        balancer
+            .connect(&to, Alpn::Work, &expect, PATIENCE)
+            .await
+            .map(|_| Instant::now())
+    });
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let agent = Endpoint::bind(address.parse().unwrap(), &own, &[Alpn::Work]);
+    let (agent, started) = (agent.unwrap(), Instant::now());
+    agent.accept().await.unwrap();
+    let reached = dial.await.unwrap().unwrap().duration_since(started);
+    assert!(reached < Duration::from_millis(500), "{reached:?}");
 }
 
 #[tokio::test]
