@@ -40,6 +40,12 @@ const MAX_ACCEPTED: usize = 256;
 /// From the first packet to both Hellos.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Least time between two stateless resets: none. QUIC's default of 20 ms is for hosts that strangers may
+/// write to; here everyone who spoke to a process that was killed speaks to the next one within a moment,
+/// and who is not told takes its link for alive for up to seconds. Any time at all would let one of the
+/// packets that were read together be answered and drop the rest. A reset is smaller than what it
+/// answers, so there is neither a loop nor an amplification.
+const RESET_EVERY: Duration = Duration::ZERO;
 /// Taken for a round trip until one was measured. A first packet that nobody answered goes again after
 /// three of these, then after twice that, and so on: a peer that has just started, whose predecessor was
 /// dialled, must not wait for a second, as QUIC's default of 333 ms would have it.
@@ -525,6 +531,7 @@ fn endpoint_config(credentials: &Credentials) -> quinn::EndpointConfig {
     let cid_seed = derive(b"forebay connection ids");
     let cid_key = u64::from_be_bytes(cid_seed.as_ref()[..8].try_into().expect("eight bytes"));
     let mut config = quinn::EndpointConfig::new(Arc::new(reset_key));
+    config.min_reset_interval(RESET_EVERY);
     config.cid_generator(move || {
         Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
     });

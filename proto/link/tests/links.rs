@@ -190,8 +190,9 @@ async fn garbage_and_half_open_peers_do_not_stop_others() {
     assert!(agent.accept().await.is_some());
 }
 
-#[test]
-fn a_restarted_peer_resets_the_connections_of_its_predecessor() {
+/// Links to an agent that was killed and started again, each of another balancer, and the time from
+/// when all say something once until the last one is told.
+fn resets(count: usize) -> (Vec<LinkClosed>, Duration) {
     let runtime = || {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         builder.enable_all().worker_threads(1).build().unwrap()
@@ -204,32 +205,43 @@ fn a_restarted_peer_resets_the_connections_of_its_predecessor() {
         Endpoint::bind(loopback(), &credentials, &[Alpn::Work]).unwrap()
     };
     let address = agent.local_addr().unwrap();
-    let expect = Expect::role(Role::Agent);
-    let link = ours.block_on(async {
-        let balancer = Endpoint::client(&world.credentials(Role::Balancer, "b1")).unwrap();
-        let address = address.to_string();
-        balancer
-            .connect(&address, Alpn::Work, &expect, PATIENCE)
-            .await
-            .unwrap()
+    let own = world.credentials(Role::Balancer, "b1");
+    let links = ours.block_on(async {
+        let mut links = Vec::new();
+        for _ in 0..count {
+            let balancer = Endpoint::client(&own).unwrap();
+            let (address, expect) = (address.to_string(), Expect::role(Role::Agent));
+            let link = balancer.connect(&address, Alpn::Work, &expect, PATIENCE);
+            links.push(link.await.unwrap());
+        }
+        links
     });
     // The tasks stop where they are and say no goodbye, as after kill -9.
     first.shutdown_timeout(PATIENCE);
     drop(agent);
-    let closed = ours.block_on(async {
+    ours.block_on(async {
         let _again = Endpoint::bind(address, &credentials, &[Alpn::Work]).unwrap();
-        let closed = async {
-            loop {
-                link.send_datagram(&Frame::new(Kind::Load, Bytes::new()));
-                tokio::select! {
-                    closed = link.closed() => break closed,
-                    () = tokio::time::sleep(Duration::from_millis(20)) => {}
-                }
-            }
-        };
-        tokio::time::timeout(PATIENCE, closed)
-            .await
-            .expect("reset well before silence")
-    });
-    assert_eq!(closed, LinkClosed::Reset);
+        let began = Instant::now();
+        for link in &links {
+            assert!(link.send_datagram(&Frame::new(Kind::Load, Bytes::new())));
+        }
+        let mut closed = Vec::new();
+        for link in &links {
+            let told = tokio::time::timeout(PATIENCE, link.closed());
+            closed.push(told.await.expect("reset well before silence"));
+        }
+        (closed, began.elapsed())
+    })
+}
+
+#[test]
+fn a_restarted_peer_resets_the_connections_of_its_predecessor() {
+    assert_eq!(resets(1).0, [LinkClosed::Reset]);
+}
+
+#[test]
+fn all_who_speak_to_a_restarted_peer_at_once_are_told_at_once() {
+    let (closed, took) = resets(40);
+    assert!(closed.iter().all(|closed| *closed == LinkClosed::Reset));
+    assert!(took < Duration::from_millis(300), "{took:?}");
 }
