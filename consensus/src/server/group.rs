@@ -41,6 +41,8 @@ struct State {
     /// The newest id that any member had by then.
     newest: NodeId,
     peers: BTreeMap<NodeId, Peer>,
+    /// The replica has ended.
+    closed: bool,
 }
 
 struct Peer {
@@ -83,6 +85,8 @@ pub(crate) enum Stranger {
     Unknown,
     /// There is no room for another guest.
     TooMany,
+    /// This node is stopping, and knows nobody any more: it may not say that one was removed.
+    Stopping,
 }
 
 impl Group {
@@ -102,6 +106,7 @@ impl Group {
                 members: vec![],
                 newest: NodeId(0),
                 peers: BTreeMap::new(),
+                closed: false,
             }),
             changed: watch::Sender::new(0),
         }));
@@ -191,6 +196,9 @@ impl Group {
     /// the address that it dialled from, which is where it listens, too.
     pub(crate) fn caller(&self, cluster: ClusterId, says: &Member) -> Result<Member, Stranger> {
         let mut state = self.0.state.lock();
+        if state.closed {
+            return Err(Stranger::Stopping);
+        }
         let State { newest, peers, .. } = &mut *state;
         let same_cluster = cluster == self.0.cluster_id;
         if same_cluster && says.id > *newest {
@@ -228,7 +236,9 @@ impl Group {
 
     /// The replica has ended: nobody takes messages any more.
     pub(crate) fn close(&self) {
-        self.0.state.lock().peers.clear();
+        let mut state = self.0.state.lock();
+        state.closed = true;
+        state.peers.clear();
     }
 }
 
@@ -307,6 +317,14 @@ mod tests {
         assert!(group.called(NodeId(2), 8).is_none());
         group.follow(&[member(3)], NodeId(3));
         assert!(!group.has_own());
+    }
+
+    #[test]
+    fn a_node_that_stops_tells_no_member_that_it_was_removed() {
+        let group = group();
+        group.close();
+        let known = group.caller(CLUSTER, &member(2));
+        assert_eq!(known, Err(Stranger::Stopping));
     }
 
     #[test]

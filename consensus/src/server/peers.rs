@@ -298,17 +298,20 @@ fn admit(running: &Running, link: &Link) -> Option<Caller> {
     };
     let known = match running.group.caller(cluster, &says) {
         Ok(known) => known,
-        Err(Stranger::Removed) => {
-            link.close(Code::Removed, "removed from the cluster");
-            return None;
-        }
-        Err(stranger @ (Stranger::Unknown | Stranger::TooMany)) => {
-            let problem = match stranger {
-                Stranger::TooMany => "too many nodes say that they were just added",
-                Stranger::Unknown | Stranger::Removed => "no member of this cluster",
+        Err(stranger) => {
+            let (code, problem) = match stranger {
+                Stranger::Removed => (Code::Removed, "removed from the cluster"),
+                Stranger::Stopping => (Code::Shutdown, "this node is stopping"),
+                Stranger::Unknown => (Code::Identity, "no member of this cluster"),
+                Stranger::TooMany => (
+                    Code::Identity,
+                    "too many nodes say that they were just added",
+                ),
             };
-            tracing::warn!(peer = name, problem, "refused a peer");
-            link.close(Code::Identity, problem);
+            if code == Code::Identity {
+                tracing::warn!(peer = name, problem, "refused a peer");
+            }
+            link.close(code, problem);
             return None;
         }
     };
