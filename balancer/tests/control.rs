@@ -36,9 +36,11 @@ async fn until(listen: SocketAddr, what: &str, holds: impl Fn(&Answer) -> bool) 
     }
 }
 
+/// Below the ports that systems give out: a node that is down must find its own free when it returns.
 fn free_port() -> SocketAddr {
-    let free = std::net::TcpListener::bind(loopback()).unwrap();
-    free.local_addr().unwrap()
+    let mut ports = std::iter::repeat_with(|| rand::random_range(10_000..32_000_u16));
+    let is_free = |port: &u16| std::net::UdpSocket::bind(("127.0.0.1", *port)).is_ok();
+    SocketAddr::from(([127, 0, 0, 1], ports.find(is_free).unwrap()))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -394,10 +394,10 @@ impl Fleet {
     }
 }
 
-/// The first of so many consecutive free ports on loopback.
+/// The first of so many consecutive free ports on loopback, below those that systems give out.
 fn free_ports(count: u16) -> Result<SocketAddr, CliError> {
     for _ in 0..100 {
-        let first = rand::random_range(20_000..60_000_u16);
+        let first = rand::random_range(10_000..32_000_u16);
         let at = |n| SocketAddr::from((Ipv4Addr::LOCALHOST, first + n));
         let taken: Result<Vec<_>, _> = (0..count).map(|n| TcpListener::bind(at(n))).collect();
         if taken.is_ok() {

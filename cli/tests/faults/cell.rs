@@ -273,7 +273,10 @@ impl Drop for Cell {
     }
 }
 
+/// Below the ports that systems give out: a node that is down must find its own free when it returns.
 fn free_address() -> String {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().to_string()
+    let mut addresses =
+        std::iter::repeat_with(|| format!("127.0.0.1:{}", rand::random_range(10_000..32_000_u16)));
+    let is_free = |address: &String| std::net::UdpSocket::bind(address).is_ok();
+    addresses.find(is_free).unwrap()
 }

@@ -1,7 +1,7 @@
 //! `forebay dev` in a directory of its own, and hands to kill and restart what it runs.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard};
@@ -52,19 +52,15 @@ pub fn forebay() -> Command {
     command
 }
 
-/// The first of `n` consecutive free ports.
+/// The first of `n` consecutive free ports, below those that systems give out: a process that is down
+/// must find its own free when it returns.
 fn free_ports(n: u16) -> u16 {
-    loop {
-        let first = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if first < u16::MAX - n && (first..first + n).all(free) {
-            return first;
-        }
-    }
+    let mut firsts = std::iter::repeat_with(|| rand::random_range(10_000..32_000_u16));
+    let free = |port| {
+        TcpListener::bind(("127.0.0.1", port)).is_ok()
+            && UdpSocket::bind(("127.0.0.1", port)).is_ok()
+    };
+    firsts.find(|first| (*first..first + n).all(free)).unwrap()
 }
 
 /// Looks again until there is something, or fails.
