@@ -5,6 +5,7 @@ use forebay_scheduler::fingerprint::{
     Endpoint, RenderProfile, Root, Settings, read as fingerprint,
 };
 use forebay_scheduler::index::Hit;
+use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy;
 
 use crate::core::dispatch::Sought;
@@ -90,6 +91,7 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     Sought {
         policy: policy::named(&exchange.pool.policy).unwrap_or_else(policy::default),
         prompt_tokens: exchange.prompt_tokens(&hits) as f64,
+        targets: Targets::NONE,
         hits,
         conversation,
         head: prompt.head,

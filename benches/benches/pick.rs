@@ -15,7 +15,7 @@ use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::index::Hit;
-use forebay_scheduler::model::{Backlog, Profile};
+use forebay_scheduler::model::{Backlog, Profile, Residuals};
 use forebay_scheduler::policy::{self, Request};
 use forebay_scheduler::{Acceptance, Known, Load, View, Work};
 use rand::rngs::StdRng;
@@ -79,6 +79,7 @@ fn world(workers: u32, rng: &mut StdRng) -> View {
                 context_tokens: f64::from(running) * 4_000.0,
             },
             model: Some(Profile::default()),
+            residuals: Residuals::default(),
         };
         view.report(Now::default(), load);
         for _ in 0..8 {

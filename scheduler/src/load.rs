@@ -6,7 +6,7 @@ use forebay_proto::ids::IdError;
 use forebay_proto::wire::work as wire;
 use forebay_proto::{Incarnation, Millis, Revision};
 
-use crate::model::{Backlog, Profile};
+use crate::model::{Backlog, Profile, Residuals};
 
 /// Whether a worker takes new placements, by its agent's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +50,8 @@ pub struct Load {
     pub backlog: Backlog,
     /// How fast it is, where that is known.
     pub model: Option<Profile>,
+    /// How well that predicts.
+    pub residuals: Residuals,
 }
 
 /// A report that says nothing usable.
@@ -99,6 +101,7 @@ impl Load {
                 context_tokens: report.context_tokens as f64,
             },
             model: report.model.as_ref().and_then(Profile::from_wire),
+            residuals: Residuals::default(),
         })
     }
 

@@ -95,6 +95,48 @@ pub struct Backlog {
     pub context_tokens: f64,
 }
 
+/// What a request was promised, in milliseconds; infinite: nothing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Targets {
+    /// Until its first token, from now.
+    pub ttft_ms: f64,
+    /// From token to token, in the mean.
+    pub tpot_ms: f64,
+}
+
+impl Targets {
+    /// Nothing was promised.
+    pub const NONE: Self = Self {
+        ttft_ms: f64::INFINITY,
+        tpot_ms: f64::INFINITY,
+    };
+}
+
+impl Default for Targets {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+/// How far a worker's recent times were from what its model predicted: quantiles of actual ÷ predicted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Residuals {
+    /// The median of times to first token; what ranks workers.
+    pub ttft_p50: f64,
+    /// Their 0.95 quantile; what may be promised.
+    pub ttft_p95: f64,
+}
+
+impl Default for Residuals {
+    /// Before anything was measured.
+    fn default() -> Self {
+        Self {
+            ttft_p50: 1.0,
+            ttft_p95: 1.3,
+        }
+    }
+}
+
 /// Attention pairs of `new` tokens behind `before` others.
 #[must_use]
 pub fn attention_pairs(before: f64, new: f64) -> f64 {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use forebay_proto::{Incarnation, Now, WorkerId};
 use rand::Rng;
 
-use crate::model::Profile;
+use crate::model::{Profile, Residuals};
 use crate::policy::{Candidate, Field, Policy, Request, Score, rendezvous};
 use crate::view::{View, Worker};
 
@@ -156,6 +156,7 @@ impl Eligible<'_> {
             cached_tokens: held.min(request.prompt_tokens - 1.0).max(0.0),
             backlog: self.worker.backlog(now),
             profile: load.and_then(|load| load.model).unwrap_or_default(),
+            residuals: load.map_or_else(Residuals::default, |load| load.residuals),
             queueing: self.worker.queueing(),
             age: self.worker.age(now),
         }

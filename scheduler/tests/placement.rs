@@ -68,6 +68,7 @@ fn load(worker: u32, seq: u64, running: u32, queued: u32, slots: u32) -> Load {
         interval: INTERVAL,
         backlog: Default::default(),
         model: None,
+        residuals: forebay_scheduler::model::Residuals::default(),
     }
 }
 

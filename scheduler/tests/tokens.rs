@@ -77,6 +77,7 @@ fn load(worker: u32, seq: u64, pending: f64, decodes: u32) -> Load {
             context_tokens: f64::from(decodes) * 1_000.0,
         },
         model: Some(Profile::default()),
+        residuals: forebay_scheduler::model::Residuals::default(),
     }
 }
 

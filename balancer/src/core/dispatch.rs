@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use forebay_proto::{Incarnation, Now, WorkerId};
 use forebay_scheduler::index::Hit;
+use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Policy, Request};
 use forebay_scheduler::{BookingId, Choice, Load, NoChoice, View};
 use rand::Rng;
@@ -47,6 +48,7 @@ pub(crate) struct Ask {
 pub(crate) struct Sought {
     pub(crate) policy: &'static dyn Policy,
     pub(crate) prompt_tokens: f64,
+    pub(crate) targets: Targets,
     /// By worker.
     pub(crate) hits: Vec<Hit>,
     pub(crate) conversation: Option<u64>,
@@ -58,6 +60,7 @@ impl Default for Sought {
         Self {
             policy: policy::default(),
             prompt_tokens: 0.0,
+            targets: Targets::NONE,
             hits: Vec::new(),
             conversation: None,
             head: 0,
@@ -296,6 +299,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             model: &ask.model,
             tried: &tried,
             prompt_tokens: sought.prompt_tokens,
+            targets: sought.targets,
             hits: &sought.hits,
             conversation: sought.conversation,
             head: sought.head,

@@ -87,6 +87,7 @@ impl World {
             interval: Duration::from_secs(1),
             backlog: Default::default(),
             model: None,
+            residuals: forebay_scheduler::model::Residuals::default(),
         };
         assert!(self.dispatch.report(NOW, load));
         number

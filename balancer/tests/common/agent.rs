@@ -167,6 +167,7 @@ impl Inside {
             interval: Duration::from_millis(100),
             backlog: Default::default(),
             model: None,
+            residuals: forebay_scheduler::model::Residuals::default(),
         };
         (state.0, load.to_wire())
     }

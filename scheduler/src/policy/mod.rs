@@ -17,7 +17,7 @@ use std::time::Duration;
 use forebay_proto::WorkerId;
 
 use crate::index::Hit;
-use crate::model::{Backlog, Profile};
+use crate::model::{Backlog, Profile, Residuals, Targets};
 use crate::wait::Queueing;
 
 /// What a policy knows of a request.
@@ -29,6 +29,8 @@ pub struct Request<'a> {
     pub tried: &'a [WorkerId],
     /// Length of the prompt, as far as it is known.
     pub prompt_tokens: f64,
+    /// What was promised.
+    pub targets: Targets,
     /// What workers hold of it, by worker.
     pub hits: &'a [Hit],
     /// Names its conversation: requests of one go together where nothing else decides.
@@ -47,6 +49,7 @@ impl<'a> Request<'a> {
             model,
             tried: &[],
             prompt_tokens: 0.0,
+            targets: Targets::NONE,
             hits: &[],
             conversation: None,
             head: 0,
@@ -68,6 +71,8 @@ pub struct Candidate {
     pub backlog: Backlog,
     /// How fast it is.
     pub profile: Profile,
+    /// How well that predicts.
+    pub residuals: Residuals,
     /// Its slots.
     pub queueing: Queueing,
     /// How old the report is that this follows from.

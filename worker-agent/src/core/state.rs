@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
-use forebay_scheduler::model::Profile;
+use forebay_scheduler::model::{Profile, Residuals};
 use forebay_scheduler::residency::{Grade, Publisher};
 use forebay_scheduler::{Acceptance, Load};
 
@@ -203,6 +203,7 @@ impl Core {
             interval: interval(self.in_flight()),
             backlog: self.backlog(),
             model: self.settings.profile,
+            residuals: Residuals::default(),
         }
     }
 
