@@ -5,6 +5,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
+use crate::model::Residuals;
 
 /// A worker: requests it has, pending tokens, decodes, cached tokens.
 fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
@@ -18,6 +19,7 @@ fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
             ..Backlog::default()
         },
         profile: Profile::default(),
+        residuals: Residuals::default(),
         queueing: Queueing {
             present,
             slots: 256,
