@@ -341,7 +341,7 @@ impl View {
             return false;
         }
         worker.heard = now;
-        if worker.load.is_some_and(|held| held.seq >= load.seq) {
+        if worker.load.is_some_and(|held| held.seq > load.seq) {
             return false;
         }
         worker.load = Some(load);

@@ -14,6 +14,7 @@ use crate::exit::{CliError, Exit};
 use crate::output::{self, OutputArgs};
 
 mod bugs;
+mod fleet;
 
 /// Options of `forebay sim`.
 #[derive(Debug, Args)]
@@ -29,6 +30,11 @@ enum SimVerb {
         after_help = "Examples:\n  forebay sim faults --seeds 100\n  forebay sim faults --minutes 3 --output json\n  forebay sim faults --seed 104            # the same world again, bit for bit"
     )]
     Faults(FaultsArgs),
+    /// Place a real trace's requests on a fleet in virtual time, by several rules, and compare.
+    #[command(
+        after_help = "Examples:\n  forebay sim fleet\n  forebay sim fleet --search --policies forebay,mooncake,least-requests --seeds 5\n  forebay sim fleet --trace trace.jsonl.gz --workers 32 --rate 2x --output json\n  forebay sim fleet --rate 1.5x --fail crash:3@120+60 --fail slow:1@0*0.5\n\n\"AT 90 %\" is the highest rate at which 90 % of all offered requests keep both targets, over the fluid bound: what the fleet could serve if it had one cache and work were water."
+    )]
+    Fleet(Box<fleet::FleetArgs>),
 }
 
 #[derive(Debug, Args)]
@@ -68,7 +74,13 @@ type Ended = BTreeMap<u64, Result<Summary, Box<Failure>>>;
 
 /// Runs the verb.
 pub(crate) fn run(args: &SimArgs) -> Result<(), CliError> {
-    let SimVerb::Faults(args) = &args.verb;
+    match &args.verb {
+        SimVerb::Faults(args) => run_faults(args),
+        SimVerb::Fleet(args) => fleet::run(args),
+    }
+}
+
+fn run_faults(args: &FaultsArgs) -> Result<(), CliError> {
     if let Some(bug) = &args.bug {
         return bugs::run(args, bug);
     }

@@ -157,6 +157,11 @@ impl Engine {
         }
     }
 
+    /// Iterations that begin from here on take as long as this says.
+    pub const fn set_profile(&mut self, profile: Profile) {
+        self.settings.profile = profile;
+    }
+
     /// A request arrives. Call [`Engine::advance`] up to `now` before. Refused (`false`) when the
     /// queue is full, or when the request would never fit.
     pub fn arrive(&mut self, now: Now, arrival: Arrival) -> bool {

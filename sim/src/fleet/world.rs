@@ -1,0 +1,435 @@
+//! The world of one run: arrivals, messages that take their time, workers, and what goes wrong.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::time::Duration;
+
+use forebay_proto::wire::fleet::Desired;
+use forebay_proto::{Now, Revision};
+use forebay_scheduler::model::Targets;
+use forebay_scheduler::{BookingId, Load};
+use forebay_worker_agent::core::Offer;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::arrivals::{Workload, mix};
+use super::balancer::{Balancer, News, delay};
+use super::fault::{Fault, What};
+use super::measure::{Life, Outcome};
+use super::worker::{Make, Said, Why, Worker, offer};
+use super::{Order, Setup};
+
+/// Until a balancer notices that a worker's process is gone.
+const NOTICED: Duration = Duration::from_millis(5);
+/// Refusals after which a worker has to queue the job.
+const MAX_REFUSALS: u8 = 2;
+
+enum Event {
+    Arrive(u32),
+    /// An offer reaches a worker.
+    Offer(u32, BookingId, Box<Offer>),
+    /// An agent's word reaches a balancer.
+    Taken(u32, BookingId, u64, Box<Load>),
+    Refused(u32, BookingId, Option<Box<Load>>),
+    Over(u32, BookingId, Why, u64, Box<Load>),
+    Lost(u32, BookingId),
+    Report(u16, Box<(Load, News)>),
+    ReportDue(u16, u32),
+    Wake(u32),
+    Fault(usize),
+    Mended(usize),
+}
+
+struct Due(Now, u64, Event);
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
+}
+impl Eq for Due {}
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0, self.1).cmp(&(other.0, other.1))
+    }
+}
+
+/// Where a job is.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    worker: u32,
+    booking: Option<BookingId>,
+    refusals: u8,
+}
+
+struct World<'a> {
+    setup: &'a Setup,
+    load: &'a Workload,
+    now: Now,
+    events: BinaryHeap<Reverse<Due>>,
+    order: u64,
+    workers: Vec<Worker>,
+    balancers: Vec<Balancer>,
+    /// Jobs of each balancer that no worker can take now.
+    waiting: Vec<VecDeque<u32>>,
+    places: Vec<Place>,
+    lives: Vec<Life>,
+    /// Jobs that are not over.
+    left: usize,
+    refusals: u64,
+    rng: StdRng,
+    said: Vec<Said>,
+}
+
+/// Runs a whole trace once.
+#[must_use]
+pub fn run(load: &Workload, setup: &Setup, rate: f64, seed: u64) -> Outcome {
+    let mut world = World::new(load, setup, seed);
+    for (at, job) in load.arrivals(rate, setup.spread, seed) {
+        let arrived = Now::at(at);
+        world.lives[job as usize].arrived = arrived;
+        if fits(setup, &load.jobs[job as usize]) {
+            world.push(arrived, Event::Arrive(job));
+        } else {
+            // No worker could ever hold it.
+            world.left -= 1;
+        }
+    }
+    for (number, fault) in setup.faults.iter().enumerate() {
+        world.push(Now::at(fault.at), Event::Fault(number));
+    }
+    while world.left > 0
+        && let Some(Reverse(Due(at, _, event))) = world.events.pop()
+    {
+        world.now = at;
+        world.happen(event);
+    }
+    let counts: Vec<_> = world.workers.iter().map(Worker::counts).collect();
+    Outcome::new(setup, load, &world.lives, &counts, world.refusals)
+}
+
+fn fits(setup: &Setup, job: &super::arrivals::Job) -> bool {
+    u64::from(job.prompt_tokens) + u64::from(job.output_tokens) <= setup.kv_tokens
+}
+
+impl<'a> World<'a> {
+    fn new(load: &'a Workload, setup: &'a Setup, seed: u64) -> Self {
+        let now = Now::default();
+        let mut rng = StdRng::seed_from_u64(mix(seed ^ 0xF1EE7));
+        let mut workers = Vec::new();
+        for number in 0..setup.workers {
+            let spread = setup.speed_spread;
+            let speed = 1.0
+                + if spread > 0.0 {
+                    rng.random_range(-spread..spread)
+                } else {
+                    0.0
+                };
+            let make = Make {
+                engine: setup.profile.at_speed(speed),
+                believed: setup.profile,
+                kv_tokens: setup.kv_tokens,
+                block_tokens: load.block_tokens,
+                max_seqs: setup.max_seqs,
+                fcfs: setup.order == Order::Fcfs,
+            };
+            workers.push(Worker::new(number, make, now));
+        }
+        let balancers: Vec<Balancer> = (0..u64::from(setup.balancers))
+            .map(|number| {
+                let seed = mix(seed ^ mix(number + 1));
+                Balancer::new(&workers, now, seed, setup.kv_tokens)
+            })
+            .collect();
+        let mut world = Self {
+            setup,
+            load,
+            now,
+            events: BinaryHeap::new(),
+            order: 0,
+            waiting: vec![VecDeque::new(); balancers.len()],
+            workers,
+            balancers,
+            places: vec![Place::default(); load.len()],
+            lives: vec![Life::default(); load.len()],
+            left: load.len(),
+            refusals: 0,
+            rng,
+            said: Vec::new(),
+        };
+        if !setup.staleness.is_zero() {
+            for balancer in 0..setup.balancers {
+                for worker in 0..setup.workers {
+                    let phase = setup.staleness.mul_f64(world.rng.random());
+                    let due = Event::ReportDue(balancer, worker);
+                    world.push(now + phase, due);
+                }
+            }
+        }
+        world
+    }
+
+    fn push(&mut self, at: Now, event: Event) {
+        self.order += 1;
+        self.events.push(Reverse(Due(at, self.order, event)));
+    }
+
+    /// Sends a message.
+    fn send(&mut self, event: Event) {
+        let arrives = self.now + delay(&mut self.rng);
+        self.push(arrives, event);
+    }
+
+    fn balancer_of(&self, job: u32) -> usize {
+        (mix(u64::from(job)) % u64::from(self.setup.balancers)) as usize
+    }
+
+    fn holds(&self, job: u32, booking: BookingId) -> bool {
+        self.places[job as usize].booking == Some(booking)
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Arrive(job) => self.place(job),
+            Event::Offer(job, booking, offer) => self.offered(job, booking, &offer),
+            Event::Taken(job, booking, seq, load) => {
+                let balancer = self.balancer_of(job);
+                let now = self.now;
+                self.balancers[balancer].accepted(booking, seq);
+                self.balancers[balancer].told(now, *load);
+            }
+            Event::Refused(job, booking, load) => self.refused(job, booking, load),
+            Event::Over(job, booking, why, seq, load) => self.over(job, booking, why, seq, *load),
+            Event::Lost(job, booking) => {
+                let balancer = self.balancer_of(job);
+                self.balancers[balancer].released(booking, None);
+                if !self.holds(job, booking) {
+                    return;
+                }
+                self.places[job as usize].booking = None;
+                if self.lives[job as usize].first.is_some() {
+                    // Its stream broke.
+                    self.left -= 1;
+                } else {
+                    self.place(job);
+                }
+            }
+            Event::Report(balancer, message) => {
+                let (load, news) = *message;
+                let now = self.now;
+                self.balancers[usize::from(balancer)].hear(now, load, news);
+                self.let_in(usize::from(balancer));
+            }
+            Event::ReportDue(balancer, worker) => self.report(balancer, worker),
+            Event::Wake(worker) => {
+                if self.workers[worker as usize].wake == Some(self.now) {
+                    self.advance(worker);
+                }
+            }
+            Event::Fault(number) => self.fault(number),
+            Event::Mended(number) => self.mend(number),
+        }
+    }
+
+    fn place(&mut self, job: u32) {
+        let number = self.balancer_of(job);
+        let balancer = &mut self.balancers[number];
+        if self.setup.staleness.is_zero() {
+            for worker in &mut self.workers {
+                balancer.read(self.now, worker);
+            }
+        }
+        let what = &self.load.jobs[job as usize];
+        let spent_ms = self
+            .now
+            .since(self.lives[job as usize].arrived)
+            .as_secs_f64()
+            * 1e3;
+        let targets = Targets {
+            ttft_ms: self.setup.slo.ttft_ms(what.prompt_tokens) - spent_ms,
+            tpot_ms: self.setup.slo.tpot_ms,
+        };
+        let Ok((choice, booking)) = balancer.place(self.now, what, targets, self.setup.policy)
+        else {
+            self.waiting[number].push_back(job);
+            return;
+        };
+        let place = &mut self.places[job as usize];
+        place.worker = choice.incarnation.worker.0;
+        place.booking = Some(booking);
+        let must_queue = place.refusals >= MAX_REFUSALS;
+        let mut offer = offer(what, self.load.block_tokens, choice.incarnation);
+        offer.expected_wait = choice.wait;
+        offer.must_queue = must_queue;
+        self.send(Event::Offer(job, booking, Box::new(offer)));
+    }
+
+    fn offered(&mut self, job: u32, booking: BookingId, offer: &Offer) {
+        let number = self.places[job as usize].worker;
+        if !self.workers[number as usize].alive {
+            return self.send(Event::Refused(job, booking, None));
+        }
+        self.advance(number);
+        let what = &self.load.jobs[job as usize];
+        match self.workers[number as usize].offer(self.now, job, what, offer) {
+            Ok((seq, load)) => {
+                self.advance(number);
+                self.send(Event::Taken(job, booking, seq, load));
+            }
+            Err(load) => {
+                self.send(Event::Refused(job, booking, Some(load)));
+            }
+        }
+    }
+
+    fn refused(&mut self, job: u32, booking: BookingId, load: Option<Box<Load>>) {
+        let number = self.balancer_of(job);
+        self.balancers[number].released(booking, None);
+        if let Some(load) = load {
+            self.balancers[number].told(self.now, *load);
+        }
+        self.refusals += 1;
+        self.places[job as usize].refusals += 1;
+        self.places[job as usize].booking = None;
+        self.place(job);
+    }
+
+    fn over(&mut self, job: u32, booking: BookingId, why: Why, seq: u64, load: Load) {
+        let number = self.balancer_of(job);
+        self.balancers[number].released(booking, Some(seq));
+        self.balancers[number].told(self.now, load);
+        if self.holds(job, booking) {
+            match why {
+                Why::Complete => self.left -= 1,
+                Why::Unstarted => self.place(job),
+            }
+        }
+        self.let_in(number);
+    }
+
+    /// Places those who wait, as far as there is room.
+    fn let_in(&mut self, balancer: usize) {
+        for _ in 0..self.waiting[balancer].len() {
+            let before = self.waiting[balancer].len();
+            let Some(job) = self.waiting[balancer].pop_front() else {
+                return;
+            };
+            self.place(job);
+            if self.waiting[balancer].len() == before {
+                self.waiting[balancer].rotate_right(1);
+                return;
+            }
+        }
+    }
+
+    fn report(&mut self, balancer: u16, worker: u32) {
+        if self.workers[worker as usize].alive {
+            self.advance(worker);
+            let from = &mut self.workers[worker as usize];
+            let news = self.balancers[usize::from(balancer)].news(from);
+            let load = from.core.load();
+            let lost = self.setup.report_loss > 0.0 && self.rng.random_bool(self.setup.report_loss);
+            if !lost || !matches!(news, News::Nothing) {
+                self.send(Event::Report(balancer, Box::new((load, news))));
+            }
+        }
+        let again = self.now + self.setup.staleness;
+        self.push(again, Event::ReportDue(balancer, worker));
+    }
+
+    fn advance(&mut self, number: u32) {
+        let worker = &mut self.workers[number as usize];
+        worker.advance(self.now, &self.load.jobs, &mut self.said);
+        let due = worker.next_deadline().map(|due| due.max(self.now));
+        let wake = match due {
+            // Nothing that was due now is left: what still says so waits for something else.
+            Some(due) if due == self.now => Some(self.now + Duration::from_millis(1)),
+            due => due,
+        };
+        if worker.wake != wake {
+            worker.wake = wake;
+            if let Some(at) = wake {
+                self.push(at, Event::Wake(number));
+            }
+        }
+        let mut said = std::mem::take(&mut self.said);
+        for one in said.drain(..) {
+            self.heard(one);
+        }
+        self.said = said;
+    }
+
+    fn heard(&mut self, said: Said) {
+        let way = delay(&mut self.rng);
+        match said {
+            Said::First { job, at } => self.lives[job as usize].first = Some(at + way),
+            Said::Over {
+                job,
+                at,
+                why,
+                seq,
+                load,
+            } => {
+                if why == Why::Complete {
+                    self.lives[job as usize].done = Some(at + way);
+                }
+                if let Some(booking) = self.places[job as usize].booking {
+                    let over = Event::Over(job, booking, why, seq, load);
+                    self.push((at + way).max(self.now), over);
+                }
+            }
+        }
+    }
+
+    fn fault(&mut self, number: usize) {
+        let Fault { worker, what, .. } = self.setup.faults[number];
+        let now = self.now;
+        match what {
+            What::Crash => {
+                for job in self.workers[worker as usize].crash() {
+                    if let Some(booking) = self.places[job as usize].booking {
+                        self.push(now + NOTICED, Event::Lost(job, booking));
+                    }
+                }
+                let incarnation = self.workers[worker as usize].incarnation();
+                for balancer in &mut self.balancers {
+                    balancer.disconnected(incarnation);
+                }
+            }
+            What::Drain => {
+                let core = &mut self.workers[worker as usize].core;
+                core.facts(now, Desired::Draining, Revision(2 * number as u64 + 2));
+                self.advance(worker);
+            }
+            What::Slow(speed) => self.workers[worker as usize].set_speed(speed),
+        }
+        if let Some(lasts) = self.setup.faults[number].lasts {
+            self.push(now + lasts, Event::Mended(number));
+        }
+    }
+
+    fn mend(&mut self, number: usize) {
+        let Fault { worker, what, .. } = self.setup.faults[number];
+        let now = self.now;
+        match what {
+            What::Crash => {
+                self.workers[worker as usize].restart(now);
+                for balancer in 0..self.balancers.len() {
+                    self.balancers[balancer].connected(now, &self.workers[worker as usize]);
+                    self.let_in(balancer);
+                }
+            }
+            What::Drain => {
+                let core = &mut self.workers[worker as usize].core;
+                core.facts(now, Desired::Ready, Revision(2 * number as u64 + 3));
+                self.advance(worker);
+            }
+            What::Slow(_) => self.workers[worker as usize].set_speed(1.0),
+        }
+    }
+}
