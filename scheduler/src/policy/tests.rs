@@ -5,7 +5,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
-use crate::model::Residuals;
+
+const PROMPT: f64 = 4_000.0;
 
 /// A worker: requests it has, pending tokens, decodes, cached tokens.
 fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
@@ -16,6 +17,7 @@ fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
         backlog: Backlog {
             pending_tokens: pending,
             decodes,
+            context_tokens: decodes * 1_000.0,
             ..Backlog::default()
         },
         profile: Profile::default(),
@@ -26,47 +28,71 @@ fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
             service: Duration::from_secs(1),
         },
         age: Duration::ZERO,
+        suspicion: 0.0,
+        kv_tokens: 0.0,
+        recent_ms: 0.0,
+        terms: Terms::default(),
     }
+}
+
+fn prompt() -> Request<'static> {
+    Request {
+        prompt_tokens: PROMPT,
+        ..Request::of("m")
+    }
+}
+
+/// The scores of a fleet, numbered in this order. Draws are such that nothing is explored.
+fn scores(policy: &str, request: &Request<'_>, workers: &[Candidate]) -> Vec<Score> {
+    scores_by(policy, request, workers, [1, 1])
+}
+
+fn scores_by(
+    policy: &str,
+    request: &Request<'_>,
+    workers: &[Candidate],
+    draws: [u64; 2],
+) -> Vec<Score> {
+    let mut candidates = workers.to_vec();
+    for (place, candidate) in candidates.iter_mut().enumerate() {
+        candidate.worker = WorkerId(place as u32);
+        candidate.place = place;
+        candidate.predict(request.prompt_tokens);
+    }
+    let field = Field {
+        candidates: workers.len(),
+        in_flight: workers.iter().map(|w| u64::from(w.queueing.present)).sum(),
+        draws,
+    };
+    let mut scores = Vec::new();
+    let policy = named(policy).unwrap();
+    policy.scores(request, &candidates, &field, &mut scores);
+    scores
+}
+
+/// The first with the least score, and whether it is the only one.
+fn least(scores: &[Score]) -> (usize, bool) {
+    let least = scores
+        .iter()
+        .copied()
+        .reduce(|a, b| if b < a { b } else { a });
+    let mut best = (0..scores.len()).filter(|at| Some(scores[*at]) == least);
+    (best.next().unwrap(), best.next().is_none())
 }
 
 /// Who gets a prompt of 4,000 tokens, by the scores alone; none: a tie for the first place.
 fn check(policy: &str, workers: &[Candidate], expected: Option<usize>) {
-    let policy = named(policy).unwrap();
+    check_promised(policy, Targets::NONE, workers, expected);
+}
+
+fn check_promised(policy: &str, targets: Targets, workers: &[Candidate], expected: Option<usize>) {
     let request = Request {
-        prompt_tokens: 4_000.0,
-        ..Request::of("m")
+        targets,
+        ..prompt()
     };
-    let field = Field {
-        candidates: workers.len(),
-        in_flight: workers.iter().map(|w| u64::from(w.queueing.present)).sum(),
-        draws: [0, 0],
-    };
-    let scores: Vec<Score> = (0..)
-        .zip(workers)
-        .map(|(place, worker)| {
-            let candidate = Candidate {
-                worker: WorkerId(place as u32),
-                place,
-                ..*worker
-            };
-            policy.score(&request, &candidate, &field)
-        })
-        .collect();
-    let least = scores
-        .iter()
-        .copied()
-        .reduce(|a, b| if b < a { b } else { a })
-        .unwrap();
-    let best: Vec<usize> = (0..)
-        .zip(&scores)
-        .filter(|(_, s)| **s == least)
-        .map(|(at, _)| at)
-        .collect();
-    let got = match best[..] {
-        [only] => Some(only),
-        _ => None,
-    };
-    assert_eq!(got, expected, "{}: {scores:?}", policy.name());
+    let scores = scores(policy, &request, workers);
+    let (best, only) = least(&scores);
+    assert_eq!(only.then_some(best), expected, "{policy}: {scores:?}");
 }
 
 #[test]
@@ -138,28 +164,15 @@ fn longest_prefix_follows_the_cache_whatever_the_queue() {
 
 #[test]
 fn round_robin_takes_turns() {
-    let policy = named("round-robin").unwrap();
     let chosen: Vec<usize> = (0..6)
         .map(|turn| {
-            let request = Request {
-                turn,
-                ..Request::of("m")
-            };
-            let field = Field {
-                candidates: 3,
-                in_flight: 0,
-                draws: [0, 0],
-            };
-            let score = |place| {
-                let candidate = Candidate {
-                    place,
-                    ..worker(0, 0.0, 0.0, 0.0)
-                };
-                policy.score(&request, &candidate, &field).first
-            };
-            (0..3)
-                .min_by(|a, b| score(*a).total_cmp(&score(*b)))
-                .unwrap()
+            let request = Request { turn, ..prompt() };
+            least(&scores(
+                "round-robin",
+                &request,
+                &[worker(0, 0.0, 0.0, 0.0); 3],
+            ))
+            .0
         })
         .collect();
     assert_eq!(chosen, [0, 1, 2, 0, 1, 2]);
@@ -167,28 +180,13 @@ fn round_robin_takes_turns() {
 
 #[test]
 fn power_of_two_takes_the_emptier_of_two_and_never_a_third() {
-    let policy = named("power-of-two").unwrap();
     let mut rng = StdRng::seed_from_u64(1);
     let mut chosen: BTreeMap<usize, u32> = BTreeMap::new();
+    let workers = [0, 1, 2, 3].map(|present| worker(present, 0.0, 0.0, 0.0));
     for _ in 0..3_000 {
-        let field = Field {
-            candidates: 4,
-            in_flight: 0,
-            draws: rng.random(),
-        };
-        let score = |place: usize| {
-            let candidate = Candidate {
-                place,
-                ..worker(place as u32, 0.0, 0.0, 0.0)
-            };
-            policy.score(&Request::of("m"), &candidate, &field)
-        };
-        let drawn = (0..4).filter(|place| score(*place).first == 0.0).count();
-        assert_eq!(drawn, 2);
-        let best = (0..4)
-            .min_by(|a, b| score(*a).partial_cmp(&score(*b)).unwrap())
-            .unwrap();
-        *chosen.entry(best).or_default() += 1;
+        let scores = scores_by("power-of-two", &prompt(), &workers, rng.random());
+        assert_eq!(scores.iter().filter(|score| score.tier == 0).count(), 2);
+        *chosen.entry(least(&scores).0).or_default() += 1;
     }
     // The emptiest of four is one of two in half of the draws, the fullest never wins.
     assert!((1_400..1_600).contains(&chosen[&0]), "{chosen:?}");
@@ -197,40 +195,20 @@ fn power_of_two_takes_the_emptier_of_two_and_never_a_third() {
 
 #[test]
 fn bounded_hash_keeps_a_beginning_together_until_its_worker_is_full() {
-    let policy = named("bounded-hash").unwrap();
-    let first = |head: u64, present: &[u32]| {
-        let request = Request {
-            head,
-            ..Request::of("m")
-        };
-        let field = Field {
-            candidates: present.len(),
-            in_flight: present.iter().map(|n| u64::from(*n)).sum(),
-            draws: [0, 0],
-        };
-        let score = |place: usize| {
-            let candidate = Candidate {
-                worker: WorkerId(place as u32),
-                place,
-                ..worker(present[place], 0.0, 0.0, 0.0)
-            };
-            policy.score(&request, &candidate, &field)
-        };
-        (0..present.len())
-            .min_by(|a, b| score(*a).partial_cmp(&score(*b)).unwrap())
-            .unwrap()
+    let first = |head: u64, present: [u32; 8]| {
+        let request = Request { head, ..prompt() };
+        let workers = present.map(|present| worker(present, 0.0, 0.0, 0.0));
+        least(&scores("bounded-hash", &request, &workers)).0
     };
-    let home = first(7, &[0; 8]);
-    assert_eq!(first(7, &[0; 8]), home);
+    let home = first(7, [0; 8]);
+    assert_eq!(first(7, [0; 8]), home);
     let mut loads = [4; 8];
     loads[home] = 9;
-    assert_ne!(first(7, &loads), home);
+    assert_ne!(first(7, loads), home);
     let mut homes: BTreeMap<usize, u32> = BTreeMap::new();
     for head in 0..8_000 {
-        *homes.entry(first(mix(head), &[4; 8])).or_default() += 1;
+        *homes.entry(first(mix(head), [4; 8])).or_default() += 1;
     }
-    assert!(
-        homes.values().all(|n| (700..1_300).contains(n)),
-        "{homes:?}"
-    );
+    let fair = homes.values().all(|n| (700..1_300).contains(n));
+    assert!(fair, "{homes:?}");
 }
