@@ -140,6 +140,7 @@ impl View {
         policy: &dyn Policy,
         rng: &mut impl Rng,
     ) -> Result<Choice, NoChoice> {
+        let now = self.tell(now);
         let decided = self.decide(now, request, policy, &Draws::of(rng));
         decided.map(|(decided, _)| self.choice(now, request, policy, &decided))
     }
@@ -172,7 +173,6 @@ impl View {
         policy: &dyn Policy,
         draws: &Draws,
     ) -> Result<(Decided, Field), NoChoice> {
-        self.tell(now);
         if self.serving(request.model).is_empty() {
             return Err(NoChoice::UnknownModel);
         }

@@ -125,7 +125,7 @@ impl View {
         rng: &mut impl Rng,
         versions: Versions,
     ) -> (Result<Choice, NoChoice>, Receipt) {
-        let draws = Draws::of(rng);
+        let (now, draws) = (self.tell(now), Draws::of(rng));
         let decided = self.decide(now, request, policy, &draws);
         let field = decided.map_or_else(|_| pick::Field::default(), |(_, field)| field);
         let choice = decided.map(|(decided, _)| self.choice(now, request, policy, &decided));

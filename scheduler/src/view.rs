@@ -204,8 +204,10 @@ impl View {
         self.serving.get(model).map_or(&[], Vec::as_slice)
     }
 
-    pub(crate) fn tell(&mut self, now: Now) {
+    /// Time does not go back: returns the latest moment that was told.
+    pub(crate) fn tell(&mut self, now: Now) -> Now {
         self.now = self.now.max(now);
+        self.now
     }
 
     /// Changes a worker that the facts have, if `change` says that it did.

@@ -289,4 +289,6 @@ const fn mix(value: u64) -> u64 {
 }
 
 #[cfg(test)]
+mod baseline_tests;
+#[cfg(test)]
 mod tests;

@@ -6,10 +6,10 @@ use rand::{Rng, SeedableRng};
 
 use super::*;
 
-const PROMPT: f64 = 4_000.0;
+pub(super) const PROMPT: f64 = 4_000.0;
 
 /// A worker: requests it has, pending tokens, decodes, cached tokens.
-fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
+pub(super) fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
     Candidate {
         worker: WorkerId(0),
         place: 0,
@@ -35,7 +35,7 @@ fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> Candidate {
     }
 }
 
-fn prompt() -> Request<'static> {
+pub(super) fn prompt() -> Request<'static> {
     Request {
         prompt_tokens: PROMPT,
         ..Request::of("m")
@@ -43,11 +43,11 @@ fn prompt() -> Request<'static> {
 }
 
 /// The scores of a fleet, numbered in this order. Draws are such that nothing is explored.
-fn scores(policy: &str, request: &Request<'_>, workers: &[Candidate]) -> Vec<Score> {
+pub(super) fn scores(policy: &str, request: &Request<'_>, workers: &[Candidate]) -> Vec<Score> {
     scores_by(policy, request, workers, [1, 1])
 }
 
-fn scores_by(
+pub(super) fn scores_by(
     policy: &str,
     request: &Request<'_>,
     workers: &[Candidate],
@@ -71,7 +71,7 @@ fn scores_by(
 }
 
 /// The first with the least score, and whether it is the only one.
-fn least(scores: &[Score]) -> (usize, bool) {
+pub(super) fn least(scores: &[Score]) -> (usize, bool) {
     let least = scores
         .iter()
         .copied()
@@ -81,11 +81,16 @@ fn least(scores: &[Score]) -> (usize, bool) {
 }
 
 /// Who gets a prompt of 4,000 tokens, by the scores alone; none: a tie for the first place.
-fn check(policy: &str, workers: &[Candidate], expected: Option<usize>) {
+pub(super) fn check(policy: &str, workers: &[Candidate], expected: Option<usize>) {
     check_promised(policy, Targets::NONE, workers, expected);
 }
 
-fn check_promised(policy: &str, targets: Targets, workers: &[Candidate], expected: Option<usize>) {
+pub(super) fn check_promised(
+    policy: &str,
+    targets: Targets,
+    workers: &[Candidate],
+    expected: Option<usize>,
+) {
     let request = Request {
         targets,
         ..prompt()
@@ -146,6 +151,68 @@ fn forebay_spares_those_who_are_there_already() {
         &[worker(0, 0.0, 0.0, 0.0), worker(0, 0.0, 0.0, 0.0)],
         None,
     );
+}
+
+#[test]
+fn forebay_keeps_a_promise_before_it_saves_anything() {
+    let promised = |ttft_ms, tpot_ms| Targets { ttft_ms, tpot_ms };
+    // Warm and crowded against cold and idle: the first is sooner, and slower from token to token.
+    let warm = worker(200, 0.0, 200.0, 3_999.0);
+    let cold = worker(0, 0.0, 0.0, 0.0);
+    let check = |targets, workers: &[Candidate], expected| {
+        check_promised("forebay", targets, workers, Some(expected));
+    };
+    check(Targets::NONE, &[warm, cold], 0);
+    check(promised(f64::INFINITY, 30.0), &[warm, cold], 1);
+    // Nobody keeps it: as if nothing was promised.
+    check(promised(f64::INFINITY, 5.0), &[warm, cold], 0);
+    check(promised(1.0, f64::INFINITY), &[warm, cold], 0);
+}
+
+#[test]
+fn forebay_promises_by_the_worse_of_what_was_seen() {
+    let (steady, wild) = (worker(2, 3_000.0, 2.0, 0.0), worker(0, 0.0, 0.0, 0.0));
+    let wild = Candidate {
+        residuals: Residuals {
+            ttft_p50: 1.0,
+            ttft_p95: 4.0,
+        },
+        ..wild
+    };
+    let promised = Targets {
+        ttft_ms: 1_000.0,
+        ..Targets::NONE
+    };
+    check("forebay", &[steady, wild], Some(1));
+    check_promised("forebay", promised, &[steady, wild], Some(0));
+}
+
+#[test]
+fn forebay_goes_where_the_kv_cache_suffices() {
+    let small = Candidate {
+        kv_tokens: 20_000.0,
+        ..worker(10, 0.0, 17.0, 3_000.0)
+    };
+    let large = Candidate {
+        kv_tokens: 400_000.0,
+        ..worker(10, 0.0, 17.0, 0.0)
+    };
+    check("forebay", &[small, large], Some(1));
+    let unknown = Candidate {
+        kv_tokens: 0.0,
+        ..small
+    };
+    check("forebay", &[unknown, large], Some(0));
+}
+
+#[test]
+fn forebay_avoids_whose_reports_are_late() {
+    let late = Candidate {
+        suspicion: 0.5,
+        ..worker(0, 0.0, 0.0, 0.0)
+    };
+    check("forebay", &[late, worker(0, 1_000.0, 0.0, 0.0)], Some(1));
+    check("forebay", &[late, worker(0, 9_000.0, 0.0, 0.0)], Some(0));
 }
 
 #[test]
