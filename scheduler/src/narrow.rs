@@ -13,7 +13,7 @@ use forebay_proto::{Now, WorkerId};
 use crate::model::attention_pairs;
 use crate::pick::{Field, Held, Ranked};
 use crate::policy::{ETA, Policy, Request, Rule, Score};
-use crate::standing::{Access, Standing, ms};
+use crate::standing::{Access, Moment, Standing};
 use crate::view::View;
 
 /// What rounding may do to a bound.
@@ -22,7 +22,7 @@ const SLACK: f64 = 1.0 + 1e-9;
 /// The least that a placement on one worker costs, for any prompt.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bound {
-    suspect_after: Now,
+    suspect_after_ms: f64,
     /// When its reported backlog is prefilled, and prefill time of it that passes in a millisecond.
     over_ms: f64,
     passes_ms: f64,
@@ -35,6 +35,9 @@ pub(crate) struct Bound {
     imposed_pair_ms: f64,
     ttft_p50: f64,
     ttft_p95: f64,
+    /// From token to token before the context of the prompt, and what each token of that adds.
+    decode_ms: f64,
+    context_ms: f64,
     worker: WorkerId,
     access: Access,
 }
@@ -46,7 +49,7 @@ impl Bound {
         let (token_ms, pair_ms) = (pace.least_token_ms(), pace.pair_ms);
         let crowd = ETA * outlook.residents;
         Self {
-            suspect_after: standing.suspect_after(),
+            suspect_after_ms: standing.suspect_after_ms,
             over_ms: drain.over_ms,
             passes_ms: drain.tokens_per_ms * (token_ms + drain.pairs_per_token * pair_ms),
             fixed_ms: outlook.wait_ms + drain.tokens * token_ms + drain.pairs * pair_ms,
@@ -56,6 +59,8 @@ impl Bound {
             imposed_pair_ms: crowd * pace.pair_ms,
             ttft_p50: outlook.residuals.ttft_p50,
             ttft_p95: outlook.residuals.ttft_p95,
+            decode_ms: outlook.decode_ms,
+            context_ms: outlook.context_ms,
             worker: standing.worker,
             access: standing.access,
         }
@@ -81,15 +86,18 @@ impl View {
         rule: Rule,
         ranked: &mut Vec<Ranked>,
     ) -> Field {
-        let (now_ms, mut held) = (ms(now), Held::of(request));
-        let on_time = request.targets.ttft_ms * SLACK;
+        let (at, mut held) = (Moment::of(now), Held::of(request));
+        let (ttft_target, tpot_target) = (
+            request.targets.ttft_ms * SLACK,
+            request.targets.tpot_ms * SLACK,
+        );
         let mut field = Field::default();
         let mut best = Score::WORST;
         // Whoever costs more is no tie however old the view of the best may be.
         let mut limit = f64::INFINITY;
         for place in self.serving(request.model) {
             let bound = &self.bounds[*place];
-            let silent = now > bound.suspect_after;
+            let silent = at.ms > bound.suspect_after_ms;
             if bound.access != Access::Open || silent || request.was_tried(bound.worker) {
                 let full = bound.access == Access::Full && !silent;
                 field.full |= full && !request.was_tried(bound.worker);
@@ -98,12 +106,14 @@ impl View {
             field.candidates += 1;
             let cached = held.by(bound.worker);
             let tokens = request.prompt_tokens - cached;
-            let (ttft, cost) = bound.least(now_ms, tokens, attention_pairs(cached, tokens));
-            let tier = u32::from(ttft * bound.ttft_p95 > on_time);
+            let (ttft, cost) = bound.least(at.ms, tokens, attention_pairs(cached, tokens));
+            let tpot = bound.decode_ms + request.prompt_tokens * bound.context_ms;
+            let late = ttft * bound.ttft_p95 > ttft_target || tpot > tpot_target;
+            let tier = u32::from(late);
             if tier > best.tier || (tier == best.tier && cost > limit) {
                 continue;
             }
-            let terms = self.standings[*place].terms(now, request, cached);
+            let terms = self.standings[*place].terms(at, request, cached);
             let score = rule(&terms, &request.targets);
             ranked.push(Ranked {
                 place: *place,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::index::Hit;
 use crate::model::attention_pairs;
 use crate::policy::{self, Candidate, Policy, Request, Score, rendezvous};
-use crate::standing::{Access, Standing};
+use crate::standing::{Access, Moment, Standing};
 use crate::view::View;
 
 /// Where a request goes, and why.
@@ -208,16 +208,17 @@ impl View {
         scratch: &mut Scratch,
     ) -> Field {
         let (mut held, mut field) = (Held::of(request), Field::default());
+        let moment = Moment::of(now);
         scratch.candidates.clear();
         scratch.places.clear();
         for place in self.serving(request.model) {
             let standing = &self.standings[*place];
-            let out = standing.suspect(now) || request.was_tried(standing.worker);
+            let out = standing.suspect(moment) || request.was_tried(standing.worker);
             match standing.access {
                 Access::Open if !out => {
                     let cached = held.by(standing.worker);
                     let at = scratch.candidates.len();
-                    let candidate = standing.candidate(now, request, cached, at);
+                    let candidate = standing.candidate(moment, request, cached, at);
                     field.in_flight += u64::from(candidate.queueing.present);
                     scratch.candidates.push(candidate);
                     scratch.places.push(*place);
@@ -252,11 +253,12 @@ impl View {
         draws: &Draws,
         places: &mut Vec<usize>,
     ) -> Option<Decided> {
+        let moment = Moment::of(now);
         places.clear();
         places.extend(self.serving(request.model).iter().filter(|place| {
             let standing = &self.standings[**place];
             let open = matches!(standing.access, Access::Open | Access::Full);
-            open && standing.suspect(now) && !request.was_tried(standing.worker)
+            open && standing.suspect(moment) && !request.was_tried(standing.worker)
         }));
         let silent = places.len();
         let two = draws.policy.map(|draw| draw as usize % silent.max(1));
@@ -284,7 +286,7 @@ impl View {
         let standing = &self.standings[decided.place];
         let cached_tokens = Held::of(request).by(standing.worker);
         let uncached_tokens = request.prompt_tokens - cached_tokens;
-        let terms = standing.terms(now, request, cached_tokens);
+        let terms = standing.terms(Moment::of(now), request, cached_tokens);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
         let cached = cached_tokens as u32;
         Choice {
@@ -345,7 +347,9 @@ pub(crate) fn best<'a>(
 ) -> Option<&'a Ranked> {
     let ties = Ties::of(ranked, conversation, policy, draws, age)?;
     let near = ranked.iter().filter(|one| ties.has(one));
-    near.min_by(|one, other| ties.compare(one, other))
+    let near = near.map(|one| (one, ties.preference(one)));
+    let preferred = near.min_by(|(_, one), (_, other)| one.compare(other));
+    preferred.map(|(one, _)| one)
 }
 
 /// Those that are as good as the best, and in which order they are preferred.
@@ -382,15 +386,29 @@ impl Ties {
         one.score == self.least || (self.tolerance > 0.0 && close)
     }
 
-    pub(crate) fn compare(&self, one: &Ranked, other: &Ranked) -> Ordering {
-        let second = one.score.second.total_cmp(&other.score.second);
-        let hash = |one: &Ranked| rendezvous(self.key, one.worker);
-        let preferred = hash(other).cmp(&hash(one));
-        if self.by_second {
-            second.then(preferred)
-        } else {
-            preferred
+    pub(crate) fn preference(&self, one: &Ranked) -> Preference {
+        Preference {
+            second: if self.by_second {
+                one.score.second
+            } else {
+                0.0
+            },
+            hash: rendezvous(self.key, one.worker),
         }
+    }
+}
+
+/// Where one stands among equals: less of `second` first, then more of `hash`.
+#[derive(Clone, Copy)]
+pub(crate) struct Preference {
+    second: f64,
+    hash: u64,
+}
+
+impl Preference {
+    pub(crate) fn compare(&self, other: &Self) -> Ordering {
+        let second = self.second.total_cmp(&other.second);
+        second.then(other.hash.cmp(&self.hash))
     }
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::Targets;
 use crate::pick::{self, Choice, Decided, Draws, NoChoice, Ranked, Ties, best, compared};
 use crate::policy::{self, Candidate, Policy, Request, Score};
-use crate::standing::Access;
+use crate::standing::{Access, Moment};
 use crate::view::View;
 
 /// Workers in the receipt of a decision that was narrowed down: half of them the best by score, half
@@ -180,7 +180,7 @@ impl View {
         let mut held = pick::Held::of(request);
         let considered = kept.iter().enumerate().map(|(at, one)| {
             let standing = &self.standings[one.place];
-            let candidate = standing.candidate(now, request, held.by(one.worker), at);
+            let candidate = standing.candidate(Moment::of(now), request, held.by(one.worker), at);
             Considered {
                 incarnation: standing.incarnation,
                 feasible: candidate.terms.feasible(&request.targets),
@@ -201,7 +201,7 @@ impl View {
     }
 
     fn filtered(&self, now: Now, request: &Request<'_>) -> Filtered {
-        let mut filtered = Filtered::default();
+        let (mut filtered, moment) = (Filtered::default(), Moment::of(now));
         for place in self.serving(request.model) {
             let standing = &self.standings[*place];
             match standing.access {
@@ -210,7 +210,7 @@ impl View {
                 Access::Open | Access::Full if request.was_tried(standing.worker) => {
                     filtered.tried += 1;
                 }
-                Access::Open | Access::Full if standing.suspect(now) => filtered.suspect += 1,
+                Access::Open | Access::Full if standing.suspect(moment) => filtered.suspect += 1,
                 Access::Full => filtered.full += 1,
                 Access::Open => {}
             }
@@ -225,7 +225,7 @@ fn most_telling(scored: &[Ranked], ties: &Ties) -> Vec<Ranked> {
     by_score.sort_by(compared);
     by_score.truncate(MOST_CONSIDERED / 2);
     let mut near: Vec<Ranked> = scored.iter().copied().filter(|one| ties.has(one)).collect();
-    near.sort_by(|one, other| ties.compare(one, other));
+    near.sort_by(|one, other| ties.preference(one).compare(&ties.preference(other)));
     near.truncate(MOST_CONSIDERED / 2);
     near.append(&mut by_score);
     near.sort_by_key(|one| one.worker);

@@ -38,12 +38,13 @@ pub(crate) struct Standing {
     pub(crate) worker: WorkerId,
     pub(crate) access: Access,
     pub(crate) incarnation: Incarnation,
-    heard: Now,
-    /// Silence after which it is suspect, and up to which nothing is made of it.
-    patience: Duration,
-    calm: Duration,
+    /// When it is suspect if nothing is heard until then, in milliseconds of the clock, and how long
+    /// before that silence begins to count.
+    pub(crate) suspect_after_ms: f64,
+    alarm_ms: f64,
     /// None: there is no report.
     reported: Option<Now>,
+    reported_ms: f64,
     profile: Profile,
     residuals: Residuals,
     queueing: Queueing,
@@ -94,10 +95,10 @@ impl Standing {
             worker: worker.id(),
             access,
             incarnation: incarnation.unwrap_or(worker.known.incarnation),
-            heard: worker.heard,
-            patience,
-            calm: patience.mul_f64(CALM),
+            suspect_after_ms: ms(worker.heard + patience),
+            alarm_ms: patience.as_secs_f64() * 1e3 * (1.0 - CALM),
             reported: load.map(|_| worker.reported),
+            reported_ms: ms(worker.reported),
             profile,
             residuals,
             queueing,
@@ -119,12 +120,8 @@ impl Standing {
     }
 
     /// Whether nothing was heard for so long that it may be dead.
-    pub(crate) fn suspect(&self, now: Now) -> bool {
-        now > self.suspect_after()
-    }
-
-    pub(crate) fn suspect_after(&self) -> Now {
-        self.heard + self.patience
+    pub(crate) fn suspect(&self, at: Moment) -> bool {
+        at.ms > self.suspect_after_ms
     }
 
     pub(crate) const fn queueing(&self) -> &Queueing {
@@ -132,13 +129,9 @@ impl Standing {
     }
 
     /// How likely it is dead: nothing while no report is late, then linear in the silence.
-    fn suspicion(&self, now: Now) -> f64 {
-        let silence = now.since(self.heard);
-        if silence <= self.calm {
-            return 0.0;
-        }
-        let share = silence.as_secs_f64() / self.patience.as_secs_f64();
-        ((share - CALM) / (1.0 - CALM)).min(1.0)
+    fn suspicion(&self, at: Moment) -> f64 {
+        let left_ms = self.suspect_after_ms - at.ms;
+        (1.0 - left_ms / self.alarm_ms).clamp(0.0, 1.0)
     }
 
     /// How old the report is; a worker that has sent none is as old as can be.
@@ -148,10 +141,10 @@ impl Standing {
 
     /// What a new request would find before it, in tokens: the report, less what was prefilled since,
     /// and the bookings that it does not contain.
-    fn backlog(&self, now: Now) -> Backlog {
+    fn backlog(&self, now_ms: f64) -> Backlog {
         let mut backlog = self.backlog;
         if self.drain_per_ms > 0.0 && backlog.pending_tokens > 0.0 {
-            let since_ms = self.age(now).as_secs_f64() * 1e3;
+            let since_ms = (now_ms - self.reported_ms).max(0.0);
             let left = (backlog.pending_tokens - since_ms * self.drain_per_ms).max(0.0);
             backlog.pending_pairs *= left / backlog.pending_tokens;
             backlog.pending_tokens = left;
@@ -167,8 +160,8 @@ impl Standing {
         let (reported, booked) = (&self.backlog, &self.booked);
         let (tokens, pairs) = (reported.pending_tokens, reported.pending_pairs);
         match self.reported {
-            Some(at) if self.drain_per_ms > 0.0 && tokens > 0.0 => Drain {
-                over_ms: ms(at) + tokens / self.drain_per_ms,
+            Some(_) if self.drain_per_ms > 0.0 && tokens > 0.0 => Drain {
+                over_ms: self.reported_ms + tokens / self.drain_per_ms,
                 tokens_per_ms: self.drain_per_ms,
                 pairs_per_token: pairs / tokens,
                 tokens: booked.uncached_tokens,
@@ -183,21 +176,21 @@ impl Standing {
     }
 
     /// What a request would find here of which this worker holds `cached` tokens.
-    pub(crate) fn terms(&self, now: Now, request: &Request<'_>, cached: f64) -> Terms {
-        let backlog = self.backlog(now);
+    pub(crate) fn terms(&self, at: Moment, request: &Request<'_>, cached: f64) -> Terms {
+        let backlog = self.backlog(at.ms);
         self.outlook.terms(&Arrival {
             pending_tokens: backlog.pending_tokens,
             pending_pairs: backlog.pending_pairs,
             prompt_tokens: request.prompt_tokens,
             cached_tokens: cached,
-            suspicion: self.suspicion(now),
+            suspicion: self.suspicion(at),
         })
     }
 
     /// The same and all else that a policy may ask.
     pub(crate) fn candidate(
         &self,
-        now: Now,
+        at: Moment,
         request: &Request<'_>,
         cached: f64,
         place: usize,
@@ -206,15 +199,15 @@ impl Standing {
             worker: self.worker,
             place,
             cached_tokens: cached,
-            backlog: self.backlog(now),
+            backlog: self.backlog(at.ms),
             profile: self.profile,
             residuals: self.residuals,
             queueing: self.queueing,
-            age: self.age(now),
-            suspicion: self.suspicion(now),
+            age: self.age(at.now),
+            suspicion: self.suspicion(at),
             kv_tokens: self.kv_tokens,
-            recent_ms: self.recent.at(now),
-            terms: self.terms(now, request, cached),
+            recent_ms: self.recent.at(at.now),
+            terms: self.terms(at, request, cached),
         }
     }
 }
@@ -231,8 +224,22 @@ pub(crate) struct Drain {
     pub(crate) pairs: f64,
 }
 
+/// The moment of a decision.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    pub(crate) now: Now,
+    /// Since the zero of the clock.
+    pub(crate) ms: f64,
+}
+
+impl Moment {
+    pub(crate) fn of(now: Now) -> Self {
+        Self { now, ms: ms(now) }
+    }
+}
+
 /// Milliseconds since the zero of the clock.
-pub(crate) fn ms(now: Now) -> f64 {
+fn ms(now: Now) -> f64 {
     now.since(Now::default()).as_secs_f64() * 1e3
 }
 

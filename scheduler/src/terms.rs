@@ -62,9 +62,11 @@ pub(crate) struct Outlook {
     context_tokens: f64,
     kv_tokens: f64,
     /// From token to token with one request more, without its context: alone, and beside a prefill.
-    decode_ms: f64,
+    pub(crate) decode_ms: f64,
     mixed_ms: f64,
-    context_ms: f64,
+    pub(crate) context_ms: f64,
+    /// Iterations of a nominal answer that each token to prefill is in.
+    mixed_per_token: f64,
 }
 
 /// What a request brings, and what is before it.
@@ -100,6 +102,7 @@ impl Outlook {
             decode_ms: after(0.0),
             mixed_ms: after(pace.chunk),
             context_ms: profile.context_ms,
+            mixed_per_token: 1.0 / (pace.chunk * NOMINAL_OUTPUT),
         }
     }
 
@@ -117,7 +120,7 @@ impl Outlook {
         let ttft = self.wait_ms + pace.prefill_ms(to_prefill, pending_pairs + own_pairs);
         let own = pace.token_ms * uncached + pace.pair_ms * own_pairs;
         // Iterations of a nominal answer that carry a prefill too (mixed batches are longer).
-        let mixed = (to_prefill / (pace.chunk * NOMINAL_OUTPUT)).min(1.0);
+        let mixed = (to_prefill * self.mixed_per_token).min(1.0);
         let tpot = self.decode_ms + mixed * (self.mixed_ms - self.decode_ms);
         let (kv_used, evicted) = self.eviction(pending_tokens, prompt_tokens, uncached);
         Terms {

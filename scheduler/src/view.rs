@@ -14,7 +14,7 @@ use forebay_proto::{Incarnation, Now, WorkerId};
 use crate::load::Load;
 use crate::narrow::Bound;
 use crate::pick::{Scratch, Work};
-use crate::standing::Standing;
+use crate::standing::{Moment, Standing};
 use crate::worker::{Booking, BookingId, Known, Worker};
 
 /// All workers, as seen from one balancer. Bounded by the workers in the facts and the requests
@@ -119,8 +119,9 @@ impl View {
 
     /// Workers from which nothing was heard for so long that a probe is due.
     pub fn suspects(&self, now: Now) -> impl Iterator<Item = Incarnation> {
+        let at = Moment::of(now);
         let both = self.workers.iter().zip(&self.standings);
-        let suspects = both.filter(move |(_, standing)| standing.suspect(now));
+        let suspects = both.filter(move |(_, standing)| standing.suspect(at));
         suspects.filter_map(|(worker, _)| worker.connected)
     }
 
