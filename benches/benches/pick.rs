@@ -6,7 +6,7 @@
 //! tokens. Every policy is asked. The rule of this project also gets the worlds in which its bound rules
 //! least out: an idle fleet of equals, and targets that no worker keeps. Reference: the least of N loads
 //! in a plain vector. After warm-up no decision allocates; the benchmark fails if one does.
-//! `cargo bench -p forebay-benches --bench pick`.
+//! Last, what a booking costs from its making to its end. `cargo bench -p forebay-benches --bench pick`.
 
 #![allow(clippy::print_stdout)] // a benchmark's result
 
@@ -220,4 +220,12 @@ fn main() {
     ] {
         row(name, ours, 1_000, fleet, targets);
     }
+    let mut view = world(1_000, Fleet::Busy, &mut StdRng::seed_from_u64(1));
+    let booked = Timed::run(PICKS, || {
+        let booking = view.book(WorkerId(500), Work::default());
+        view.accepted(booking, 2);
+        view.released(booking, None);
+    });
+    let (p50, p99) = (booked.quantile(0.5), booked.quantile(0.99));
+    println!("booked, accepted and released: p50 {p50:.2?}, p99 {p99:.2?}");
 }

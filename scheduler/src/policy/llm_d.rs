@@ -48,14 +48,8 @@ impl Policy for LlmD {
             let (ttft, tpot) = headroom(request, one);
             let bucket = bucket(request, one);
             let tier = match bucket {
-                0 => {
-                    if positive_first {
-                        0
-                    } else {
-                        LAST_BUCKET
-                    }
-                }
-                late => late,
+                0 if !positive_first => LAST_BUCKET,
+                bucket => bucket,
             };
             let [ttft, tpot] = kept[usize::from(bucket > 0)].share(ttft, tpot);
             let least = TTFT_WEIGHT * ttft + TPOT_WEIGHT * tpot;
