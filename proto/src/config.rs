@@ -49,7 +49,7 @@ pub struct Pool {
 }
 
 /// Placement rules that a pool may name.
-pub const POLICIES: [&str; 7] = [
+pub const POLICIES: [&str; 15] = [
     "forebay",
     "round-robin",
     "random",
@@ -57,6 +57,14 @@ pub const POLICIES: [&str; 7] = [
     "power-of-two",
     "longest-prefix",
     "bounded-hash",
+    "sglang",
+    "dynamo",
+    "llm-d",
+    "aibrix",
+    "preble",
+    "lmetric",
+    "mooncake",
+    "llumnix",
 ];
 
 mod defaults {

@@ -5,11 +5,12 @@
 //! the prefill's attention.
 
 use forebay_proto::wire::work as wire;
+use serde::{Deserialize, Serialize};
 
 /// How fast one worker is, in milliseconds.
 ///
 /// `iteration = max(floor, base + token·(prefill + decodes)) + context·C + pair·A`
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Profile {
     /// The least time of an iteration: the weights have to be read.
     pub floor_ms: f64,
@@ -83,7 +84,7 @@ pub const PROFILES: [(&str, Profile); 4] = [
 ];
 
 /// What a worker has before it: the requests that it took and has not finished.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Backlog {
     /// Uncached prompt tokens that are not prefilled.
     pub pending_tokens: f64,
@@ -119,7 +120,7 @@ impl Default for Targets {
 }
 
 /// How far a worker's recent times were from what its model predicted: quantiles of actual ÷ predicted.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Residuals {
     /// The median of times to first token; what ranks workers.
     pub ttft_p50: f64,
@@ -178,15 +179,7 @@ impl Profile {
     /// Time until `tokens` with these `pairs` are prefilled, in chunks beside the backlog's decodes.
     #[must_use]
     pub fn prefill_ms(&self, backlog: &Backlog, tokens: f64, pairs: f64) -> f64 {
-        let budget = f64::from(self.chunk_tokens.max(1));
-        // Decodes go first; a quarter is assumed to be left for prefills.
-        let chunk = (budget - backlog.decodes).max(budget / 4.0);
-        let full = (tokens / chunk).floor();
-        let rest = tokens - full * chunk;
-        let iteration =
-            |tokens| self.iteration_ms(tokens, backlog.decodes, backlog.context_tokens, 0.0);
-        let last = if rest > 0.0 { iteration(rest) } else { 0.0 };
-        full * iteration(chunk) + last + self.pair_ms * pairs
+        Pace::of(self, backlog.decodes, backlog.context_tokens).prefill_ms(tokens, pairs)
     }
 
     /// Time to the first token of a prompt of which `cached` tokens are in the cache and `uncached`
@@ -202,6 +195,13 @@ impl Profile {
     pub fn tpot_ms(&self, backlog: &Backlog, context: f64) -> f64 {
         let context = backlog.context_tokens + context;
         self.iteration_ms(0.0, backlog.decodes + 1.0, context, 0.0)
+    }
+
+    /// Prompt tokens that are prefilled in a millisecond beside these decodes.
+    #[must_use]
+    pub fn drain_per_ms(&self, decodes: f64, context: f64) -> f64 {
+        let pace = Pace::of(self, decodes, context);
+        pace.chunk / pace.full_ms.max(1e-6)
     }
 
     /// The profile as a report carries it; `None` where it is no profile.
@@ -245,6 +245,56 @@ impl Profile {
 impl Default for Profile {
     fn default() -> Self {
         PROFILES[0].1
+    }
+}
+
+/// How a worker prefills beside its decodes: what of [`Profile::prefill_ms`] does not depend on the
+/// prompt, because it is asked of every worker for every request.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Pace {
+    /// Prompt tokens of one iteration.
+    pub(crate) chunk: f64,
+    /// An iteration with so many.
+    pub(crate) full_ms: f64,
+    /// The least that an iteration takes, and what a shorter one takes before its prompt tokens.
+    floor_ms: f64,
+    base_ms: f64,
+    pub(crate) token_ms: f64,
+    pub(crate) pair_ms: f64,
+}
+
+impl Pace {
+    pub(crate) fn of(profile: &Profile, decodes: f64, context: f64) -> Self {
+        let budget = f64::from(profile.chunk_tokens.max(1));
+        // Decodes go first; a quarter is assumed to be left for prefills.
+        let chunk = (budget - decodes).max(budget / 4.0);
+        let reads = profile.context_ms * context;
+        Self {
+            chunk,
+            full_ms: profile.iteration_ms(chunk, decodes, context, 0.0),
+            floor_ms: profile.floor_ms + reads,
+            base_ms: profile.base_ms + profile.token_ms * decodes + reads,
+            token_ms: profile.token_ms,
+            pair_ms: profile.pair_ms,
+        }
+    }
+
+    /// Time until `tokens` with these `pairs` are prefilled.
+    pub(crate) fn prefill_ms(&self, tokens: f64, pairs: f64) -> f64 {
+        let full = (tokens / self.chunk).floor();
+        let rest = tokens - full * self.chunk;
+        let last = if rest > 0.0 {
+            (self.base_ms + self.token_ms * rest).max(self.floor_ms)
+        } else {
+            0.0
+        };
+        full * self.full_ms + last + self.pair_ms * pairs
+    }
+
+    /// The least that a prompt token adds. A chunk's time divided by its tokens falls with the tokens,
+    /// so that [`Self::prefill_ms`] is never less than this for each of them.
+    pub(crate) fn least_token_ms(&self) -> f64 {
+        self.full_ms / self.chunk
     }
 }
 

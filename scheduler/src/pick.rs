@@ -1,13 +1,17 @@
 //! The choice of a worker: the best by a pool's policy among those that may serve the request.
 
+use std::cmp::Ordering;
 use std::time::Duration;
 
 use forebay_proto::{Incarnation, Now, WorkerId};
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
-use crate::model::{Profile, Residuals};
-use crate::policy::{Candidate, Field, Policy, Request, Score, rendezvous};
-use crate::view::{View, Worker};
+use crate::index::Hit;
+use crate::model::attention_pairs;
+use crate::policy::{self, Candidate, Policy, Request, Score, rendezvous};
+use crate::standing::{Access, Moment, Standing};
+use crate::view::View;
 
 /// Where a request goes, and why.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,6 +28,8 @@ pub struct Choice {
     pub ttft: Duration,
     /// Wait for a slot that the choice relies on; none: the policy does not predict.
     pub wait: Option<Duration>,
+    /// Whether what was promised is expected to be kept there, whatever the policy looks at.
+    pub feasible: bool,
     /// What it adds to the worker's backlog.
     pub work: Work,
 }
@@ -49,7 +55,8 @@ pub struct Work {
 }
 
 /// Why no worker was chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NoChoice {
     /// No worker in the facts serves this model.
     UnknownModel,
@@ -59,12 +66,61 @@ pub enum NoChoice {
     Busy,
 }
 
-/// A worker that may serve the request. Small, because every pick has one for every worker: what a
-/// policy sees is made when it is asked, and once more for the one that is chosen.
-struct Eligible<'a> {
-    incarnation: Incarnation,
-    worker: &'a Worker,
-    score: Score,
+/// The luck of one decision, drawn before it: all else of it follows from the view and the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Draws {
+    /// For the policy, or for the choice between two silent workers.
+    pub policy: [u64; 2],
+    /// Among equals.
+    pub ties: u64,
+}
+
+impl Draws {
+    pub(crate) fn of(rng: &mut impl Rng) -> Self {
+        Self {
+            policy: [rng.random(), rng.random()],
+            ties: rng.random(),
+        }
+    }
+}
+
+/// A worker with its score.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ranked {
+    /// Its place in the view, or among the candidates of a receipt.
+    pub(crate) place: usize,
+    pub(crate) worker: WorkerId,
+    pub(crate) score: Score,
+}
+
+/// Buffers of the decisions, which are kept so that none of them allocates.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Scratch {
+    pub(crate) candidates: Vec<Candidate>,
+    pub(crate) places: Vec<usize>,
+    scores: Vec<Score>,
+    pub(crate) ranked: Vec<Ranked>,
+}
+
+/// Who was looked at.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Field {
+    /// Those that may serve.
+    pub(crate) candidates: usize,
+    /// Requests that they have, as far as the policy asks.
+    pub(crate) in_flight: u64,
+    /// Someone could serve it and has no room.
+    pub(crate) full: bool,
+}
+
+/// A decision, before it is told.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Decided {
+    pub(crate) place: usize,
+    pub(crate) score: Score,
+    pub(crate) candidates: usize,
+    /// Nothing but silence was there to choose from.
+    pub(crate) silent: bool,
 }
 
 impl View {
@@ -78,174 +134,285 @@ impl View {
     ///
     /// Returns why there is none.
     pub fn pick(
-        &self,
+        &mut self,
         now: Now,
         request: &Request<'_>,
         policy: &dyn Policy,
         rng: &mut impl Rng,
     ) -> Result<Choice, NoChoice> {
-        let mut serving = self.serving(request.model).peekable();
-        serving.peek().ok_or(NoChoice::UnknownModel)?;
-        let (mut eligible, mut suspects) = (Vec::new(), Vec::new());
-        let (mut full, mut in_flight) = (false, 0);
-        for worker in serving {
-            let open = worker.open() && !request.tried.contains(&worker.id());
-            let Some(incarnation) = worker.incarnation().filter(|_| open) else {
-                continue;
-            };
-            let one = Eligible {
-                incarnation,
-                worker,
-                score: Score::default(),
-            };
-            if worker.suspect(now) {
-                suspects.push(one);
-            } else if worker.full() {
-                full = true;
-            } else {
-                in_flight += u64::from(worker.queueing().present);
-                eligible.push(one);
-            }
-        }
-        let field = Field {
-            candidates: eligible.len(),
-            in_flight,
-            draws: [rng.random(), rng.random()],
-        };
-        for (place, one) in eligible.iter_mut().enumerate() {
-            let candidate = one.candidate(now, request, place);
-            one.score = policy.score(request, &candidate, &field);
-        }
-        match best(now, &eligible, request, policy, rng) {
-            Some(best) => Ok(best.choice(now, request, policy, eligible.len())),
-            None if full => Err(NoChoice::Busy),
-            None => two_choices(&suspects, rng)
-                .map(|one| one.choice(now, request, policy, suspects.len()))
-                .ok_or(NoChoice::NoCapacity),
-        }
+        let now = self.tell(now);
+        let decided = self.decide(now, request, policy, &Draws::of(rng));
+        decided.map(|(decided, _)| self.choice(now, request, policy, &decided))
     }
 
     /// The shortest wait for a slot among workers that serve a model; `None`: none can be reached.
     #[must_use]
     pub fn least_wait(&self, model: &str) -> Option<Duration> {
-        let serving = self.serving(model);
-        let reachable = serving.filter(|worker| worker.open() && worker.incarnation().is_some());
+        let reachable = self.reachable(model);
         reachable.map(|worker| worker.queueing().wait()).min()
     }
 
     /// Whether any worker is there to serve the request, now or once it has room.
     #[must_use]
     pub fn has_capacity(&self, model: &str, tried: &[WorkerId]) -> bool {
-        self.serving(model).any(|worker| {
-            worker.open() && worker.incarnation().is_some() && !tried.contains(&worker.id())
-        })
+        self.reachable(model)
+            .any(|standing| !tried.contains(&standing.worker))
     }
-}
 
-impl Eligible<'_> {
-    #[inline]
-    fn candidate(&self, now: Now, request: &Request<'_>, place: usize) -> Candidate {
-        let worker = self.incarnation.worker;
-        let held = request.hits.binary_search_by_key(&worker, |hit| hit.worker);
-        let held = held.map_or(0.0, |at| f64::from(request.hits[at].tokens));
-        let load = self.worker.load.as_ref();
-        Candidate {
-            worker,
-            place,
-            // The last token of a prompt is always computed.
-            cached_tokens: held.min(request.prompt_tokens - 1.0).max(0.0),
-            backlog: self.worker.backlog(now),
-            profile: load.and_then(|load| load.model).unwrap_or_default(),
-            residuals: load.map_or_else(Residuals::default, |load| load.residuals),
-            queueing: self.worker.queueing(),
-            age: self.worker.age(now),
+    fn reachable(&self, model: &str) -> impl Iterator<Item = &Standing> {
+        let serving = self.serving(model).iter();
+        let standings = serving.map(|place| &self.standings[*place]);
+        standings.filter(|standing| matches!(standing.access, Access::Open | Access::Full))
+    }
+
+    /// Leaves who was scored, and how, in the scratch.
+    pub(crate) fn decide(
+        &mut self,
+        now: Now,
+        request: &Request<'_>,
+        policy: &dyn Policy,
+        draws: &Draws,
+    ) -> Result<(Decided, Field), NoChoice> {
+        if self.serving(request.model).is_empty() {
+            return Err(NoChoice::UnknownModel);
         }
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.ranked.clear();
+        let field = match policy.rule() {
+            Some(rule) => self.narrow(now, request, policy, rule, &mut scratch.ranked),
+            None => self.score_all(now, request, policy, draws, &mut scratch),
+        };
+        let age = |place: usize| self.standings[place].age(now);
+        let decided = match best(&scratch.ranked, request.conversation, policy, draws, age) {
+            Some(best) => Ok(Decided {
+                place: best.place,
+                score: best.score,
+                candidates: field.candidates,
+                silent: false,
+            }),
+            None if field.full => Err(NoChoice::Busy),
+            None => self
+                .two_choices(now, request, draws, &mut scratch.places)
+                .ok_or(NoChoice::NoCapacity),
+        };
+        self.scratch = scratch;
+        decided.map(|decided| (decided, field))
     }
 
-    fn choice(
+    fn score_all(
         &self,
         now: Now,
         request: &Request<'_>,
         policy: &dyn Policy,
-        candidates: usize,
+        draws: &Draws,
+        scratch: &mut Scratch,
+    ) -> Field {
+        let (mut held, mut field) = (Held::of(request), Field::default());
+        let moment = Moment::of(now);
+        scratch.candidates.clear();
+        scratch.places.clear();
+        for place in self.serving(request.model) {
+            let standing = &self.standings[*place];
+            let out = standing.suspect(moment) || request.was_tried(standing.worker);
+            match standing.access {
+                Access::Open if !out => {
+                    let cached = held.by(standing.worker);
+                    let at = scratch.candidates.len();
+                    let candidate = standing.candidate(moment, request, cached, at);
+                    field.in_flight += u64::from(candidate.queueing.present);
+                    scratch.candidates.push(candidate);
+                    scratch.places.push(*place);
+                }
+                Access::Full => field.full |= !out,
+                Access::Open | Access::Closed | Access::Unreachable => {}
+            }
+        }
+        field.candidates = scratch.candidates.len();
+        let seen = policy::Field::of(&field, draws);
+        scratch.scores.clear();
+        policy.scores(request, &scratch.candidates, &seen, &mut scratch.scores);
+        debug_assert_eq!(scratch.scores.len(), field.candidates, "{}", policy.name());
+        let both = scratch.candidates.iter().zip(&scratch.places);
+        let scored = both.zip(&scratch.scores);
+        scratch
+            .ranked
+            .extend(scored.map(|((candidate, place), score)| Ranked {
+                place: *place,
+                worker: candidate.worker,
+                score: *score,
+            }));
+        field
+    }
+
+    /// Of two that are drawn the one with fewer own bookings: of silent workers nothing else is known.
+    /// Leaves the two in `places`.
+    fn two_choices(
+        &self,
+        now: Now,
+        request: &Request<'_>,
+        draws: &Draws,
+        places: &mut Vec<usize>,
+    ) -> Option<Decided> {
+        let moment = Moment::of(now);
+        places.clear();
+        places.extend(self.serving(request.model).iter().filter(|place| {
+            let standing = &self.standings[**place];
+            let open = matches!(standing.access, Access::Open | Access::Full);
+            open && standing.suspect(moment) && !request.was_tried(standing.worker)
+        }));
+        let silent = places.len();
+        let two = draws.policy.map(|draw| draw as usize % silent.max(1));
+        let [one, other] = two.map(|at| places.get(at).copied());
+        places.clear();
+        places.extend(one.into_iter().chain(other));
+        let fewer = places
+            .iter()
+            .min_by_key(|place| self.standings[**place].own_bookings)?;
+        Some(Decided {
+            place: *fewer,
+            score: Score::default(),
+            candidates: silent,
+            silent: true,
+        })
+    }
+
+    pub(crate) fn choice(
+        &self,
+        now: Now,
+        request: &Request<'_>,
+        policy: &dyn Policy,
+        decided: &Decided,
     ) -> Choice {
-        let Candidate {
-            cached_tokens,
-            backlog,
-            profile,
-            queueing,
-            ..
-        } = self.candidate(now, request, 0);
+        let standing = &self.standings[decided.place];
+        let cached_tokens = Held::of(request).by(standing.worker);
         let uncached_tokens = request.prompt_tokens - cached_tokens;
-        let wait = queueing.wait();
-        let ttft_ms = profile.ttft_ms(&backlog, cached_tokens, uncached_tokens);
+        let terms = standing.terms(Moment::of(now), request, cached_tokens);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
         let cached = cached_tokens as u32;
-        let prefill = Duration::try_from_secs_f64(ttft_ms / 1e3).unwrap_or(Duration::MAX);
         Choice {
-            incarnation: self.incarnation,
-            score: self.score,
-            candidates,
+            incarnation: standing.incarnation,
+            score: decided.score,
+            candidates: decided.candidates,
             cached_tokens: cached,
-            ttft: wait.saturating_add(prefill),
-            wait: policy.predicts().then_some(wait),
+            ttft: Duration::try_from_secs_f64(terms.ttft_ms / 1e3).unwrap_or(Duration::MAX),
+            wait: policy.predicts().then(|| standing.queueing().wait()),
+            feasible: terms.feasible(&request.targets),
             work: Work {
                 uncached_tokens,
-                pairs: crate::model::attention_pairs(cached_tokens, uncached_tokens),
+                pairs: attention_pairs(cached_tokens, uncached_tokens),
                 context_tokens: request.prompt_tokens,
             },
         }
     }
 }
 
+/// What workers hold of a prompt, asked in the order of their ids.
+pub(crate) struct Held<'a> {
+    hits: &'a [Hit],
+    /// The last token of a prompt is always computed.
+    most: f64,
+}
+
+impl<'a> Held<'a> {
+    pub(crate) fn of(request: &Request<'a>) -> Self {
+        Self {
+            hits: request.hits,
+            most: (request.prompt_tokens - 1.0).max(0.0),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn by(&mut self, worker: WorkerId) -> f64 {
+        while let [first, rest @ ..] = self.hits {
+            if first.worker > worker {
+                break;
+            }
+            if first.worker == worker {
+                return f64::from(first.tokens).min(self.most);
+            }
+            self.hits = rest;
+        }
+        0.0
+    }
+}
+
 /// The least score; within the policy's tolerance by the conversation, and else at random: a tie
 /// broken by number would send everything to one worker.
-fn best<'a, 'v>(
-    now: Now,
-    eligible: &'a [Eligible<'v>],
-    request: &Request<'_>,
+pub(crate) fn best<'a>(
+    ranked: &'a [Ranked],
+    conversation: Option<u64>,
     policy: &dyn Policy,
-    rng: &mut impl Rng,
-) -> Option<&'a Eligible<'v>> {
-    let compared = |one: &&Eligible<'_>, other: &&Eligible<'_>| {
-        let (one, other) = (one.score, other.score);
-        one.partial_cmp(&other).unwrap_or(std::cmp::Ordering::Equal)
-    };
-    let least = eligible.iter().min_by(compared)?;
-    let tolerance = policy.tolerance(least.score, least.worker.age(now));
-    let near = |one: &&Eligible<'_>| {
-        let exactly = one.score == least.score;
-        exactly || (tolerance > 0.0 && one.score.first - least.score.first <= tolerance)
-    };
-    let near = eligible.iter().filter(near);
-    match request.conversation.filter(|_| tolerance > 0.0) {
-        Some(conversation) => {
-            near.max_by_key(|one| rendezvous(conversation, one.incarnation.worker))
+    draws: &Draws,
+    age: impl Fn(usize) -> Duration,
+) -> Option<&'a Ranked> {
+    let ties = Ties::of(ranked, conversation, policy, draws, age)?;
+    let near = ranked.iter().filter(|one| ties.has(one));
+    let near = near.map(|one| (one, ties.preference(one)));
+    let preferred = near.min_by(|(_, one), (_, other)| one.compare(other));
+    preferred.map(|(one, _)| one)
+}
+
+/// Those that are as good as the best, and in which order they are preferred.
+pub(crate) struct Ties {
+    least: Score,
+    tolerance: f64,
+    /// Whether the second field of a score counts.
+    by_second: bool,
+    key: u64,
+}
+
+impl Ties {
+    pub(crate) fn of(
+        ranked: &[Ranked],
+        conversation: Option<u64>,
+        policy: &dyn Policy,
+        draws: &Draws,
+        age: impl Fn(usize) -> Duration,
+    ) -> Option<Self> {
+        let least = ranked.iter().min_by(|one, other| compared(one, other))?;
+        let tolerance = policy.tolerance(least.score, age(least.place));
+        let conversation = conversation.filter(|_| tolerance > 0.0);
+        Some(Self {
+            least: least.score,
+            tolerance,
+            by_second: conversation.is_none(),
+            key: conversation.unwrap_or(draws.ties),
+        })
+    }
+
+    pub(crate) fn has(&self, one: &Ranked) -> bool {
+        let close = one.score.tier == self.least.tier
+            && one.score.first - self.least.first <= self.tolerance;
+        one.score == self.least || (self.tolerance > 0.0 && close)
+    }
+
+    pub(crate) fn preference(&self, one: &Ranked) -> Preference {
+        Preference {
+            second: if self.by_second {
+                one.score.second
+            } else {
+                0.0
+            },
+            hash: rendezvous(self.key, one.worker),
         }
-        None => near
-            .map(|one| (one, rng.random::<u64>()))
-            .min_by(|(one, draw), (other, other_draw)| {
-                let second = one.score.second.total_cmp(&other.score.second);
-                second.then(draw.cmp(other_draw))
-            })
-            .map(|(one, _)| one),
     }
 }
 
-/// Of two that are drawn the one with fewer own bookings: of silent workers nothing else is known.
-fn two_choices<'a, 'v>(silent: &'a [Eligible<'v>], rng: &mut impl Rng) -> Option<&'a Eligible<'v>> {
-    let mut draw = || silent.get(rng.random_range(0..silent.len().max(1)));
-    let (one, other) = (draw()?, draw()?);
-    let fewer = one.worker.own_bookings() <= other.worker.own_bookings();
-    Some(if fewer { one } else { other })
+/// Where one stands among equals: less of `second` first, then more of `hash`.
+#[derive(Clone, Copy)]
+pub(crate) struct Preference {
+    second: f64,
+    hash: u64,
 }
 
-impl Profile {
-    /// Prompt tokens that are prefilled in a millisecond beside these decodes.
-    #[must_use]
-    pub fn drain_per_ms(&self, decodes: f64, context: f64) -> f64 {
-        let budget = f64::from(self.chunk_tokens.max(1));
-        let chunk = (budget - decodes).max(budget / 4.0);
-        chunk / self.iteration_ms(chunk, decodes, context, 0.0).max(1e-6)
+impl Preference {
+    pub(crate) fn compare(&self, other: &Self) -> Ordering {
+        let second = self.second.total_cmp(&other.second);
+        second.then(other.hash.cmp(&self.hash))
     }
+}
+
+pub(crate) fn compared(one: &Ranked, other: &Ranked) -> Ordering {
+    let order = one.score.partial_cmp(&other.score);
+    order.unwrap_or(Ordering::Equal)
 }

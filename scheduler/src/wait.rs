@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Time a request holds a slot where nothing has been measured yet.
 const NOMINAL_SERVICE: Duration = Duration::from_secs(1);
 
 /// What is in front of a new request on one worker.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Queueing {
     /// Requests running or waiting.
     pub present: u32,

@@ -116,7 +116,7 @@ fn world(workers: &[&str]) -> View {
     view
 }
 
-fn picks(view: &View, now: Now) -> Result<u32, NoChoice> {
+fn picks(view: &mut View, now: Now) -> Result<u32, NoChoice> {
     view.pick(
         now,
         &Request::of("m"),
@@ -127,7 +127,7 @@ fn picks(view: &View, now: Now) -> Result<u32, NoChoice> {
 }
 
 fn check(workers: &[&str], expected: Result<u32, NoChoice>) {
-    assert_eq!(picks(&world(workers), at(1)), expected, "{workers:?}");
+    assert_eq!(picks(&mut world(workers), at(1)), expected, "{workers:?}");
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn who_may_not_serve_is_never_picked() {
 fn why_there_is_no_choice_is_said() {
     check(&["4+4/4", "4+4/4"], Err(NoChoice::Busy));
     check(&["-", "c0+0/4"], Err(NoChoice::NoCapacity));
-    let view = world(&["0+0/4"]);
+    let mut view = world(&["0+0/4"]);
     let none = view.pick(
         at(1),
         &Request::of("other"),
@@ -182,7 +182,7 @@ fn a_pool_is_never_stopped_by_silence_alone() {
 
 #[test]
 fn equal_workers_share_evenly() {
-    let view = world(&["0+0/4"; 4]);
+    let mut view = world(&["0+0/4"; 4]);
     let mut rng = StdRng::seed_from_u64(7);
     let mut counts = [0; 4];
     for _ in 0..4_000 {
@@ -202,21 +202,21 @@ fn equal_workers_share_evenly() {
 #[test]
 fn a_booking_counts_at_once_and_never_twice() {
     let mut view = world(&["0+0/1", "0+0/1"]);
-    let first = picks(&view, at(1)).unwrap();
+    let first = picks(&mut view, at(1)).unwrap();
     let booking = view.book(WorkerId(first), Work::default());
-    assert_ne!(picks(&view, at(1)).unwrap(), first);
+    assert_ne!(picks(&mut view, at(1)).unwrap(), first);
 
     view.accepted(booking, 2);
     view.report(at(2), load(first, 2, 1, 0, 1));
     assert_ne!(
-        picks(&view, at(2)).unwrap(),
+        picks(&mut view, at(2)).unwrap(),
         first,
         "the report contains it"
     );
 
     view.released(booking, Some(3));
     assert_eq!(view.open_bookings(None), 0);
-    let mut free = vec![picks(&view, at(2)).unwrap()];
+    let mut free = vec![picks(&mut view, at(2)).unwrap()];
     free.extend((0..20).map(|seed| {
         let choice = view
             .pick(
@@ -245,7 +245,7 @@ fn a_later_start_voids_what_was_known_of_an_earlier_one() {
         "the dead do not come back"
     );
     assert!(!view.report(at(1), load(0, 9, 0, 0, 4)), "nor report");
-    assert_eq!(picks(&view, at(2)), Ok(0));
+    assert_eq!(picks(&mut view, at(2)), Ok(0));
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn an_old_report_never_replaces_a_newer_one() {
     let mut view = world(&["0+0/4"]);
     assert!(view.report(at(1), load(0, 5, 4, 4, 4)));
     assert!(!view.report(at(2), load(0, 4, 0, 0, 4)));
-    assert_eq!(picks(&view, at(2)), Err(NoChoice::Busy));
+    assert_eq!(picks(&mut view, at(2)), Err(NoChoice::Busy));
 }
 
 proptest! {

@@ -98,14 +98,14 @@ fn request() -> Request<'static> {
     }
 }
 
-fn pick(view: &View, now: Now, request: &Request<'_>, policy: &str, seed: u64) -> Choice {
+fn pick(view: &mut View, now: Now, request: &Request<'_>, policy: &str, seed: u64) -> Choice {
     let policy = policy::named(policy).unwrap();
     let mut rng = StdRng::seed_from_u64(seed);
     view.pick(now, request, policy, &mut rng).unwrap()
 }
 
 /// Predicted time to the first token on the only worker, in milliseconds.
-fn ttft_ms(view: &View, now: Now) -> f64 {
+fn ttft_ms(view: &mut View, now: Now) -> f64 {
     let choice = pick(view, now, &request(), "forebay", 1);
     choice.ttft.as_secs_f64() * 1e3
 }
@@ -126,32 +126,32 @@ fn close(value: f64, expected: f64) {
 #[test]
 fn a_bookings_tokens_count_at_once_and_never_twice() {
     let mut view = view(&[(0.0, 0)]);
-    let idle = ttft_ms(&view, at(0));
+    let idle = ttft_ms(&mut view, at(0));
     let booking = view.book(WorkerId(0), work(10_000.0));
-    let busy = ttft_ms(&view, at(0));
+    let busy = ttft_ms(&mut view, at(0));
     let profile = Profile::default();
     let backlog = load(0, 1, 10_000.0, 0).backlog;
     close(busy, profile.ttft_ms(&backlog, 0.0, PROMPT));
     assert!(busy > 3.0 * idle);
 
     view.accepted(booking, 2);
-    close(ttft_ms(&view, at(0)), busy);
+    close(ttft_ms(&mut view, at(0)), busy);
     assert!(view.report(at(0), load(0, 2, 10_000.0, 0)));
-    close(ttft_ms(&view, at(0)), busy);
+    close(ttft_ms(&mut view, at(0)), busy);
 }
 
 #[test]
 fn what_was_refused_takes_its_tokens_along() {
     let mut view = view(&[(0.0, 0)]);
-    let idle = ttft_ms(&view, at(0));
+    let idle = ttft_ms(&mut view, at(0));
     let booking = view.book(WorkerId(0), work(10_000.0));
     view.released(booking, None);
-    close(ttft_ms(&view, at(0)), idle);
+    close(ttft_ms(&mut view, at(0)), idle);
 }
 
 #[test]
 fn between_reports_a_backlog_drains_as_fast_as_the_model_says() {
-    let view = view(&[(20_000.0, 0)]);
+    let mut view = view(&[(20_000.0, 0)]);
     let profile = Profile::default();
     let rate = 1_024.0 / profile.iteration_ms(1_024.0, 0.0, 0.0, 0.0);
     let left = 20_000.0 - 500.0 * rate;
@@ -161,11 +161,11 @@ fn between_reports_a_backlog_drains_as_fast_as_the_model_says() {
         ..Backlog::default()
     };
     close(
-        ttft_ms(&view, at(500)),
+        ttft_ms(&mut view, at(500)),
         profile.ttft_ms(&backlog, 0.0, PROMPT),
     );
     let idle = profile.ttft_ms(&Backlog::default(), 0.0, PROMPT);
-    close(ttft_ms(&view, at(60_000)), idle);
+    close(ttft_ms(&mut view, at(60_000)), idle);
 }
 
 #[test]
@@ -174,21 +174,21 @@ fn own_bookings_do_not_drain_before_a_report_has_them() {
     view.book(WorkerId(0), work(10_000.0));
     let backlog = load(0, 1, 10_000.0, 0).backlog;
     let booked = Profile::default().ttft_ms(&backlog, 0.0, PROMPT);
-    close(ttft_ms(&view, at(60_000)), booked);
+    close(ttft_ms(&mut view, at(60_000)), booked);
 }
 
 #[test]
 fn what_is_over_does_not_decode_any_more() {
     let mut view = view(&[(0.0, 0)]);
-    let idle = ttft_ms(&view, at(0));
+    let idle = ttft_ms(&mut view, at(0));
     let booking = view.book(WorkerId(0), work(1_000.0));
     view.accepted(booking, 2);
     assert!(view.report(at(0), load(0, 2, 0.0, 1)));
-    assert!(ttft_ms(&view, at(0)) > idle);
+    assert!(ttft_ms(&mut view, at(0)) > idle);
     view.released(booking, Some(3));
-    close(ttft_ms(&view, at(0)), idle);
+    close(ttft_ms(&mut view, at(0)), idle);
     assert!(view.report(at(0), load(0, 3, 0.0, 0)));
-    close(ttft_ms(&view, at(0)), idle);
+    close(ttft_ms(&mut view, at(0)), idle);
 }
 
 /// Who gets a prompt; none: it depends on luck. Workers are `(pending, decodes, cached)`.
@@ -206,14 +206,14 @@ fn check(policy: &str, workers: &[(f64, u32, u32)], expected: Option<u32>) {
             tokens: *cached,
         })
         .collect();
-    let view = view(&loads);
+    let mut view = view(&loads);
     let mut chosen: Vec<u32> = (0..20)
         .map(|seed| {
             let request = Request {
                 hits: &hits,
                 ..request()
             };
-            pick(&view, at(0), &request, policy, seed)
+            pick(&mut view, at(0), &request, policy, seed)
                 .incarnation
                 .worker
                 .0
@@ -256,7 +256,7 @@ fn who_counts_requests_does_not_see_what_is_warm() {
 fn no_policy_sends_equals_to_one_worker() {
     for policy in policy::ALL {
         for now in [at(0), at(250)] {
-            let view = view(&[(0.0, 0); 4]);
+            let mut view = view(&[(0.0, 0); 4]);
             let mut rng = StdRng::seed_from_u64(7);
             let mut counts = [0; 4];
             for turn in 0..2_000 {
@@ -278,14 +278,14 @@ fn no_policy_sends_equals_to_one_worker() {
 
 /// Which workers one conversation goes to, of four with these backlogs, looked at this late.
 fn places(pending: [f64; 4], now: Now, conversation: u64) -> Vec<u32> {
-    let view = view(&pending.map(|pending| (pending, 0)));
+    let mut view = view(&pending.map(|pending| (pending, 0)));
     let request = Request {
         conversation: Some(conversation),
         ..request()
     };
     let mut places: Vec<u32> = (0..40)
         .map(|seed| {
-            pick(&view, now, &request, "forebay", seed)
+            pick(&mut view, now, &request, "forebay", seed)
                 .incarnation
                 .worker
                 .0
@@ -324,11 +324,11 @@ fn real_differences_and_fresh_views_are_stronger_than_a_conversation() {
 
 #[test]
 fn only_who_predicts_a_wait_names_one() {
-    let view = view(&[(0.0, 0); 2]);
+    let mut view = view(&[(0.0, 0); 2]);
     let silent = at(1_000_000);
     for policy in policy::ALL {
         for now in [at(0), silent] {
-            let choice = pick(&view, now, &request(), policy.name(), 1);
+            let choice = pick(&mut view, now, &request(), policy.name(), 1);
             let predicts = policy.name() == "forebay";
             assert_eq!(choice.wait.is_some(), predicts, "{}", policy.name());
         }
@@ -337,7 +337,7 @@ fn only_who_predicts_a_wait_names_one() {
 
 #[test]
 fn the_last_token_of_a_prompt_is_always_computed() {
-    let view = view(&[(0.0, 0)]);
+    let mut view = view(&[(0.0, 0)]);
     let hits = [Hit {
         worker: WorkerId(0),
         chunks: 100,
@@ -347,7 +347,7 @@ fn the_last_token_of_a_prompt_is_always_computed() {
         hits: &hits,
         ..request()
     };
-    let choice = pick(&view, at(0), &request, "forebay", 1);
+    let choice = pick(&mut view, at(0), &request, "forebay", 1);
     assert_eq!(choice.cached_tokens, 3_999);
     assert_eq!(choice.prompt_tokens(), 4_000);
     close(choice.work.uncached_tokens, 1.0);
@@ -363,7 +363,7 @@ fn of_silent_workers_the_one_with_fewer_own_bookings_is_taken() {
     let silent = at(1_000_000);
     let mut counts = [0; 2];
     for seed in 0..400 {
-        let choice = pick(&view, silent, &request(), "forebay", seed);
+        let choice = pick(&mut view, silent, &request(), "forebay", seed);
         counts[choice.incarnation.worker.0 as usize] += 1;
     }
     // The other one is taken only where it is drawn twice.

@@ -5,7 +5,7 @@
 //! on the ring, and at most 1.25 times the mean of requests. The ring is walked by the least distance
 //! from the key to a worker's next place, which is the same order.
 
-use super::{Candidate, Field, Policy, Request, Score, mix};
+use super::{Candidate, Field, Policy, Request, Score, each, mix};
 
 const PLACES: u64 = 256;
 const MOST: f64 = 1.25;
@@ -17,19 +17,24 @@ impl Policy for BoundedHash {
         "bounded-hash"
     }
 
-    fn score(&self, request: &Request<'_>, candidate: &Candidate, field: &Field) -> Score {
+    fn scores(
+        &self,
+        request: &Request<'_>,
+        candidates: &[Candidate],
+        field: &Field,
+        scores: &mut Vec<Score>,
+    ) {
         let model = request
             .model
             .bytes()
             .fold(0, |hash, byte| mix(hash ^ u64::from(byte)));
         let key = mix(request.head ^ model);
-        let worker = mix(u64::from(candidate.worker.0) + 1);
-        let places = (0..PLACES).map(|place| mix(worker ^ place).wrapping_sub(key));
         let bound = MOST * (field.in_flight + 1) as f64 / field.candidates.max(1) as f64;
-        let full = f64::from(candidate.queueing.present) + 1.0 > bound.max(1.0);
-        Score {
-            first: if full { 1.0 } else { 0.0 },
-            second: places.min().unwrap_or(u64::MAX) as f64,
-        }
+        each(candidates, scores, |candidate| {
+            let worker = mix(u64::from(candidate.worker.0) + 1);
+            let places = (0..PLACES).map(|place| mix(worker ^ place).wrapping_sub(key));
+            let full = candidate.present() + 1.0 > bound.max(1.0);
+            Score::by(places.min().unwrap_or(u64::MAX) as f64, 0.0).in_tier(u32::from(full))
+        });
     }
 }

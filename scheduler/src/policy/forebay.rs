@@ -1,21 +1,25 @@
-//! The rule of this project, without its veto: the least predicted time to first token, plus a little
-//! for the delay that the prefill inflicts on those who are there already.
+//! The rule of this project: keep what was promised, then take the least predicted time to first token
+//! plus a little for what the placement does to others.
 //!
-//! `J = TTFT̂ + η·X`: `TTFT̂` by the worker's latency model behind its backlog, with what it holds of the
-//! prompt; `X` the prefill time of the rest times the requests that are there, decoding or waiting.
-//! That sum covers the published rules (min-TTFT of Mooncake with η = 0, LMetric's product as the pure
-//! externality); a small η held the tail in simulations, 0.5 and more lost it.
+//! Feasible are workers where the 0.95 quantile of the time to first token and the time from token to
+//! token stay within the request's targets and the KV cache suffices; where there is one, no other is
+//! chosen. Among them, or among all where there is none, the least `J = TTFT̂₀.₅ + η·X + E + χ`
+//! ([`Terms`]): `X` the prefill of what the worker does not hold times the requests that are there,
+//! `E` the expected prefill of what is evicted for it, `χ` what a worker costs that may be dead. That
+//! sum covers published rules (Mooncake's with η = 0, LMetric's product as the pure externality); a
+//! small η held the tail in simulations, 0.5 and more lost it.
 //!
 //! Near-ties, within what the view's age makes meaningless, go by the rendezvous hash of the
 //! conversation, so that balancers which see different things still keep a conversation together.
 
 use std::time::Duration;
 
-use super::{Candidate, Field, Policy, Request, Score};
-use crate::model::attention_pairs;
+use super::{Candidate, Field, Policy, Request, Rule, Score, each};
+use crate::model::Targets;
+use crate::terms::Terms;
 
 /// Weight of the delay inflicted on others.
-const ETA: f64 = 0.05;
+pub(crate) const ETA: f64 = 0.05;
 /// A view this old says nothing about differences below [`FLOOR_MS`] and [`SHARE`].
 const STALE: Duration = Duration::from_millis(250);
 const FLOOR_MS: f64 = 10.0;
@@ -28,24 +32,14 @@ impl Policy for Forebay {
         "forebay"
     }
 
-    fn score(&self, request: &Request<'_>, candidate: &Candidate, _: &Field) -> Score {
-        let Candidate {
-            cached_tokens,
-            backlog,
-            profile,
-            queueing,
-            ..
-        } = candidate;
-        let uncached = request.prompt_tokens - cached_tokens;
-        let slot = queueing.wait().as_secs_f64() * 1e3;
-        let ttft = slot + profile.ttft_ms(backlog, *cached_tokens, uncached);
-        let own = profile.token_ms * uncached
-            + profile.pair_ms * attention_pairs(*cached_tokens, uncached);
-        Score {
-            first: ttft + ETA * own * f64::from(queueing.present),
-            // In tenths: less is no reason.
-            second: (u64::from(queueing.present) * 10 / u64::from(queueing.slots.max(1))) as f64,
-        }
+    fn scores(
+        &self,
+        request: &Request<'_>,
+        candidates: &[Candidate],
+        _: &Field,
+        scores: &mut Vec<Score>,
+    ) {
+        each(candidates, scores, |one| rule(&one.terms, &request.targets));
     }
 
     fn tolerance(&self, best: Score, age: Duration) -> f64 {
@@ -55,5 +49,19 @@ impl Policy for Forebay {
 
     fn predicts(&self) -> bool {
         true
+    }
+
+    fn rule(&self) -> Option<Rule> {
+        Some(rule)
+    }
+}
+
+fn rule(terms: &Terms, targets: &Targets) -> Score {
+    let others = ETA * terms.imposed_ms + terms.evicted_ms;
+    Score {
+        tier: u32::from(!terms.feasible(targets)),
+        first: terms.ttft_p50_ms + others + terms.risk_ms,
+        // In tenths: less is no reason.
+        second: (terms.occupancy * 10.0).floor(),
     }
 }

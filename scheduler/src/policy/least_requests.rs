@@ -1,7 +1,7 @@
 //! Baseline: the worker with the fewest requests, equals at random (join the shortest queue, Winston
 //! 1977; `least_conn` and `least_request` of proxies).
 
-use super::{Candidate, Field, Policy, Request, Score};
+use super::{Candidate, Field, Policy, Request, Score, each};
 
 pub(super) struct LeastRequests;
 
@@ -10,10 +10,13 @@ impl Policy for LeastRequests {
         "least-requests"
     }
 
-    fn score(&self, _: &Request<'_>, candidate: &Candidate, _: &Field) -> Score {
-        Score {
-            first: candidate.queueing.present.into(),
-            second: 0.0,
-        }
+    fn scores(
+        &self,
+        _: &Request<'_>,
+        candidates: &[Candidate],
+        _: &Field,
+        scores: &mut Vec<Score>,
+    ) {
+        each(candidates, scores, |one| Score::by(one.present(), 0.0));
     }
 }

@@ -2,7 +2,7 @@
 //! random (the longest-prefix-match of SGLang's scheduler, Zheng et al. 2024, taken from the batch to
 //! the fleet).
 
-use super::{Candidate, Field, Policy, Request, Score};
+use super::{Candidate, Field, Policy, Request, Score, each};
 
 pub(super) struct LongestPrefix;
 
@@ -11,10 +11,15 @@ impl Policy for LongestPrefix {
         "longest-prefix"
     }
 
-    fn score(&self, _: &Request<'_>, candidate: &Candidate, _: &Field) -> Score {
-        Score {
-            first: -candidate.cached_tokens,
-            second: candidate.queueing.present.into(),
-        }
+    fn scores(
+        &self,
+        _: &Request<'_>,
+        candidates: &[Candidate],
+        _: &Field,
+        scores: &mut Vec<Score>,
+    ) {
+        each(candidates, scores, |one| {
+            Score::by(-one.cached_tokens, one.present())
+        });
     }
 }

@@ -1,23 +1,40 @@
 //! Placement rules behind one trait: what each sees, and how its scores are compared.
 //!
-//! A policy scores one eligible worker for one request; it holds no state, lock or task. Who is
-//! eligible, what is booked and how ties are drawn is shared ([`crate::View::pick`]). The names are those
-//! that a pool's configuration may give (`forebay_proto::config::POLICIES`).
+//! A policy scores all eligible workers for one request, because several published rules compare with
+//! the fleet's mean, least or most; it holds no state, lock or task. Who is eligible, what is booked and
+//! how ties are drawn is shared ([`crate::View::pick`]). The names are those that a pool's configuration
+//! may give (`forebay_proto::config::POLICIES`).
+//!
+//! Baselines carry their authors' constants, as `docs` and code of autumn 2026 have them, and all see
+//! the same: the view of this balancer, its bookings included, and the latency model's predictions. They
+//! are the published rules of placement and not the published systems.
 
+mod aibrix;
 mod bounded_hash;
+mod dynamo;
 mod forebay;
 mod least_requests;
+mod llm_d;
+mod llumnix;
+mod lmetric;
 mod longest_prefix;
+mod mooncake;
 mod power_of_two;
+mod preble;
 mod random;
 mod round_robin;
+mod sglang;
 
 use std::time::Duration;
 
 use forebay_proto::WorkerId;
+use serde::{Deserialize, Serialize};
 
+pub(crate) use self::forebay::ETA;
 use crate::index::Hit;
 use crate::model::{Backlog, Profile, Residuals, Targets};
+use crate::pick::{self, Draws};
+use crate::terms::{Arrival, Outlook, Terms};
 use crate::wait::Queueing;
 
 /// What a policy knows of a request.
@@ -56,10 +73,14 @@ impl<'a> Request<'a> {
             turn: 0,
         }
     }
+
+    pub(crate) fn was_tried(&self, worker: WorkerId) -> bool {
+        !self.tried.is_empty() && self.tried.contains(&worker)
+    }
 }
 
 /// One eligible worker, as the view has it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
     /// Who.
     pub worker: WorkerId,
@@ -77,6 +98,46 @@ pub struct Candidate {
     pub queueing: Queueing,
     /// How old the report is that this follows from.
     pub age: Duration,
+    /// How likely it is dead, 0 to 1: reports are late.
+    pub suspicion: f64,
+    /// Tokens that its KV cache has room for; zero: not known.
+    pub kv_tokens: f64,
+    /// Prefill time that this balancer booked on it lately, in milliseconds: as much as the last three
+    /// minutes would weigh, and fading.
+    pub recent_ms: f64,
+    /// What the request would find there and do to it.
+    pub terms: Terms,
+}
+
+impl Candidate {
+    /// Predicts anew what a request of this length would find here.
+    pub fn predict(&mut self, prompt_tokens: f64) {
+        let Backlog {
+            pending_tokens,
+            pending_pairs,
+            decodes,
+            context_tokens,
+        } = self.backlog;
+        let outlook = Outlook::of(
+            &self.profile,
+            self.residuals,
+            &self.queueing,
+            decodes,
+            context_tokens,
+            self.kv_tokens,
+        );
+        self.terms = outlook.terms(&Arrival {
+            pending_tokens,
+            pending_pairs,
+            prompt_tokens,
+            cached_tokens: self.cached_tokens,
+            suspicion: self.suspicion,
+        });
+    }
+
+    fn present(&self) -> f64 {
+        self.queueing.present.into()
+    }
 }
 
 /// All candidates together.
@@ -90,22 +151,64 @@ pub struct Field {
     pub draws: [u64; 2],
 }
 
+impl Field {
+    pub(crate) const fn of(field: &pick::Field, draws: &Draws) -> Self {
+        Self {
+            candidates: field.candidates,
+            in_flight: field.in_flight,
+            draws: draws.policy,
+        }
+    }
+}
+
 /// How well a worker suits a request. Least is best; fields compare from the top.
-#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, Serialize, Deserialize)]
 pub struct Score {
+    /// What no cost makes up for: any worker of a lower tier is better. Zero is the best.
+    pub tier: u32,
     /// What the policy minimises.
     pub first: f64,
     /// What it looks at then.
     pub second: f64,
 }
 
+impl Score {
+    pub(crate) const WORST: Self = Self {
+        tier: u32::MAX,
+        first: f64::INFINITY,
+        second: f64::INFINITY,
+    };
+
+    /// In the best tier, by these.
+    const fn by(first: f64, second: f64) -> Self {
+        Self {
+            tier: 0,
+            first,
+            second,
+        }
+    }
+
+    const fn in_tier(self, tier: u32) -> Self {
+        Self { tier, ..self }
+    }
+}
+
+/// A rule that sees nothing but what a placement would mean.
+pub(crate) type Rule = fn(&Terms, &Targets) -> Score;
+
 /// A placement rule.
 pub trait Policy: Send + Sync {
     /// Its name in configurations, metrics and receipts.
     fn name(&self) -> &'static str;
 
-    /// How well this worker suits.
-    fn score(&self, request: &Request<'_>, candidate: &Candidate, field: &Field) -> Score;
+    /// How well each candidate suits: one score for each, in their order, into an empty `scores`.
+    fn scores(
+        &self,
+        request: &Request<'_>,
+        candidates: &[Candidate],
+        field: &Field,
+        scores: &mut Vec<Score>,
+    );
 
     /// Differences of `first` up to this are none, given the best candidate's score and age: the tie
     /// goes by the conversation.
@@ -117,6 +220,26 @@ pub trait Policy: Send + Sync {
     fn predicts(&self) -> bool {
         false
     }
+
+    /// The same rule by terms alone, if its cost is never less than [`crate::narrow::Bound`] says:
+    /// then most workers need not be scored.
+    #[doc(hidden)]
+    fn rule(&self) -> Option<Rule> {
+        None
+    }
+}
+
+/// Scores each candidate by itself.
+fn each(candidates: &[Candidate], scores: &mut Vec<Score>, score: impl Fn(&Candidate) -> Score) {
+    scores.extend(candidates.iter().map(score));
+}
+
+/// The least and the most requests that a candidate has.
+fn least_and_most(candidates: &[Candidate]) -> (f64, f64) {
+    let present = candidates.iter().map(Candidate::present);
+    present.fold((f64::INFINITY, 0.0), |(least, most), n| {
+        (n.min(least), n.max(most))
+    })
 }
 
 /// The policy of this name.
@@ -133,7 +256,7 @@ pub fn default() -> &'static dyn Policy {
 }
 
 /// Every policy, the default first.
-pub const ALL: [&dyn Policy; 7] = [
+pub const ALL: [&dyn Policy; 15] = [
     &forebay::Forebay,
     &round_robin::RoundRobin,
     &random::Random,
@@ -141,6 +264,14 @@ pub const ALL: [&dyn Policy; 7] = [
     &power_of_two::PowerOfTwo,
     &longest_prefix::LongestPrefix,
     &bounded_hash::BoundedHash,
+    &sglang::Sglang,
+    &dynamo::Dynamo,
+    &llm_d::LlmD,
+    &aibrix::Aibrix,
+    &preble::Preble,
+    &lmetric::Lmetric,
+    &mooncake::Mooncake,
+    &llumnix::Llumnix,
 ];
 
 /// Rendezvous hash (Thaler and Ravishankar 1998): which worker a key prefers, alike everywhere.
@@ -157,5 +288,7 @@ const fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+#[cfg(test)]
+mod baseline_tests;
 #[cfg(test)]
 mod tests;

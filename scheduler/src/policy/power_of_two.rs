@@ -1,6 +1,6 @@
 //! Baseline: of two random workers the one with fewer requests (Mitzenmacher 2001).
 
-use super::{Candidate, Field, Policy, Request, Score};
+use super::{Candidate, Field, Policy, Request, Score, each};
 
 pub(super) struct PowerOfTwo;
 
@@ -9,19 +9,24 @@ impl Policy for PowerOfTwo {
         "power-of-two"
     }
 
-    fn score(&self, _: &Request<'_>, candidate: &Candidate, field: &Field) -> Score {
-        let candidates = field.candidates as u64;
-        let one = field.draws[0] % candidates.max(1);
+    fn scores(
+        &self,
+        _: &Request<'_>,
+        candidates: &[Candidate],
+        field: &Field,
+        scores: &mut Vec<Score>,
+    ) {
+        let workers = candidates.len() as u64;
+        let one = field.draws[0] % workers.max(1);
         // Another one, where there is one.
-        let other = match candidates {
+        let other = match workers {
             0 | 1 => one,
-            _ => (one + 1 + field.draws[1] % (candidates - 1)) % candidates,
+            _ => (one + 1 + field.draws[1] % (workers - 1)) % workers,
         };
-        let place = candidate.place as u64;
-        let drawn = place == one || place == other;
-        Score {
-            first: if drawn { 0.0 } else { 1.0 },
-            second: candidate.queueing.present.into(),
-        }
+        each(candidates, scores, |candidate| {
+            let place = candidate.place as u64;
+            let drawn = place == one || place == other;
+            Score::by(0.0, candidate.present()).in_tier(u32::from(!drawn))
+        });
     }
 }

@@ -1,6 +1,6 @@
 //! Baseline: any worker, all alike (the yardstick of Mitzenmacher 2001).
 
-use super::{Candidate, Field, Policy, Request, Score};
+use super::{Candidate, Field, Policy, Request, Score, each};
 
 pub(super) struct Random;
 
@@ -10,7 +10,13 @@ impl Policy for Random {
     }
 
     /// All are equal, and equals are drawn at random.
-    fn score(&self, _: &Request<'_>, _: &Candidate, _: &Field) -> Score {
-        Score::default()
+    fn scores(
+        &self,
+        _: &Request<'_>,
+        candidates: &[Candidate],
+        _: &Field,
+        scores: &mut Vec<Score>,
+    ) {
+        each(candidates, scores, |_| Score::default());
     }
 }

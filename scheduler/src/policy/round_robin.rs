@@ -2,7 +2,7 @@
 //! IPVS). Turns are counted for each model, from a random one on: balancers that start together
 //! would all begin with the same worker.
 
-use super::{Candidate, Field, Policy, Request, Score};
+use super::{Candidate, Field, Policy, Request, Score, each};
 
 pub(super) struct RoundRobin;
 
@@ -11,13 +11,18 @@ impl Policy for RoundRobin {
         "round-robin"
     }
 
-    fn score(&self, request: &Request<'_>, candidate: &Candidate, field: &Field) -> Score {
-        let candidates = field.candidates.max(1) as u64;
-        let next = request.turn % candidates;
-        let ahead = (candidate.place as u64 + candidates - next) % candidates;
-        Score {
-            first: ahead as f64,
-            second: 0.0,
-        }
+    fn scores(
+        &self,
+        request: &Request<'_>,
+        candidates: &[Candidate],
+        _: &Field,
+        scores: &mut Vec<Score>,
+    ) {
+        let workers = candidates.len().max(1) as u64;
+        let next = request.turn % workers;
+        each(candidates, scores, |one| {
+            let ahead = (one.place as u64 + workers - next) % workers;
+            Score::by(ahead as f64, 0.0)
+        });
     }
 }

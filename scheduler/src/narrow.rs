@@ -1,0 +1,130 @@
+//! Finds the best of a fleet without asking everybody: a lower bound of the cost rules most workers
+//! out, and what is left is scored exactly.
+//!
+//! The bound is affine in the prompt, so that one pass over contiguous rows decides. It is the cost of
+//! [`crate::policy`]'s own rule with the chunks of a prefill taken as fluid and without evictions and
+//! suspicion, all of which only add. Nothing that could win, or tie for the conversation, is left out:
+//! the choice is that of the full evaluation, which a property test holds it to.
+
+use std::time::Duration;
+
+use forebay_proto::{Now, WorkerId};
+
+use crate::model::attention_pairs;
+use crate::pick::{Field, Held, Ranked};
+use crate::policy::{ETA, Policy, Request, Rule, Score};
+use crate::standing::{Access, Moment, Standing};
+use crate::view::View;
+
+/// What rounding may do to a bound.
+const SLACK: f64 = 1.0 + 1e-9;
+
+/// The least that a placement on one worker costs, for any prompt.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bound {
+    suspect_after_ms: f64,
+    /// When its reported backlog is prefilled, and prefill time of it that passes in a millisecond.
+    over_ms: f64,
+    passes_ms: f64,
+    /// Wait for a slot, and what is before the prompt and does not pass.
+    fixed_ms: f64,
+    token_ms: f64,
+    pair_ms: f64,
+    /// What each token and pair inflicts on those who are there, weighed.
+    imposed_token_ms: f64,
+    imposed_pair_ms: f64,
+    ttft_p50: f64,
+    ttft_p95: f64,
+    /// From token to token before the context of the prompt, and what each token of that adds.
+    decode_ms: f64,
+    context_ms: f64,
+    worker: WorkerId,
+    access: Access,
+}
+
+impl Bound {
+    pub(crate) fn of(standing: &Standing) -> Self {
+        let (outlook, drain) = (&standing.outlook, standing.drain());
+        let pace = &outlook.pace;
+        let (token_ms, pair_ms) = (pace.least_token_ms(), pace.pair_ms);
+        let crowd = ETA * outlook.residents;
+        Self {
+            suspect_after_ms: standing.suspect_after_ms,
+            over_ms: drain.over_ms,
+            passes_ms: drain.tokens_per_ms * (token_ms + drain.pairs_per_token * pair_ms),
+            fixed_ms: outlook.wait_ms + drain.tokens * token_ms + drain.pairs * pair_ms,
+            token_ms,
+            pair_ms,
+            imposed_token_ms: crowd * pace.token_ms,
+            imposed_pair_ms: crowd * pace.pair_ms,
+            ttft_p50: outlook.residuals.ttft_p50,
+            ttft_p95: outlook.residuals.ttft_p95,
+            decode_ms: outlook.decode_ms,
+            context_ms: outlook.context_ms,
+            worker: standing.worker,
+            access: standing.access,
+        }
+    }
+
+    /// The least time to first token, and the least cost.
+    #[inline]
+    fn least(&self, now_ms: f64, tokens: f64, pairs: f64) -> (f64, f64) {
+        let before = self.fixed_ms + (self.over_ms - now_ms).max(0.0) * self.passes_ms;
+        let ttft = before + tokens * self.token_ms + pairs * self.pair_ms;
+        let imposed = tokens * self.imposed_token_ms + pairs * self.imposed_pair_ms;
+        (ttft, ttft * self.ttft_p50 + imposed)
+    }
+}
+
+impl View {
+    /// Scores those workers that a rule might choose; the others are counted.
+    pub(crate) fn narrow(
+        &self,
+        now: Now,
+        request: &Request<'_>,
+        policy: &dyn Policy,
+        rule: Rule,
+        ranked: &mut Vec<Ranked>,
+    ) -> Field {
+        let (at, mut held) = (Moment::of(now), Held::of(request));
+        let (ttft_target, tpot_target) = (
+            request.targets.ttft_ms * SLACK,
+            request.targets.tpot_ms * SLACK,
+        );
+        let mut field = Field::default();
+        let mut best = Score::WORST;
+        // Whoever costs more is no tie however old the view of the best may be.
+        let mut limit = f64::INFINITY;
+        for place in self.serving(request.model) {
+            let bound = &self.bounds[*place];
+            let silent = at.ms > bound.suspect_after_ms;
+            if bound.access != Access::Open || silent || request.was_tried(bound.worker) {
+                let full = bound.access == Access::Full && !silent;
+                field.full |= full && !request.was_tried(bound.worker);
+                continue;
+            }
+            field.candidates += 1;
+            let cached = held.by(bound.worker);
+            let tokens = request.prompt_tokens - cached;
+            let (ttft, cost) = bound.least(at.ms, tokens, attention_pairs(cached, tokens));
+            let tpot = bound.decode_ms + request.prompt_tokens * bound.context_ms;
+            let late = ttft * bound.ttft_p95 > ttft_target || tpot > tpot_target;
+            let tier = u32::from(late);
+            if tier > best.tier || (tier == best.tier && cost > limit) {
+                continue;
+            }
+            let terms = self.standings[*place].terms(at, request, cached);
+            let score = rule(&terms, &request.targets);
+            ranked.push(Ranked {
+                place: *place,
+                worker: bound.worker,
+                score,
+            });
+            if score < best {
+                best = score;
+                limit = (best.first + policy.tolerance(best, Duration::MAX)) * SLACK;
+            }
+        }
+        field
+    }
+}
