@@ -18,4 +18,4 @@ mod wait;
 pub use load::{Acceptance, Load, LoadError};
 pub use pick::{Choice, NoChoice, Work};
 pub use view::{BookingId, Known, View};
-pub use wait::{Queueing, exceeds};
+pub use wait::{Queueing, exceeds, first_token};

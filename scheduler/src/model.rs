@@ -137,6 +137,21 @@ impl Default for Residuals {
     }
 }
 
+impl Residuals {
+    /// Ratios beyond these are no measurement.
+    const BOUNDS: std::ops::RangeInclusive<f64> = 0.01..=100.0;
+
+    /// The quantiles as a report carries them; the default where they are none.
+    #[must_use]
+    pub fn from_wire(ttft_p50: Option<f32>, ttft_p95: Option<f32>) -> Self {
+        let sane = |ratio: Option<f32>| ratio.map(f64::from).filter(|r| Self::BOUNDS.contains(r));
+        match (sane(ttft_p50), sane(ttft_p95)) {
+            (Some(ttft_p50), Some(ttft_p95)) if ttft_p50 <= ttft_p95 => Self { ttft_p50, ttft_p95 },
+            _ => Self::default(),
+        }
+    }
+}
+
 /// Attention pairs of `new` tokens behind `before` others.
 #[must_use]
 pub fn attention_pairs(before: f64, new: f64) -> f64 {
