@@ -7,6 +7,7 @@
 pub mod fingerprint;
 pub mod index;
 pub mod json;
+pub mod learn;
 mod load;
 pub mod model;
 mod pick;

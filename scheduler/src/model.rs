@@ -190,12 +190,18 @@ impl Profile {
         linear.max(self.floor_ms) + self.context_ms * context + self.pair_ms * pairs
     }
 
+    /// Prompt tokens of one iteration beside so many decodes. These go first; a quarter is assumed to be
+    /// left for prefills.
+    #[must_use]
+    pub fn chunk_beside(&self, decodes: f64) -> f64 {
+        let budget = f64::from(self.chunk_tokens.max(1));
+        (budget - decodes).max(budget / 4.0)
+    }
+
     /// Time until `tokens` with these `pairs` are prefilled, in chunks beside the backlog's decodes.
     #[must_use]
     pub fn prefill_ms(&self, backlog: &Backlog, tokens: f64, pairs: f64) -> f64 {
-        let budget = f64::from(self.chunk_tokens.max(1));
-        // Decodes go first; a quarter is assumed to be left for prefills.
-        let chunk = (budget - backlog.decodes).max(budget / 4.0);
+        let chunk = self.chunk_beside(backlog.decodes);
         let full = (tokens / chunk).floor();
         let rest = tokens - full * chunk;
         let iteration =

@@ -5,6 +5,7 @@ use std::time::Duration;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::Acceptance;
+use forebay_scheduler::model::Targets;
 
 use super::*;
 
@@ -38,7 +39,8 @@ pub(super) fn offer() -> Offer {
         path: "/v1/chat/completions".into(),
         body_bytes: 10,
         deadline: ms(10_000),
-        expected_wait: Some(ms(60_000)),
+        targets: Targets::NONE,
+        expected_ttft: Some(ms(60_000)),
         must_queue: false,
         prompt: Prompt::default(),
         max_tokens: 0,
@@ -123,7 +125,7 @@ fn a_wait_that_the_balancer_did_not_expect_is_refused_unless_it_insists() {
         for _ in 0..3 {
             taken(core, 0);
         }
-        offer.expected_wait = Some(ms(700));
+        offer.expected_ttft = Some(ms(700));
     };
     check(crowded, Some(RefusalReason::StaleView));
     let insisting = |core: &mut Core, offer: &mut Offer| {
@@ -133,7 +135,7 @@ fn a_wait_that_the_balancer_did_not_expect_is_refused_unless_it_insists() {
     check(insisting, None);
     let expecting = |core: &mut Core, offer: &mut Offer| {
         crowded(core, offer);
-        offer.expected_wait = Some(ms(900));
+        offer.expected_ttft = Some(ms(900));
     };
     check(expecting, None);
 }
@@ -271,9 +273,9 @@ fn a_body_counts_until_it_is_with_the_engine() {
 #[test]
 fn an_engine_that_fails_fast_does_not_look_fast() {
     let mut core = open();
-    for (end, service) in [(End::EngineFailed, 0), (End::Complete, 400)] {
-        let id = taken(&mut core, 0);
-        core.end(at(400), id, end);
+    for (start, end, service) in [(0, End::EngineFailed, 0), (400, End::Complete, 400)] {
+        let id = taken(&mut core, start);
+        core.end(at(start + 400), id, end);
         assert_eq!(core.load().service, ms(service));
     }
 }

@@ -247,7 +247,7 @@ pub fn place(body_bytes: usize) -> Place {
         path: "/v1/chat/completions".into(),
         body_bytes: body_bytes as u64,
         deadline_ms: 20_000,
-        expected_wait_ms: Some(60_000),
+        expected_ttft_ms: Some(60_000),
         ..Place::default()
     }
 }

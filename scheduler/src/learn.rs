@@ -1,0 +1,266 @@
+//! A worker's latency model, learnt from what its engine did.
+//!
+//! Engines expose no iterations. Who gives an engine its work knows which tokens it computed between
+//! two signs of it; such a [`Spell`] says how long they took together. The five coefficients are fitted
+//! to spells as ratios to the profile that the worker was started with, by recursive least squares with
+//! forgetting. The prior says that the ratios mostly move together: an engine that is twice as slow is
+//! so in everything until the data say otherwise, and what they do not identify stays where it was.
+//!
+//! How well the model predicts is learnt beside it, as quantiles of actual ÷ predicted time to first
+//! token, each by small steps (Robbins and Monro 1951): whatever the distribution does, the share below
+//! the quantile comes out right in the long run.
+
+use crate::model::{Profile, Residuals};
+
+/// Ratios to the profile stay within these.
+const SLOWEST: f64 = 10.0;
+const FASTEST: f64 = 0.1;
+/// How far the ratios may be from 1, as standard deviations: all together, and each by itself.
+const TOGETHER: f64 = 1.0;
+const APART: f64 = 0.3;
+/// Share of the prior's doubt that comes back with every spell: old ones are forgotten.
+const FORGET: f64 = 1e-5;
+/// What a spell's time is off by, relative to the prediction.
+const NOISE: f64 = 0.1;
+/// The same, where it is not known which iterations had how much of the prefill.
+const MIXED_NOISE: f64 = 0.3;
+/// A time that is more than this off, relative to the prediction, counts as if it were so: a machine
+/// that stood still says nothing of the engine.
+const OUTLIER: f64 = 1.0;
+/// Step of the quantiles, in their logarithm: the first, and what it comes down to.
+const FIRST_STEP: f64 = 0.5;
+const LAST_STEP: f64 = 0.02;
+/// Predictions below this are as good as any other below it.
+const LEAST_MS: f64 = 1.0;
+
+/// A stretch of time, and what the engine computed in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spell {
+    /// How long it took.
+    pub took_ms: f64,
+    /// Iterations in it, where they were counted: the tokens of one request that decoded all along.
+    /// Without, as many as the prefill takes.
+    pub iterations: Option<f64>,
+    /// Prompt tokens that were prefilled.
+    pub prefill_tokens: f64,
+    /// Their attention pairs.
+    pub pairs: f64,
+    /// Requests that decoded, in the mean over its iterations.
+    pub decodes: f64,
+    /// Tokens of context that these attended to, likewise.
+    pub context_tokens: f64,
+}
+
+/// Floor, base, token, context, pair.
+type Terms = [f64; 5];
+const TERMS: usize = 5;
+
+/// What is learnt of one worker.
+#[derive(Clone, Debug)]
+pub struct Learner {
+    given: Profile,
+    learnt: Profile,
+    ratios: Terms,
+    doubt: [Terms; TERMS],
+    median: Quantile,
+    tail: Quantile,
+    judged: u64,
+    within: u64,
+}
+
+/// How often the promise held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Calibration {
+    /// First tokens whose time had been predicted.
+    pub judged: u64,
+    /// Those that came within predicted × p95, as it stood before they came. To be 95 %.
+    pub within: u64,
+}
+
+impl Learner {
+    /// Knows no more than the profile.
+    #[must_use]
+    pub fn new(given: Profile) -> Self {
+        let Residuals { ttft_p50, ttft_p95 } = Residuals::default();
+        Self {
+            given,
+            learnt: given,
+            ratios: [1.0; TERMS],
+            doubt: prior(1.0),
+            median: Quantile::new(0.5, ttft_p50),
+            tail: Quantile::new(0.95, ttft_p95),
+            judged: 0,
+            within: 0,
+        }
+    }
+
+    /// The model, as far as it is learnt.
+    #[must_use]
+    pub const fn profile(&self) -> &Profile {
+        &self.learnt
+    }
+
+    /// How well it predicts.
+    #[must_use]
+    pub fn residuals(&self) -> Residuals {
+        let ttft_p50 = self.median.value();
+        Residuals {
+            ttft_p50,
+            ttft_p95: self.tail.value().max(ttft_p50),
+        }
+    }
+
+    /// How often the promise held so far.
+    #[must_use]
+    pub const fn calibration(&self) -> Calibration {
+        Calibration {
+            judged: self.judged,
+            within: self.within,
+        }
+    }
+
+    /// A first token came, `actual_ms` after the request, for which `predicted_ms` had been predicted.
+    pub fn first_token(&mut self, predicted_ms: f64, actual_ms: f64) {
+        let ratio = actual_ms.max(LEAST_MS) / predicted_ms.max(LEAST_MS);
+        if !ratio.is_finite() {
+            return;
+        }
+        self.judged += 1;
+        self.within += u64::from(ratio <= self.residuals().ttft_p95);
+        self.median.observe(ratio);
+        self.tail.observe(ratio);
+    }
+
+    /// Learns from a spell. One that says nothing, or nonsense, changes nothing.
+    pub fn observe(&mut self, spell: &Spell) {
+        let (times, mixed) = terms(&self.learnt, spell);
+        let predicted: f64 = times.iter().sum();
+        let sane = predicted.is_finite() && predicted > 0.0 && spell.took_ms > 0.0;
+        if !(sane && spell.took_ms.is_finite()) {
+            return;
+        }
+        // Relative to the prediction, so that long spells do not drown short ones.
+        let x: Terms = std::array::from_fn(|at| times[at] / self.ratios[at] / predicted);
+        let off = (spell.took_ms / predicted - 1.0).clamp(-OUTLIER, OUTLIER);
+        let noise = NOISE + (MIXED_NOISE - NOISE) * mixed;
+        self.update(&x, off, noise * noise);
+    }
+
+    fn update(&mut self, x: &Terms, off: f64, noise: f64) {
+        let prior = prior(FORGET);
+        for (row, fresh) in self.doubt.iter_mut().zip(prior) {
+            for (cell, fresh) in row.iter_mut().zip(fresh) {
+                *cell = *cell * (1.0 - FORGET) + fresh;
+            }
+        }
+        let along: Terms = std::array::from_fn(|at| dot(&self.doubt[at], x));
+        let spread = dot(&along, x) + noise;
+        for at in 0..TERMS {
+            let ratio = self.ratios[at] + along[at] / spread * off;
+            self.ratios[at] = ratio.clamp(FASTEST, SLOWEST);
+            for other in 0..TERMS {
+                self.doubt[at][other] -= along[at] * along[other] / spread;
+            }
+        }
+        let [floor, base, token, context, pair] = self.ratios;
+        self.learnt = Profile {
+            floor_ms: self.given.floor_ms * floor,
+            base_ms: self.given.base_ms * base,
+            token_ms: self.given.token_ms * token,
+            context_ms: self.given.context_ms * context,
+            pair_ms: self.given.pair_ms * pair,
+            chunk_tokens: self.given.chunk_tokens,
+        };
+    }
+}
+
+/// The doubt before any data, times `share`.
+fn prior(share: f64) -> [Terms; TERMS] {
+    std::array::from_fn(|row| {
+        std::array::from_fn(|column| {
+            let apart = if row == column { APART * APART } else { 0.0 };
+            share * (TOGETHER * TOGETHER + apart)
+        })
+    })
+}
+
+fn dot(one: &Terms, other: &Terms) -> f64 {
+    one.iter().zip(other).map(|(a, b)| a * b).sum()
+}
+
+/// What each coefficient adds to a spell's time, and the share of the spell's iterations in which it is
+/// not known what they computed.
+fn terms(profile: &Profile, spell: &Spell) -> (Terms, f64) {
+    let &Spell {
+        iterations,
+        prefill_tokens,
+        pairs,
+        decodes,
+        context_tokens,
+        ..
+    } = spell;
+    let chunk = profile.chunk_beside(decodes);
+    let full = (prefill_tokens / chunk).floor();
+    let rest = prefill_tokens - full * chunk;
+    let prefilling = full + f64::from(u8::from(rest > 0.0));
+    let all = iterations.unwrap_or(prefilling);
+    // The iterations are counted, how the prefill was spread over them is not.
+    let prefilling = prefilling.min(all);
+    let mut times = [
+        0.0,
+        0.0,
+        0.0,
+        context_tokens * profile.context_ms * all,
+        0.0,
+    ];
+    times[4] = pairs * profile.pair_ms;
+    let mut add = |count: f64, tokens: f64| {
+        let linear = profile.base_ms + profile.token_ms * tokens;
+        if linear > profile.floor_ms {
+            times[1] += count * profile.base_ms;
+            times[2] += count * profile.token_ms * tokens;
+        } else {
+            times[0] += count * profile.floor_ms;
+        }
+    };
+    add(all - prefilling, decodes);
+    add(full.min(prefilling), chunk + decodes);
+    if rest > 0.0 && prefilling > full {
+        add(1.0, rest + decodes);
+    }
+    let mixed = match iterations {
+        Some(all) if all > 0.0 => prefilling / all,
+        _ => 0.0,
+    };
+    (times, mixed)
+}
+
+/// A running quantile of ratios, followed in their logarithm.
+#[derive(Clone, Copy, Debug)]
+struct Quantile {
+    share: f64,
+    log: f64,
+    seen: u32,
+}
+
+impl Quantile {
+    fn new(share: f64, value: f64) -> Self {
+        Self {
+            share,
+            log: value.ln(),
+            seen: 0,
+        }
+    }
+
+    fn value(&self) -> f64 {
+        self.log.exp()
+    }
+
+    fn observe(&mut self, ratio: f64) {
+        self.seen = self.seen.saturating_add(1);
+        let step = (FIRST_STEP / f64::from(self.seen).sqrt()).max(LAST_STEP);
+        let above = ratio.ln() > self.log;
+        self.log += step * (self.share - f64::from(u8::from(!above)));
+        self.log = self.log.clamp(-SLOWEST.ln(), SLOWEST.ln());
+    }
+}
