@@ -33,22 +33,23 @@ const LAST_STEP: f64 = 0.02;
 /// Predictions below this are as good as any other below it.
 const LEAST_MS: f64 = 1.0;
 
-/// A stretch of time, and what the engine computed in it.
+/// A stretch of time, and what the engine computed in it, summed over its iterations.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Spell {
     /// How long it took.
     pub took_ms: f64,
-    /// Iterations in it, where they were counted: the tokens of one request that decoded all along.
-    /// Without, as many as the prefill takes.
-    pub iterations: Option<f64>,
-    /// Prompt tokens that were prefilled.
-    pub prefill_tokens: f64,
-    /// Their attention pairs.
-    pub pairs: f64,
-    /// Requests that decoded, in the mean over its iterations.
-    pub decodes: f64,
-    /// Tokens of context that these attended to, likewise.
+    /// Iterations that had too few tokens to take more than the floor.
+    pub floors: f64,
+    /// The others, and the tokens that these prefilled or decoded.
+    pub linears: f64,
+    /// See `linears`.
+    pub tokens: f64,
+    /// Tokens of context that decodes attended to, in all of them.
     pub context_tokens: f64,
+    /// Attention pairs of what was prefilled.
+    pub pairs: f64,
+    /// Share of the iterations of which it is not quite known what they computed; 0 to 1.
+    pub mixed: f64,
 }
 
 /// Floor, base, token, context, pair.
@@ -133,7 +134,13 @@ impl Learner {
 
     /// Learns from a spell. One that says nothing, or nonsense, changes nothing.
     pub fn observe(&mut self, spell: &Spell) {
-        let (times, mixed) = terms(&self.learnt, spell);
+        let times = [
+            spell.floors * self.learnt.floor_ms,
+            spell.linears * self.learnt.base_ms,
+            spell.tokens * self.learnt.token_ms,
+            spell.context_tokens * self.learnt.context_ms,
+            spell.pairs * self.learnt.pair_ms,
+        ];
         let predicted: f64 = times.iter().sum();
         let sane = predicted.is_finite() && predicted > 0.0 && spell.took_ms > 0.0;
         if !(sane && spell.took_ms.is_finite()) {
@@ -142,7 +149,7 @@ impl Learner {
         // Relative to the prediction, so that long spells do not drown short ones.
         let x: Terms = std::array::from_fn(|at| times[at] / self.ratios[at] / predicted);
         let off = (spell.took_ms / predicted - 1.0).clamp(-OUTLIER, OUTLIER);
-        let noise = NOISE + (MIXED_NOISE - NOISE) * mixed;
+        let noise = NOISE + (MIXED_NOISE - NOISE) * spell.mixed.clamp(0.0, 1.0);
         self.update(&x, off, noise * noise);
     }
 
@@ -186,53 +193,6 @@ fn prior(share: f64) -> [Terms; TERMS] {
 
 fn dot(one: &Terms, other: &Terms) -> f64 {
     one.iter().zip(other).map(|(a, b)| a * b).sum()
-}
-
-/// What each coefficient adds to a spell's time, and the share of the spell's iterations in which it is
-/// not known what they computed.
-fn terms(profile: &Profile, spell: &Spell) -> (Terms, f64) {
-    let &Spell {
-        iterations,
-        prefill_tokens,
-        pairs,
-        decodes,
-        context_tokens,
-        ..
-    } = spell;
-    let chunk = profile.chunk_beside(decodes);
-    let full = (prefill_tokens / chunk).floor();
-    let rest = prefill_tokens - full * chunk;
-    let prefilling = full + f64::from(u8::from(rest > 0.0));
-    let all = iterations.unwrap_or(prefilling);
-    // The iterations are counted, how the prefill was spread over them is not.
-    let prefilling = prefilling.min(all);
-    let mut times = [
-        0.0,
-        0.0,
-        0.0,
-        context_tokens * profile.context_ms * all,
-        0.0,
-    ];
-    times[4] = pairs * profile.pair_ms;
-    let mut add = |count: f64, tokens: f64| {
-        let linear = profile.base_ms + profile.token_ms * tokens;
-        if linear > profile.floor_ms {
-            times[1] += count * profile.base_ms;
-            times[2] += count * profile.token_ms * tokens;
-        } else {
-            times[0] += count * profile.floor_ms;
-        }
-    };
-    add(all - prefilling, decodes);
-    add(full.min(prefilling), chunk + decodes);
-    if rest > 0.0 && prefilling > full {
-        add(1.0, rest + decodes);
-    }
-    let mixed = match iterations {
-        Some(all) if all > 0.0 => prefilling / all,
-        _ => 0.0,
-    };
-    (times, mixed)
 }
 
 /// A running quantile of ratios, followed in their logarithm.

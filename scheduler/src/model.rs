@@ -215,7 +215,17 @@ impl Profile {
     #[must_use]
     pub fn ttft_ms(&self, backlog: &Backlog, cached: f64, uncached: f64) -> f64 {
         let pairs = backlog.pending_pairs + attention_pairs(cached, uncached);
-        self.prefill_ms(backlog, backlog.pending_tokens + uncached, pairs)
+        let prefill = self.prefill_ms(backlog, backlog.pending_tokens + uncached, pairs);
+        self.joining_ms(backlog) + prefill
+    }
+
+    /// Time until an iteration begins that a new prompt can be part of, in the mean: half of the one
+    /// under way, where that has decodes only. What is pending of prefills contains its own.
+    #[must_use]
+    pub fn joining_ms(&self, backlog: &Backlog) -> f64 {
+        let chunk = self.chunk_beside(backlog.decodes);
+        let alone = (1.0 - backlog.pending_tokens / chunk).max(0.0);
+        alone * self.iteration_ms(0.0, backlog.decodes, backlog.context_tokens, 0.0) / 2.0
     }
 
     /// Time from token to token with one more request of `context` tokens decoding.

@@ -1,9 +1,10 @@
 //! What the engine computes, reconstructed from what was given to it.
 //!
 //! Engines expose no iterations; the agent is the engine's only client, so what it gave and what came
-//! back say enough. A prompt is pending until its first token; how far the oldest one is follows from the
-//! latency model. Only the oldest is let shrink: the others wait for its sign, so that an engine slower
-//! than its model is not given more and more.
+//! back say enough. Prefills go through in chunks, in the order in which they were given, each iteration
+//! as long as the latency model says; each first token that comes sets the reconstruction right. Behind
+//! one whose first token is due and has not come no more than a chunk is taken to be computed: an engine
+//! slower than its model is not given more and more.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -14,8 +15,8 @@ use forebay_scheduler::model::{Backlog, Profile};
 
 use super::placement::PlacementId;
 
-/// A spell of prefills is looked at when so many chunks are done, or none is left.
-const CHUNKS: f64 = 4.0;
+/// A spell of prefills is looked at when it has had so many iterations, or none is left.
+const ITERATIONS: f64 = 4.0;
 /// Fewer tokens say little of the time between them.
 const LEAST_TOKENS: u32 = 8;
 
@@ -26,9 +27,17 @@ pub(super) struct Batch {
     /// In the order in which they were given.
     prefills: VecDeque<Prefill>,
     decodes: BTreeMap<PlacementId, Decode>,
-    /// Of the decodes: tokens of their prompts, and the sum of [`Done::iterations`] at their starts.
+    /// Of the decodes: tokens of their prompts, and the sum of the iterations before their starts.
     prompts: f64,
     starts: f64,
+    /// The iteration under way, where that has a part of a prefill.
+    step: Option<Step>,
+    /// Such iterations so far.
+    steps: u64,
+    /// An iteration with decodes only is under way until about then.
+    joins: Now,
+    /// Tokens taken to be computed of prompts behind one whose first token has not come.
+    ahead: f64,
     done: Done,
     spell: Option<Prefilling>,
 }
@@ -39,11 +48,13 @@ pub(super) struct Prefill {
     pub(super) id: PlacementId,
     /// Tokens of the prompt.
     pub(super) prompt: f64,
-    /// Those that have to be computed and are not yet, and their attention pairs.
+    /// Those that have to be computed and were not part of an iteration yet, and their attention pairs.
     pub(super) tokens: f64,
     pub(super) pairs: f64,
     /// Its first token comes without a sign: the answer comes whole.
     pub(super) unseen: bool,
+    /// Number of the step with its last part.
+    pub(super) last: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,14 +65,32 @@ struct Decode {
     before: Done,
 }
 
-/// All that was computed so far. Decodes and context are summed over the iterations.
+/// One iteration with parts of prefills.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    takes: Duration,
+    ends: Now,
+    tokens: f64,
+    pairs: f64,
+}
+
+/// What iterations computed, summed over them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    /// All, and those of them that took the floor.
+    iterations: f64,
+    floors: f64,
+    /// Tokens of the others, prefilled or decoded.
+    tokens: f64,
+    context_tokens: f64,
+    pairs: f64,
+}
+
+/// All that was computed so far, with decodes alone and beside prefills.
 #[derive(Clone, Copy, Debug, Default)]
 struct Done {
-    iterations: f64,
-    decodes: f64,
-    context_tokens: f64,
-    prefill_tokens: f64,
-    pairs: f64,
+    alone: Sums,
+    beside: Sums,
 }
 
 /// Prefills that follow each other without a gap.
@@ -69,10 +98,6 @@ struct Done {
 struct Prefilling {
     since: Now,
     before: Done,
-    tokens: f64,
-    pairs: f64,
-    /// Time in it that went to something else.
-    other_ms: f64,
     /// Something was given up, or went by unseen: it says nothing.
     void: bool,
 }
@@ -80,74 +105,129 @@ struct Prefilling {
 impl Batch {
     /// Lets time pass.
     pub(super) fn advance(&mut self, now: Now, profile: Option<&Profile>) {
-        let mut left_ms = now.since(self.at).as_secs_f64() * 1e3;
-        self.at = self.at.max(now);
-        let Some(profile) = profile else { return };
-        while left_ms > 0.0 {
-            let (decodes, context) = (self.decodes.len() as f64, self.context_tokens());
-            match self.prefills.front_mut() {
-                Some(head) if head.tokens > 0.0 => {
-                    let token_ms = head.token_ms(profile, decodes, context);
-                    let tokens = (left_ms / token_ms).min(head.tokens);
-                    let pairs = head.pairs * tokens / head.tokens;
-                    left_ms -= tokens * token_ms;
-                    head.tokens -= tokens;
-                    head.pairs -= pairs;
-                    if head.tokens < 1e-6 {
-                        head.tokens = 0.0;
+        let Some(profile) = profile else {
+            self.at = self.at.max(now);
+            return;
+        };
+        while self.at < now {
+            match self.step {
+                Some(step) if step.ends <= now => {
+                    self.at = self.at.max(step.ends);
+                    self.complete(profile);
+                }
+                Some(_) => self.at = now,
+                None => {
+                    self.decode_until(self.joins.min(now), profile);
+                    if self.at < now && !self.begin(profile) {
+                        self.decode_until(now, profile);
                     }
-                    let chunk = profile.chunk_beside(decodes);
-                    self.compute(tokens / chunk, tokens, pairs);
                 }
-                Some(head) if head.unseen => {
-                    let head = *head;
-                    self.prefills.pop_front();
-                    self.decode(&head, None);
-                }
-                _ if decodes > 0.0 => {
-                    let iteration_ms = profile.iteration_ms(0.0, decodes, context, 0.0).max(1e-3);
-                    self.compute(left_ms / iteration_ms, 0.0, 0.0);
-                    return;
-                }
-                _ => return,
             }
         }
     }
 
-    fn compute(&mut self, iterations: f64, prefill_tokens: f64, pairs: f64) {
+    /// Iterations with decodes only.
+    fn decode_until(&mut self, until: Now, profile: &Profile) {
+        let ms = until.since(self.at).as_secs_f64() * 1e3;
+        self.at = self.at.max(until);
         let (decodes, context) = (self.decodes.len() as f64, self.context_tokens());
-        self.done.iterations += iterations;
-        self.done.decodes += decodes * iterations;
-        self.done.context_tokens += context * iterations;
-        self.done.prefill_tokens += prefill_tokens;
-        self.done.pairs += pairs;
+        let iteration_ms = profile.iteration_ms(0.0, decodes, context, 0.0);
+        if ms > 0.0 && iteration_ms > 0.0 {
+            let count = ms / iteration_ms;
+            self.done.alone.add(count, decodes, context, 0.0, profile);
+        }
+    }
+
+    /// Begins an iteration with what is to be prefilled; `false`: there is nothing, or it has to wait for
+    /// a sign.
+    fn begin(&mut self, profile: &Profile) -> bool {
+        let decodes = self.decodes.len() as f64;
+        let chunk = profile.chunk_beside(decodes);
+        let mut ahead = chunk - self.ahead;
+        let (mut tokens, mut pairs, mut overdue) = (0.0, 0.0, false);
+        for prefill in &mut self.prefills {
+            let mut most: f64 = chunk - tokens;
+            if overdue {
+                most = most.min(ahead);
+            }
+            let part = prefill.tokens.min(most);
+            if part > 0.0 {
+                let its_pairs = prefill.pairs * part / prefill.tokens;
+                prefill.tokens -= part;
+                prefill.pairs -= its_pairs;
+                (tokens, pairs) = (tokens + part, pairs + its_pairs);
+                prefill.last = self.steps + 1;
+                if overdue {
+                    ahead -= part;
+                }
+            } else if prefill.tokens > 0.0 {
+                break;
+            }
+            overdue |= prefill.tokens <= 0.0 && prefill.last <= self.steps;
+        }
+        if tokens <= 0.0 {
+            return false;
+        }
+        self.ahead = chunk - ahead;
+        self.steps += 1;
+        let ms = profile.iteration_ms(tokens, decodes, self.context_tokens(), pairs);
+        let takes = Duration::try_from_secs_f64(ms / 1e3).unwrap_or(Duration::MAX);
+        // Some time, so that time passes.
+        let takes = takes.max(Duration::from_micros(1));
+        self.step = Some(Step {
+            takes,
+            ends: self.at + takes,
+            tokens,
+            pairs,
+        });
+        true
+    }
+
+    /// The iteration under way is over.
+    fn complete(&mut self, profile: &Profile) {
+        let Some(step) = self.step.take() else { return };
+        let (decodes, context) = (self.decodes.len() as f64, self.context_tokens());
+        let tokens = step.tokens + decodes;
+        self.done
+            .beside
+            .add(1.0, tokens, context, step.pairs, profile);
+        // Those whose first token nobody sees.
+        while let Some(prefill) = self
+            .prefills
+            .pop_front_if(|prefill| prefill.unseen && prefill.tokens <= 0.0)
+        {
+            self.decode(&prefill, None);
+        }
     }
 
     /// A prompt goes to the engine. Without a model an unseen one is taken to decode at once.
     pub(super) fn give(&mut self, prefill: Prefill, profile: Option<&Profile>) {
-        if prefill.unseen && profile.is_none() {
-            return self.decode(&prefill, None);
-        }
+        let Some(profile) = profile else {
+            if prefill.unseen {
+                self.decode(&prefill, None);
+            } else {
+                self.prefills.push_back(prefill);
+            }
+            return;
+        };
         if self.prefills.is_empty() {
-            let decodes = self.decodes.len() as f64;
-            let iteration =
-                |profile: &Profile| profile.iteration_ms(0.0, decodes, self.context_tokens(), 0.0);
+            let ms = profile.joining_ms(&self.backlog());
+            self.joins = self.at + Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default();
             self.spell = Some(Prefilling {
-                since: self.at,
+                since: self.joins,
                 before: self.done,
-                tokens: 0.0,
-                pairs: 0.0,
-                // It comes somewhere in the middle of one.
-                other_ms: profile.map_or(0.0, iteration) / 2.0,
                 void: false,
             });
         }
         if let Some(spell) = &mut self.spell {
             spell.void |= prefill.unseen;
-            spell.tokens += prefill.tokens;
-            spell.pairs += prefill.pairs;
         }
-        self.prefills.push_back(prefill);
+        let nothing = prefill.tokens <= 0.0;
+        if nothing && prefill.unseen {
+            self.decode(&prefill, None);
+        } else {
+            self.prefills.push_back(prefill);
+        }
     }
 
     /// Its first token came. Returns the spell that ends with it.
@@ -158,49 +238,48 @@ impl Batch {
     ) -> Option<Spell> {
         let at = self.prefills.iter().position(|prefill| prefill.id == id)?;
         let prefill = self.prefills.remove(at)?;
-        // What the model had not let pass.
-        self.done.prefill_tokens += prefill.tokens;
-        self.done.pairs += prefill.pairs;
+        if let Some(profile) = profile {
+            self.sign(&prefill, profile);
+        }
         self.decode(&prefill, Some(self.at));
         self.prefilled(profile?)
+    }
+
+    /// Sets right what is believed by what came.
+    fn sign(&mut self, prefill: &Prefill, profile: &Profile) {
+        self.ahead = 0.0;
+        if prefill.tokens > 0.0 || prefill.last == self.steps {
+            // Earlier than the model says.
+            self.complete(profile);
+        } else if let Some(step) = &mut self.step {
+            // The iteration that is believed to be under way begins only here.
+            step.ends = step.ends.max(self.at + step.takes);
+        }
+        if prefill.tokens > 0.0 {
+            let (decodes, context) = (self.decodes.len() as f64, self.context_tokens());
+            let count = prefill.tokens / profile.chunk_beside(decodes);
+            let tokens = profile.chunk_beside(decodes) + decodes;
+            let sums = &mut self.done.beside;
+            sums.add(count, tokens, context, prefill.pairs / count, profile);
+        }
     }
 
     /// The spell of prefills that ends here, if one does.
     fn prefilled(&mut self, profile: &Profile) -> Option<Spell> {
         let spell = self.spell?;
-        let (waiting, pairs) = self.pending();
-        let tokens = spell.tokens - waiting;
-        let enough = tokens >= CHUNKS * f64::from(profile.chunk_tokens);
-        if !(self.prefills.is_empty() || enough) {
+        let done = self.done.beyond(&spell.before);
+        if !(self.prefills.is_empty() || done.beside.iterations >= ITERATIONS) {
             return None;
         }
         self.spell = (!self.prefills.is_empty()).then_some(Prefilling {
             since: self.at,
             before: self.done,
-            tokens: waiting,
-            pairs,
-            other_ms: 0.0,
             void: self.prefills.iter().any(|prefill| prefill.unseen),
         });
-        let took_ms = self.at.since(spell.since).as_secs_f64() * 1e3 - spell.other_ms;
+        let took_ms = self.at.since(spell.since).as_secs_f64() * 1e3;
         // First tokens of one iteration do not come at the very same moment.
         let whole = took_ms > profile.floor_ms / 2.0;
-        let done = self.done.beyond(&spell.before);
-        let mean = |sum: f64| {
-            if done.iterations > 0.0 {
-                sum / done.iterations
-            } else {
-                0.0
-            }
-        };
-        (whole && !spell.void).then(|| Spell {
-            took_ms,
-            iterations: None,
-            prefill_tokens: tokens,
-            pairs: spell.pairs - pairs,
-            decodes: mean(done.decodes),
-            context_tokens: mean(done.context_tokens),
-        })
+        (whole && !spell.void).then(|| done.beside.spell(took_ms, 0.0))
     }
 
     /// It is over. Returns the spell of its decode, where the engine counted its tokens.
@@ -215,26 +294,27 @@ impl Batch {
         }
         let decode = self.decodes.remove(&id)?;
         self.prompts -= decode.prompt;
-        self.starts -= decode.before.iterations;
+        self.starts -= decode.before.iterations();
         if self.decodes.is_empty() {
             (self.prompts, self.starts) = (0.0, 0.0);
         }
         let tokens = completion_tokens.filter(|tokens| *tokens >= LEAST_TOKENS)?;
         let took = self.at.since(decode.seen?);
         let done = self.done.beyond(&decode.before);
-        (done.iterations > 0.0).then(|| Spell {
-            took_ms: took.as_secs_f64() * 1e3,
-            iterations: Some(f64::from(tokens) - 1.0),
-            prefill_tokens: done.prefill_tokens,
-            pairs: done.pairs,
-            decodes: done.decodes / done.iterations,
-            context_tokens: done.context_tokens / done.iterations,
-        })
+        // One token an iteration: what is not known is how many had decodes alone.
+        let counted = f64::from(tokens) - 1.0;
+        let alone = counted - done.beside.iterations;
+        if alone < 0.0 || done.alone.iterations <= 0.0 {
+            return None;
+        }
+        let mut sums = done.alone.times(alone / done.alone.iterations);
+        sums.extend(&done.beside);
+        Some(sums.spell(took.as_secs_f64() * 1e3, done.beside.iterations / counted))
     }
 
     fn decode(&mut self, prefill: &Prefill, seen: Option<Now>) {
         self.prompts += prefill.prompt;
-        self.starts += self.done.iterations;
+        self.starts += self.done.iterations();
         let decode = Decode {
             seen,
             prompt: prefill.prompt,
@@ -243,19 +323,31 @@ impl Batch {
         self.decodes.insert(prefill.id, decode);
     }
 
+    /// Whether no part of a prefill can be taken to be computed next, before a sign.
+    fn stuck(&self, profile: &Profile) -> bool {
+        let chunk = profile.chunk_beside(self.decodes.len() as f64);
+        let next = self
+            .prefills
+            .iter()
+            .position(|prefill| prefill.tokens > 0.0);
+        next.is_none_or(|next| next > 0 && self.ahead >= chunk)
+    }
+
     /// What it has before it.
     pub(super) fn backlog(&self) -> Backlog {
-        let (pending_tokens, pending_pairs) = self.pending();
+        let (tokens, pairs) = self.waiting();
+        let left = self.step.map(|step| step.left(self.at));
+        let (under_way, its_pairs) = left.unwrap_or_default();
         Backlog {
-            pending_tokens,
-            pending_pairs,
+            pending_tokens: tokens + under_way,
+            pending_pairs: pairs + its_pairs,
             decodes: self.decodes.len() as f64,
             context_tokens: self.context_tokens(),
         }
     }
 
-    /// Prompt tokens that it was given and has not computed, and their attention pairs.
-    fn pending(&self) -> (f64, f64) {
+    /// Prompt tokens that are for later iterations, and their attention pairs.
+    fn waiting(&self) -> (f64, f64) {
         let prefills = self.prefills.iter();
         prefills.fold((0.0, 0.0), |(tokens, pairs), prefill| {
             (tokens + prefill.tokens, pairs + prefill.pairs)
@@ -268,48 +360,89 @@ impl Batch {
     }
 
     fn context_tokens(&self) -> f64 {
-        let said = self.done.iterations * self.decodes.len() as f64 - self.starts;
+        let said = self.done.iterations() * self.decodes.len() as f64 - self.starts;
         (self.prompts + said).max(0.0)
     }
 
-    /// When no more than so many tokens will be pending, unless a sign comes before; `None`: only after a
-    /// sign.
+    /// When to look again whether no more than so many tokens are pending; `None`: after a sign.
     pub(super) fn down_to(&self, tokens: f64, profile: &Profile) -> Option<Now> {
-        let excess = self.pending().0 - tokens;
-        let head = self.prefills.front()?;
-        let goes = if head.unseen { head.tokens } else { excess };
-        if head.tokens < goes {
-            return None;
+        // A moment too early would be asked for again and again.
+        let just_after = |at: Now| at + Duration::from_micros(1);
+        match self.step {
+            Some(step) => {
+                let room = tokens - self.waiting().0;
+                let early = step.takes.mul_f64((room / step.tokens).clamp(0.0, 1.0));
+                let left = step.ends.since(self.at).saturating_sub(early);
+                Some(just_after(self.at + left))
+            }
+            None if self.stuck(profile) => None,
+            None => Some(just_after(self.at.max(self.joins))),
         }
-        let (decodes, context) = (self.decodes.len() as f64, self.context_tokens());
-        let ms = goes.min(excess) * head.token_ms(profile, decodes, context);
-        // Rounded up: a moment too early would be asked for again and again.
-        let wait = Duration::try_from_secs_f64(ms.max(0.0) / 1e3).unwrap_or(Duration::MAX);
-        Some(self.at + wait + Duration::from_micros(1))
     }
 }
 
-impl Prefill {
-    /// How long one of its tokens takes.
-    fn token_ms(&self, profile: &Profile, decodes: f64, context: f64) -> f64 {
-        let linear = 1.0 / profile.drain_per_ms(decodes, context).max(1e-9);
-        let pairs = if self.tokens > 0.0 {
-            self.pairs / self.tokens
+impl Step {
+    /// What is not computed of it.
+    fn left(&self, at: Now) -> (f64, f64) {
+        let share = self.ends.since(at).as_secs_f64() / self.takes.as_secs_f64();
+        let share = share.min(1.0);
+        (self.tokens * share, self.pairs * share)
+    }
+}
+
+impl Sums {
+    /// So many iterations, each with these tokens, context and pairs.
+    fn add(&mut self, count: f64, tokens: f64, context: f64, pairs: f64, profile: &Profile) {
+        self.iterations += count;
+        if profile.base_ms + profile.token_ms * tokens > profile.floor_ms {
+            self.tokens += count * tokens;
         } else {
-            0.0
-        };
-        (linear + pairs * profile.pair_ms).max(1e-9)
+            self.floors += count;
+        }
+        self.context_tokens += count * context;
+        self.pairs += count * pairs;
+    }
+
+    fn spell(&self, took_ms: f64, mixed: f64) -> Spell {
+        Spell {
+            took_ms,
+            floors: self.floors,
+            linears: self.iterations - self.floors,
+            tokens: self.tokens,
+            context_tokens: self.context_tokens,
+            pairs: self.pairs,
+            mixed,
+        }
+    }
+
+    fn times(&self, factor: f64) -> Self {
+        Self {
+            iterations: self.iterations * factor,
+            floors: self.floors * factor,
+            tokens: self.tokens * factor,
+            context_tokens: self.context_tokens * factor,
+            pairs: self.pairs * factor,
+        }
+    }
+
+    fn extend(&mut self, other: &Self) {
+        self.iterations += other.iterations;
+        self.floors += other.floors;
+        self.tokens += other.tokens;
+        self.context_tokens += other.context_tokens;
+        self.pairs += other.pairs;
     }
 }
 
 impl Done {
+    fn iterations(&self) -> f64 {
+        self.alone.iterations + self.beside.iterations
+    }
+
     fn beyond(&self, before: &Self) -> Self {
-        Self {
-            iterations: self.iterations - before.iterations,
-            decodes: self.decodes - before.decodes,
-            context_tokens: self.context_tokens - before.context_tokens,
-            prefill_tokens: self.prefill_tokens - before.prefill_tokens,
-            pairs: self.pairs - before.pairs,
-        }
+        let mut beyond = *self;
+        beyond.alone.extend(&before.alone.times(-1.0));
+        beyond.beside.extend(&before.beside.times(-1.0));
+        beyond
     }
 }

@@ -12,6 +12,8 @@ mod cadence;
 mod mean;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod order_tests;
 mod placement;
 mod queue;
 mod standing;

@@ -140,6 +140,7 @@ impl Core {
             tokens,
             pairs,
             unseen: !placement.stream,
+            last: 0,
         };
         follow(&mut self.lengths.uncached, tokens);
         self.residents.enter(placement);

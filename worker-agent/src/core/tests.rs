@@ -51,10 +51,7 @@ pub(super) fn offer() -> Offer {
 
 /// A core that is open.
 pub(super) fn open() -> Core {
-    let mut core = Core::new(SETTINGS, OWN, 1);
-    core.facts(at(0), Desired::Ready, Revision(20));
-    core.engine_up(&["m".into()]);
-    core
+    open_with(SETTINGS)
 }
 
 fn taken(core: &mut Core, now: u64) -> PlacementId {
@@ -296,7 +293,7 @@ fn with_prompt(core: &mut Core, now: u64, prompt: Prompt) -> Admitted {
     core.place(at(now), &offer).unwrap()
 }
 
-const FAST: Settings = Settings {
+pub(super) const FAST: Settings = Settings {
     slots: 2,
     queue_limit: 2,
     body_budget_bytes: 1_000,
@@ -304,7 +301,7 @@ const FAST: Settings = Settings {
     profile: Some(forebay_scheduler::model::PROFILES[0].1),
 };
 
-fn open_with(settings: Settings) -> Core {
+pub(super) fn open_with(settings: Settings) -> Core {
     let mut core = Core::new(settings, OWN, 1);
     core.facts(at(0), Desired::Ready, Revision(20));
     core.engine_up(&["m".into()]);
