@@ -13,6 +13,7 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::wire::work::{Accepted, End, Head, Place, Refused, Trailer};
 use forebay_proto::{Incarnation, Revision, Role, WorkerId};
+use forebay_scheduler::model::Profile;
 use forebay_sim::engine;
 use forebay_worker_agent::core::Settings;
 use forebay_worker_agent::{Adapter, Patience, Setup, Work};
@@ -168,6 +169,17 @@ impl Agent {
 
     /// Ready, beside the engine at this address.
     pub async fn at(engine: SocketAddr, slots: u32, queue_limit: u32, patience: Patience) -> Self {
+        Self::with(engine, slots, queue_limit, patience, None).await
+    }
+
+    /// The same with a word on how fast the engine is.
+    pub async fn with(
+        engine: SocketAddr,
+        slots: u32,
+        queue_limit: u32,
+        patience: Patience,
+        profile: Option<Profile>,
+    ) -> Self {
         let cell = Cell::new();
         let endpoint = Endpoint::bind(
             ([127, 0, 0, 1], 0).into(),
@@ -183,7 +195,7 @@ impl Agent {
                 queue_limit,
                 body_budget_bytes: 1 << 20,
                 kv_tokens: 100_000,
-                profile: None,
+                profile,
             },
             engine: format!("http://{engine}").parse().unwrap(),
             patience,
