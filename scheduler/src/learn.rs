@@ -56,9 +56,9 @@ pub struct Spell {
 type Terms = [f64; 5];
 const TERMS: usize = 5;
 
-/// What is learnt of one worker.
+/// The model of one worker, fitted to what its engine did.
 #[derive(Clone, Debug)]
-pub struct Learner {
+pub struct Fit {
     given: Profile,
     learnt: Profile,
     ratios: Terms,
@@ -78,7 +78,7 @@ pub struct Calibration {
     pub within: u64,
 }
 
-impl Learner {
+impl Fit {
     /// Knows no more than the profile.
     #[must_use]
     pub fn new(given: Profile) -> Self {
@@ -122,14 +122,19 @@ impl Learner {
 
     /// A first token came, `actual_ms` after the request, for which `predicted_ms` had been predicted.
     pub fn first_token(&mut self, predicted_ms: f64, actual_ms: f64) {
-        let ratio = actual_ms.max(LEAST_MS) / predicted_ms.max(LEAST_MS);
-        if !ratio.is_finite() {
+        if !(actual_ms.is_finite() && predicted_ms.is_finite()) {
             return;
         }
+        let ratio = actual_ms.max(LEAST_MS) / predicted_ms.max(LEAST_MS);
         self.judged += 1;
         self.within += u64::from(ratio <= self.residuals().ttft_p95);
         self.median.observe(ratio);
         self.tail.observe(ratio);
+    }
+
+    /// The engine may be another one from here on: what is known is doubted as it was in the beginning.
+    pub fn restarted(&mut self) {
+        self.doubt = prior(1.0);
     }
 
     /// Learns from a spell. One that says nothing, or nonsense, changes nothing.
@@ -222,5 +227,133 @@ impl Quantile {
         let above = ratio.ln() > self.log;
         self.log += step * (self.share - f64::from(u8::from(!above)));
         self.log = self.log.clamp(-SLOWEST.ln(), SLOWEST.ln());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    /// A spell of this engine, as one sees it who knows how many tokens were computed.
+    fn spell(real: &Profile, rng: &mut StdRng) -> Spell {
+        let decodes = f64::from(rng.random_range(0..40));
+        let context = decodes * rng.random_range(500.0..20_000.0);
+        let prefilling = rng.random_bool(0.5);
+        let (count, tokens, pairs) = if prefilling {
+            let tokens = 1_024.0;
+            (4.0, tokens, tokens * rng.random_range(500.0..50_000.0))
+        } else {
+            (100.0, decodes.max(1.0), 0.0)
+        };
+        let ms = count * real.iteration_ms(tokens, 0.0, context, pairs);
+        Spell {
+            took_ms: ms * rng.random_range(0.9..1.1),
+            floors: if prefilling { 0.0 } else { count },
+            linears: if prefilling { count } else { 0.0 },
+            tokens: if prefilling { count * tokens } else { 0.0 },
+            context_tokens: count * context,
+            pairs: count * pairs,
+            mixed: 0.0,
+        }
+    }
+
+    fn check(change: impl Fn(Profile) -> Profile) {
+        let told = Profile::default();
+        let real = change(told);
+        let (mut fit, mut rng) = (Fit::new(told), StdRng::seed_from_u64(3));
+        (0..2_000).for_each(|_| fit.observe(&spell(&real, &mut rng)));
+        let (learnt, chunk) = (fit.profile(), 1_024.0);
+        for (tokens, context, pairs) in [(1.0, 0.0, 0.0), (20.0, 2e5, 0.0), (chunk, 5e4, 2e7)] {
+            let time = |of: &Profile| of.iteration_ms(tokens, 0.0, context, pairs);
+            let ratio = time(learnt) / time(&real);
+            assert!((0.93..1.07).contains(&ratio), "{ratio} {learnt:?} {real:?}");
+        }
+    }
+
+    #[test]
+    fn an_engine_is_known_by_what_it_took() {
+        check(|told| told);
+        check(|told| told.at_speed(0.5));
+        check(|told| told.at_speed(3.0));
+        check(|told| Profile {
+            context_ms: told.context_ms * 4.0,
+            ..told
+        });
+        check(|told| Profile {
+            token_ms: told.token_ms * 2.0,
+            pair_ms: told.pair_ms * 3.0,
+            ..told
+        });
+    }
+
+    #[test]
+    fn what_no_spell_shows_goes_with_what_they_show() {
+        let told = Profile::default();
+        let mut fit = Fit::new(told);
+        let decodes = Spell {
+            took_ms: 4_400.0,
+            floors: 100.0,
+            ..Spell::default()
+        };
+        (0..100).for_each(|_| fit.observe(&decodes));
+        let learnt = *fit.profile();
+        assert!((learnt.floor_ms / told.floor_ms - 2.0).abs() < 0.05);
+        assert!((learnt.token_ms / told.token_ms - 2.0).abs() < 0.2);
+    }
+
+    #[test]
+    fn nonsense_changes_nothing_and_nothing_leaves_its_bounds() {
+        let told = Profile::default();
+        let mut fit = Fit::new(told);
+        for (took_ms, floors) in [(0.0, 1.0), (f64::NAN, 1.0), (1.0, 0.0), (1.0, f64::NAN)] {
+            let spell = Spell {
+                took_ms,
+                floors,
+                ..Spell::default()
+            };
+            fit.observe(&spell);
+        }
+        fit.first_token(f64::NAN, 1.0);
+        assert_eq!(*fit.profile(), told);
+        assert_eq!(fit.calibration(), Calibration::default());
+        let mut rng = StdRng::seed_from_u64(4);
+        for _ in 0..5_000 {
+            let mut wild = spell(&told, &mut rng);
+            wild.took_ms *= 10.0_f64.powf(rng.random_range(-3.0..3.0));
+            fit.observe(&wild);
+            fit.first_token(1.0, 10.0_f64.powf(rng.random_range(-3.0..3.0)));
+        }
+        let wire = fit.profile().to_wire();
+        assert!(Profile::from_wire(&wire).is_some(), "{wire:?}");
+        for (learnt, told) in [
+            (fit.profile().floor_ms, told.floor_ms),
+            (fit.profile().token_ms, told.token_ms),
+            (fit.profile().pair_ms, told.pair_ms),
+        ] {
+            let ratio = learnt / told;
+            assert!((FASTEST * 0.999..=SLOWEST * 1.001).contains(&ratio));
+        }
+        let Residuals { ttft_p50, ttft_p95 } = fit.residuals();
+        assert!(0.01 <= ttft_p50 && ttft_p50 <= ttft_p95 && ttft_p95 <= 100.0);
+    }
+
+    #[test]
+    fn ninety_five_of_a_hundred_promises_are_kept_whatever_comes() {
+        let mut rng = StdRng::seed_from_u64(5);
+        let mut fit = Fit::new(Profile::default());
+        for n in 0..6_000 {
+            // The distribution changes twice.
+            let (median, wide) = [(1.0, 0.1), (2.0, 0.8), (0.5, 0.3)][n / 2_000];
+            let ratio: f64 = median * (wide * rng.random_range(-1.0..1.0_f64)).exp();
+            fit.first_token(100.0, 100.0 * ratio);
+        }
+        let Calibration { judged, within } = fit.calibration();
+        let share = within as f64 / judged as f64;
+        assert!((0.935..=0.965).contains(&share), "{share}");
+        let Residuals { ttft_p50, .. } = fit.residuals();
+        assert!((0.4..0.6).contains(&ttft_p50), "{ttft_p50}");
     }
 }

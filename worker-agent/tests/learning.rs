@@ -4,6 +4,7 @@
     clippy::disallowed_methods,
     clippy::unwrap_used,
     clippy::panic,
+    clippy::print_stderr,
     unreachable_pub,
     dead_code
 )] // a test of the rims: sockets and clocks

@@ -142,7 +142,7 @@ impl Core {
         let id = PlacementId(self.newest);
         let held = self.cache.taken(&offer.prompt);
         let answer = self.lengths.expected_answer(offer.max_tokens);
-        let predicted = offer.stream && self.learner.is_some() && offer.prompt.tokens > 0;
+        let predicted = offer.stream && self.fit.is_some() && offer.prompt.tokens > 0;
         let placement = Placement {
             stage: Stage::Queued,
             arrived: now,
@@ -156,7 +156,7 @@ impl Core {
             targets: offer.targets,
             start_by: StartBy::new(now, offer.targets.ttft_ms, forecast.prefill_ms),
             kv_tokens: f64::from(offer.prompt.tokens) + answer,
-            predicted_ms: predicted.then(|| forecast.ttft.as_secs_f64() * 1e3),
+            predicted_ms: predicted.then_some(forecast.ttft.as_secs_f64() * 1e3),
             usage: Usage::default(),
         };
         self.body_bytes += offer.body_bytes;

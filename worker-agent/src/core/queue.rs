@@ -79,6 +79,8 @@ pub(super) struct Queue {
     /// Of their prefills.
     pub(super) tokens: f64,
     pub(super) pairs: f64,
+    /// How many took their second place so far.
+    pub(super) late: u64,
 }
 
 impl Queue {
@@ -123,6 +125,7 @@ impl Queue {
                 Some(second) if place == first && place < micros(now) && second > first => {
                     self.by_urgency.remove(&(place, id));
                     self.by_urgency.insert((second, id));
+                    self.late += 1;
                 }
                 _ => return Some(id),
             }

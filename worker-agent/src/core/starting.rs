@@ -16,6 +16,9 @@ use super::state::Core;
 
 /// Tokens of an answer where none was counted and the client gives no bound.
 const NOMINAL_ANSWER: f64 = 256.0;
+/// A pace that the engine cannot keep even for one alone limits no more than this many times that one's:
+/// there is nothing to hold, and one at a time would help nobody.
+const BEYOND_REACH: f64 = 1.5;
 /// Weight of a new request in what is learnt of prompts and answers.
 const SHARE: f64 = 1.0 / 16.0;
 
@@ -144,7 +147,7 @@ impl Core {
         };
         follow(&mut self.lengths.uncached, tokens);
         self.residents.enter(placement);
-        let profile = self.learner.as_ref().map(|learner| learner.profile());
+        let profile = self.fit.as_ref().map(|fit| fit.profile());
         self.batch.give(prefill, profile);
         self.running += 1;
         self.effects.push_back(Effect::Start(id));
@@ -156,7 +159,13 @@ impl Core {
             return None;
         }
         let placement = &self.placements[&id];
-        let pace_ms = self.residents.tightest_ms().min(placement.targets.tpot_ms);
+        let promised_ms = self.residents.tightest_ms().min(placement.targets.tpot_ms);
+        let lone_ms = profile.iteration_ms(0.0, 1.0, placement.prompt.tokens.into(), 0.0);
+        let pace_ms = if lone_ms > promised_ms {
+            BEYOND_REACH * lone_ms
+        } else {
+            promised_ms
+        };
         let kv_tokens = self.settings.kv_tokens as f64;
         let fits = kv_tokens == 0.0 || self.residents.kv_tokens + placement.kv_tokens <= kv_tokens;
         if !fits || self.pace_with(profile, placement) > pace_ms {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
-use forebay_scheduler::learn::{Calibration, Learner};
+use forebay_scheduler::learn::{Calibration, Fit};
 use forebay_scheduler::model::{Backlog, Profile, Residuals};
 use forebay_scheduler::residency::{Grade, Publisher};
 use forebay_scheduler::{Acceptance, Load};
@@ -73,7 +73,7 @@ pub struct Core {
     pub(super) batch: Batch,
     /// Who is on it.
     pub(super) residents: Residents,
-    pub(super) learner: Option<Learner>,
+    pub(super) fit: Option<Fit>,
     /// When the engine can have the next one without anything happening before.
     pub(super) start_due: Option<Now>,
     /// At most one for each placement.
@@ -111,7 +111,7 @@ impl Core {
             lengths: Lengths::default(),
             batch: Batch::default(),
             residents: Residents::default(),
-            learner: settings.profile.map(Learner::new),
+            fit: settings.profile.map(Fit::new),
             start_due: None,
             effects: VecDeque::new(),
             cadence: Cadence::default(),
@@ -196,6 +196,12 @@ impl Core {
         u32::try_from(self.queue.len()).expect("the queue is bounded by a u32")
     }
 
+    /// Placements that waited for so long that their first-token target was missed.
+    #[must_use]
+    pub const fn late(&self) -> u64 {
+        self.queue.late
+    }
+
     /// Bytes held of the body budget.
     #[must_use]
     pub const fn body_bytes(&self) -> u64 {
@@ -233,21 +239,21 @@ impl Core {
     /// How fast the engine is, as far as it is learnt; `None`: no profile was given.
     #[must_use]
     pub fn profile(&self) -> Option<&Profile> {
-        self.learner.as_ref().map(Learner::profile)
+        self.fit.as_ref().map(Fit::profile)
     }
 
     /// How well that predicts.
     #[must_use]
     pub fn residuals(&self) -> Residuals {
-        let learner = self.learner.as_ref();
-        learner.map_or_else(Residuals::default, Learner::residuals)
+        let fit = self.fit.as_ref();
+        fit.map_or_else(Residuals::default, Fit::residuals)
     }
 
     /// How often what was promised by that held.
     #[must_use]
     pub fn calibration(&self) -> Calibration {
-        let learner = self.learner.as_ref();
-        learner.map_or_else(Calibration::default, Learner::calibration)
+        let fit = self.fit.as_ref();
+        fit.map_or_else(Calibration::default, Fit::calibration)
     }
 
     /// The report, if one is due.
@@ -305,6 +311,9 @@ impl Core {
         let before = self.shown();
         self.engine = EngineState::Down;
         self.cache.lost();
+        if let Some(fit) = &mut self.fit {
+            fit.restarted();
+        }
         self.note(before);
         self.send_back(now, Unstarted::EngineDown);
     }
@@ -327,16 +336,14 @@ impl Core {
                 placement.stage = Stage::Streaming { since, first_byte };
                 self.cache.prefilled(&placement.prompt);
                 self.first_bytes += 1;
-                let profile = self.learner.as_ref().map(Learner::profile);
+                let profile = self.fit.as_ref().map(Fit::profile);
                 let spell = self.batch.first_token(id, profile);
-                if let (Some(learner), Some(spell)) = (&mut self.learner, spell) {
-                    learner.observe(&spell);
+                if let (Some(fit), Some(spell)) = (&mut self.fit, spell) {
+                    fit.observe(&spell);
                 }
-                if let (Some(learner), Some(predicted)) =
-                    (&mut self.learner, placement.predicted_ms)
-                {
+                if let (Some(fit), Some(predicted)) = (&mut self.fit, placement.predicted_ms) {
                     let actual = now.since(placement.arrived);
-                    learner.first_token(predicted, actual.as_secs_f64() * 1e3);
+                    fit.first_token(predicted, actual.as_secs_f64() * 1e3);
                 }
             }
             self.body_bytes -= std::mem::take(&mut placement.body_bytes);
@@ -425,8 +432,8 @@ impl Core {
                     self.lengths.answered(tokens);
                 }
                 let spell = self.batch.end(id, counted);
-                if let (Some(learner), Some(spell)) = (&mut self.learner, spell) {
-                    learner.observe(&spell);
+                if let (Some(fit), Some(spell)) = (&mut self.fit, spell) {
+                    fit.observe(&spell);
                 }
                 match end {
                     End::Complete | End::Timeout | End::Cancelled => self.service.add(service),
@@ -466,7 +473,7 @@ impl Core {
     /// Time passes; the engine computes.
     pub(super) fn pass(&mut self, now: Now) {
         self.now = self.now.max(now);
-        let profile = self.learner.as_ref().map(Learner::profile);
+        let profile = self.fit.as_ref().map(Fit::profile);
         self.batch.advance(self.now, profile);
     }
 

@@ -28,6 +28,7 @@ pub(super) struct Metrics {
     trusted: Gauge,
     predicted: Gauge,
     reported: Gauge,
+    late: Gauge,
     judged: Gauge,
     within: Gauge,
     late_p50: Gauge<f64, AtomicU64>,
@@ -102,6 +103,11 @@ impl Metrics {
             &self.reported,
         );
         gauge(
+            "forebay_agent_late",
+            "Requests that could not start in time for their first-token target, and let others pass",
+            &self.late,
+        );
+        gauge(
             "forebay_agent_ttft_predicted",
             "First tokens whose time had been predicted",
             &self.judged,
@@ -166,6 +172,7 @@ impl Metrics {
         let (predicted, reported) = core.cached_tokens();
         self.predicted.set(number(predicted));
         self.reported.set(number(reported));
+        self.late.set(number(core.late()));
         let Calibration { judged, within } = core.calibration();
         self.judged.set(number(judged));
         self.within.set(number(within));
