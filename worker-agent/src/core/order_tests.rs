@@ -1,6 +1,7 @@
 //! Claims about who is given to the engine, and when.
 
-use forebay_proto::Now;
+use forebay_proto::wire::fleet::Desired;
+use forebay_proto::{Now, Revision};
 use forebay_scheduler::model::{Profile, Targets};
 
 use super::tests::{FAST, at, ms, offer, open_with};
@@ -118,6 +119,24 @@ fn the_engine_is_given_the_next_as_it_runs_dry() {
     core.first_byte(at(3_001), first.id);
     core.expire(at(3_001 + 4 * 85));
     assert_eq!(starts(&mut core), [third.id]);
+}
+
+#[test]
+fn what_waits_for_the_engine_to_run_dry_is_sent_back_by_a_drain_and_a_dead_engine() {
+    let sent_back = |act: fn(&mut Core)| {
+        let mut core = open_with(ROOMY);
+        for _ in 0..4 {
+            placed(&mut core, 0, &asked(3_000, 1e6));
+        }
+        assert_eq!((core.running(), core.queued()), (1, 3));
+        act(&mut core);
+        let over = std::iter::from_fn(|| core.poll_effect());
+        assert_eq!(over.filter(|e| matches!(e, Effect::Over(..))).count(), 3);
+        assert_eq!((core.running(), core.queued()), (1, 0));
+    };
+    sent_back(|core| core.facts(at(900), Desired::Draining, Revision(21)));
+    sent_back(|core| core.stop(at(900)));
+    sent_back(|core| core.engine_down(at(900)));
 }
 
 #[test]

@@ -8,11 +8,12 @@
 use std::collections::BTreeMap;
 
 use forebay_proto::Now;
+use forebay_scheduler::Acceptance;
 use forebay_scheduler::model::{Profile, Targets};
 
 use super::batch::Prefill;
 use super::placement::{Effect, Placement, PlacementId, Stage};
-use super::state::Core;
+use super::state::{Core, EngineState};
 
 /// Tokens of an answer where none was counted and the client gives no bound.
 const NOMINAL_ANSWER: f64 = 256.0;
@@ -108,6 +109,10 @@ impl Core {
     /// Gives the engine what it is to have now.
     pub(super) fn fill(&mut self) {
         self.start_due = None;
+        // Who waits then is being sent back.
+        if self.engine() != EngineState::Up || self.acceptance() == Acceptance::Draining {
+            return;
+        }
         while self.running < self.settings.slots {
             let placements = &self.placements;
             let start_by = |id: PlacementId| placements[&id].start_by;
