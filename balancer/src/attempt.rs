@@ -139,6 +139,8 @@ impl Exchange {
     }
 
     fn place_frame(&self, placement: &Placement, attempt: u32, must_queue: bool) -> Frame {
+        let expected = placement.choice;
+        let targets = self.targets(expected.work.context_tokens);
         let place = work::Place {
             request_id: self.request_id.clone(),
             incarnation: Some(placement.choice.incarnation.to_wire()),
@@ -159,10 +161,12 @@ impl Exchange {
                 .pool
                 .first_byte_timeout_ms
                 .saturating_add(LONGEST_ANSWER_MS),
-            expected_wait_ms: placement
-                .choice
+            expected_wait_ms: expected.wait.map(|wait| Millis::from_duration(wait).wire()),
+            expected_ttft_ms: expected
                 .wait
-                .map(|wait| Millis::from_duration(wait).wire()),
+                .map(|_| Millis::from_duration(expected.ttft).wire()),
+            ttft_target_ms: Some(whole(targets.ttft_ms)),
+            tpot_target_ms: Some(whole(targets.tpot_ms)),
             attempt,
             must_queue,
             facts_revision: self.revision,
@@ -173,6 +177,11 @@ impl Exchange {
 
 fn saturated(number: u64) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
+const fn whole(ms: f64) -> u32 {
+    ms as u32
 }
 
 async fn send_request(

@@ -88,10 +88,11 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     } else {
         conversation.or(prompt.affinity)
     };
+    let prompt_tokens = exchange.prompt_tokens(&hits) as f64;
     Sought {
         policy: policy::named(&exchange.pool.policy).unwrap_or_else(policy::default),
-        prompt_tokens: exchange.prompt_tokens(&hits) as f64,
-        targets: Targets::NONE,
+        prompt_tokens,
+        targets: exchange.targets(prompt_tokens),
         hits,
         conversation,
         head: prompt.head,
@@ -107,6 +108,17 @@ impl Exchange {
         let rest = self.prompt.bytes.saturating_sub(held);
         let lengths = self.shared.lengths.lock();
         u64::from(counted) + lengths.tokens(&self.model, rest)
+    }
+
+    /// What its pool promises a prompt of this length, less the time that has gone by.
+    pub(crate) fn targets(&self, prompt_tokens: f64) -> Targets {
+        let per_token_ms = f64::from(self.pool.ttft_us_per_token) / 1e3;
+        let whole_ms = f64::from(self.pool.ttft_ms) + per_token_ms * prompt_tokens;
+        let spent_ms = self.tracked.age().as_secs_f64() * 1e3;
+        Targets {
+            ttft_ms: (whole_ms - spent_ms).max(0.0),
+            tpot_ms: self.pool.tpot_ms.into(),
+        }
     }
 
     fn workers(&self) -> usize {

@@ -89,6 +89,10 @@ async fn a_second_turn_extends_the_chunks_of_the_first() {
     assert_eq!((first.chunk_bytes, first.key_epoch), (256, KEY.epoch));
     assert_eq!((first.max_tokens, first.attempt), (77, 0));
     assert!(!first.cache_salt.is_empty() && first.prompt_tokens > 500);
+    let promised = 1_000 + first.prompt_tokens / 4;
+    let left = first.ttft_target_ms.unwrap();
+    assert!((promised / 2..=promised).contains(&left), "{left}");
+    assert_eq!(first.tpot_target_ms, Some(150));
 
     let second = told(&world, &chat(&[&question, &answer, &next])).await;
     assert!(second.chunks.len() >= first.chunks.len() + 5);
@@ -234,6 +238,7 @@ async fn a_prompt_goes_where_its_beginning_is_held_if_the_pools_policy_looks() {
         if let Some(place) = placed.filter(|_| follows) {
             assert_eq!(place.expected_cached_tokens as usize, chunks.len() * 64);
             assert_eq!(place.expected_wait_ms.is_some(), name == "forebay");
+            assert_eq!(place.expected_ttft_ms.is_some(), name == "forebay");
         }
     }
 }

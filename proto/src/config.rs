@@ -46,6 +46,16 @@ pub struct Pool {
     /// shared prefixes and cost more memory.
     #[serde(default = "defaults::chunk_bytes")]
     pub chunk_bytes: u32,
+    /// Target of the first token, before what the prompt's length adds; 1 ms to 10 min.
+    #[serde(default = "defaults::ttft_ms")]
+    pub ttft_ms: u32,
+    /// What each token of the prompt adds to it, in microseconds; 0 to 100,000.
+    #[serde(default = "defaults::ttft_us_per_token")]
+    pub ttft_us_per_token: u32,
+    /// Target from token to token, in the mean; 1 ms to 1 min. Workers take no more requests at once
+    /// than hold it.
+    #[serde(default = "defaults::tpot_ms")]
+    pub tpot_ms: u32,
 }
 
 /// Placement rules that a pool may name.
@@ -89,6 +99,15 @@ mod defaults {
     pub(super) const fn chunk_bytes() -> u32 {
         256
     }
+    pub(super) const fn ttft_ms() -> u32 {
+        1_000
+    }
+    pub(super) const fn ttft_us_per_token() -> u32 {
+        250
+    }
+    pub(super) const fn tpot_ms() -> u32 {
+        150
+    }
 }
 
 impl Pool {
@@ -104,6 +123,9 @@ impl Pool {
             idle_timeout_ms: defaults::idle_timeout_ms(),
             policy: defaults::policy(),
             chunk_bytes: defaults::chunk_bytes(),
+            ttft_ms: defaults::ttft_ms(),
+            ttft_us_per_token: defaults::ttft_us_per_token(),
+            tpot_ms: defaults::tpot_ms(),
         }
     }
 }
@@ -179,6 +201,11 @@ impl Config {
                 0 => defaults::chunk_bytes(),
                 bytes => bytes,
             },
+            ttft_ms: pool.ttft_ms.unwrap_or(defaults::ttft_ms()),
+            ttft_us_per_token: pool
+                .ttft_us_per_token
+                .unwrap_or(defaults::ttft_us_per_token()),
+            tpot_ms: pool.tpot_ms.unwrap_or(defaults::tpot_ms()),
         });
         let config = Self {
             pools: pools.collect(),
@@ -199,6 +226,9 @@ impl Config {
             idle_timeout_ms: pool.idle_timeout_ms,
             policy: pool.policy.clone(),
             chunk_bytes: pool.chunk_bytes,
+            ttft_ms: Some(pool.ttft_ms),
+            ttft_us_per_token: Some(pool.ttft_us_per_token),
+            tpot_ms: Some(pool.tpot_ms),
         });
         wire::Config {
             pools: pools.collect(),
@@ -247,6 +277,9 @@ impl Config {
                     3_600_000,
                 ),
                 ("idle_timeout_ms", pool.idle_timeout_ms, 100, 3_600_000),
+                ("ttft_ms", pool.ttft_ms, 1, 600_000),
+                ("ttft_us_per_token", pool.ttft_us_per_token, 0, 100_000),
+                ("tpot_ms", pool.tpot_ms, 1, 60_000),
             ] {
                 if !(low..=high).contains(&value) {
                     let problem = format!("is {value}, must be {low} to {high}");
@@ -295,7 +328,17 @@ mod tests {
         assert!(problem("[[pools]]\nname = \"a\"\ncolour = 1").contains("unknown field"));
         assert!(problem("[[pools]]\nname = \"a\"\npolicy = \"best\"").contains("none of forebay"));
         assert!(problem("[[pools]]\nname = \"a\"\nchunk_bytes = 100").contains("128, 256 or 512"));
+        assert!(problem("[[pools]]\nname = \"a\"\ntpot_ms = 0").starts_with("pools[0].tpot_ms: "));
         assert!(problem("[[pools]\n").starts_with("document: "));
+    }
+
+    #[test]
+    fn a_document_from_before_there_were_targets_has_the_default_ones() {
+        let mut wire = wire::Config::decode(Config::default().to_wire()).unwrap();
+        let pool = &mut wire.pools[0];
+        (pool.ttft_ms, pool.ttft_us_per_token, pool.tpot_ms) = (None, None, None);
+        let read = Config::from_wire(&wire.encode_to_vec());
+        assert_eq!(read, Ok(Config::default()));
     }
 
     proptest! {

@@ -7,6 +7,7 @@
 pub mod fingerprint;
 pub mod index;
 pub mod json;
+pub mod learn;
 mod load;
 pub mod model;
 mod narrow;
@@ -25,5 +26,5 @@ pub use pick::{Choice, Draws, NoChoice, Work};
 pub use receipt::{Asked, Considered, Filtered, MOST_CONSIDERED, Outcome, Receipt, Versions};
 pub use terms::Terms;
 pub use view::View;
-pub use wait::{Queueing, exceeds};
+pub use wait::{Queueing, exceeds, first_token};
 pub use worker::{BookingId, Known};

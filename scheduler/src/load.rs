@@ -101,7 +101,7 @@ impl Load {
                 context_tokens: report.context_tokens as f64,
             },
             model: report.model.as_ref().and_then(Profile::from_wire),
-            residuals: Residuals::default(),
+            residuals: Residuals::from_wire(report.ttft_p50, report.ttft_p95),
         })
     }
 
@@ -131,11 +131,41 @@ impl Load {
             decodes: u32::try_from(whole(self.backlog.decodes)).unwrap_or(u32::MAX),
             context_tokens: whole(self.backlog.context_tokens),
             model: self.model.map(|model| model.to_wire()),
+            ttft_p50: Some(short(self.residuals.ttft_p50)),
+            ttft_p95: Some(short(self.residuals.ttft_p95)),
         }
     }
+}
+
+#[allow(clippy::cast_possible_truncation)] // seven digits are more than is known
+const fn short(value: f64) -> f32 {
+    value as f32
 }
 
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates, as it should
 fn whole(value: f64) -> u64 {
     value.round() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_well_a_model_predicts_survives_the_wire_and_nonsense_does_not() {
+        let read = |p50, p95| Residuals::from_wire(p50, p95);
+        let told = read(Some(1.5), Some(2.0));
+        assert_eq!((told.ttft_p50, told.ttft_p95), (1.5, 2.0));
+        for (p50, p95) in [
+            (None, None),
+            (Some(1.0), None),
+            (Some(f32::NAN), Some(1.0)),
+            (Some(1.0), Some(f32::INFINITY)),
+            (Some(0.0), Some(1.0)),
+            (Some(-1.0), Some(1.0)),
+            (Some(2.0), Some(1.0)),
+        ] {
+            assert_eq!(read(p50, p95), Residuals::default(), "{p50:?} {p95:?}");
+        }
+    }
 }

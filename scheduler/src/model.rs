@@ -138,6 +138,21 @@ impl Default for Residuals {
     }
 }
 
+impl Residuals {
+    /// Ratios beyond these are no measurement.
+    const BOUNDS: std::ops::RangeInclusive<f64> = 0.01..=100.0;
+
+    /// The quantiles as a report carries them; the default where they are none.
+    #[must_use]
+    pub fn from_wire(ttft_p50: Option<f32>, ttft_p95: Option<f32>) -> Self {
+        let sane = |ratio: Option<f32>| ratio.map(f64::from).filter(|r| Self::BOUNDS.contains(r));
+        match (sane(ttft_p50), sane(ttft_p95)) {
+            (Some(ttft_p50), Some(ttft_p95)) if ttft_p50 <= ttft_p95 => Self { ttft_p50, ttft_p95 },
+            _ => Self::default(),
+        }
+    }
+}
+
 /// Attention pairs of `new` tokens behind `before` others.
 #[must_use]
 pub fn attention_pairs(before: f64, new: f64) -> f64 {
@@ -176,6 +191,14 @@ impl Profile {
         linear.max(self.floor_ms) + self.context_ms * context + self.pair_ms * pairs
     }
 
+    /// Prompt tokens of one iteration beside so many decodes. These go first; a quarter is assumed to be
+    /// left for prefills.
+    #[must_use]
+    pub fn chunk_beside(&self, decodes: f64) -> f64 {
+        let budget = f64::from(self.chunk_tokens.max(1));
+        (budget - decodes).max(budget / 4.0)
+    }
+
     /// Time until `tokens` with these `pairs` are prefilled, in chunks beside the backlog's decodes.
     #[must_use]
     pub fn prefill_ms(&self, backlog: &Backlog, tokens: f64, pairs: f64) -> f64 {
@@ -187,7 +210,8 @@ impl Profile {
     #[must_use]
     pub fn ttft_ms(&self, backlog: &Backlog, cached: f64, uncached: f64) -> f64 {
         let pairs = backlog.pending_pairs + attention_pairs(cached, uncached);
-        self.prefill_ms(backlog, backlog.pending_tokens + uncached, pairs)
+        let pace = Pace::of(self, backlog.decodes, backlog.context_tokens);
+        pace.ttft_ms(backlog.pending_tokens, uncached, pairs)
     }
 
     /// Time from token to token with one more request of `context` tokens decoding.
@@ -197,11 +221,11 @@ impl Profile {
         self.iteration_ms(0.0, backlog.decodes + 1.0, context, 0.0)
     }
 
-    /// Prompt tokens that are prefilled in a millisecond beside these decodes.
+    /// Time until an iteration begins that a new prompt can be part of, in the mean: half of the one
+    /// under way, where that has decodes only. What is pending of prefills contains its own.
     #[must_use]
-    pub fn drain_per_ms(&self, decodes: f64, context: f64) -> f64 {
-        let pace = Pace::of(self, decodes, context);
-        pace.chunk / pace.full_ms.max(1e-6)
+    pub fn joining_ms(&self, backlog: &Backlog) -> f64 {
+        Pace::of(self, backlog.decodes, backlog.context_tokens).joining_ms(backlog.pending_tokens)
     }
 
     /// The profile as a report carries it; `None` where it is no profile.
@@ -256,6 +280,8 @@ pub(crate) struct Pace {
     pub(crate) chunk: f64,
     /// An iteration with so many.
     pub(crate) full_ms: f64,
+    /// One without.
+    decode_ms: f64,
     /// The least that an iteration takes, and what a shorter one takes before its prompt tokens.
     floor_ms: f64,
     base_ms: f64,
@@ -265,13 +291,12 @@ pub(crate) struct Pace {
 
 impl Pace {
     pub(crate) fn of(profile: &Profile, decodes: f64, context: f64) -> Self {
-        let budget = f64::from(profile.chunk_tokens.max(1));
-        // Decodes go first; a quarter is assumed to be left for prefills.
-        let chunk = (budget - decodes).max(budget / 4.0);
+        let chunk = profile.chunk_beside(decodes);
         let reads = profile.context_ms * context;
         Self {
             chunk,
             full_ms: profile.iteration_ms(chunk, decodes, context, 0.0),
+            decode_ms: profile.iteration_ms(0.0, decodes, context, 0.0),
             floor_ms: profile.floor_ms + reads,
             base_ms: profile.base_ms + profile.token_ms * decodes + reads,
             token_ms: profile.token_ms,
@@ -289,6 +314,17 @@ impl Pace {
             0.0
         };
         full * self.full_ms + last + self.pair_ms * pairs
+    }
+
+    /// As [`Profile::joining_ms`].
+    pub(crate) fn joining_ms(&self, pending_tokens: f64) -> f64 {
+        let alone = (1.0 - pending_tokens / self.chunk).max(0.0);
+        alone * self.decode_ms / 2.0
+    }
+
+    /// Time to first token behind what is pending.
+    pub(crate) fn ttft_ms(&self, pending_tokens: f64, uncached: f64, pairs: f64) -> f64 {
+        self.joining_ms(pending_tokens) + self.prefill_ms(pending_tokens + uncached, pairs)
     }
 
     /// The least that a prompt token adds. A chunk's time divided by its tokens falls with the tokens,

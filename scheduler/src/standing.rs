@@ -80,8 +80,16 @@ impl Standing {
             None => queueing.present.into(),
         };
         let drain = |load: &Load| {
-            let model = load.model?;
-            Some(model.drain_per_ms(load.backlog.decodes, load.backlog.context_tokens))
+            let Backlog {
+                pending_tokens,
+                pending_pairs,
+                ..
+            } = load.backlog;
+            // Time is what passes evenly: later tokens have more to attend to.
+            let whole_ms = load
+                .model?
+                .prefill_ms(&load.backlog, pending_tokens, pending_pairs);
+            (whole_ms > 0.0).then_some(pending_tokens / whole_ms)
         };
         let drain_per_ms = load.and_then(drain).unwrap_or(0.0);
         let mut booked = Work::default();

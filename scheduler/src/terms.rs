@@ -117,7 +117,8 @@ impl Outlook {
         let uncached = prompt_tokens - cached_tokens;
         let own_pairs = attention_pairs(cached_tokens, uncached);
         let (pace, to_prefill) = (&self.pace, pending_tokens + uncached);
-        let ttft = self.wait_ms + pace.prefill_ms(to_prefill, pending_pairs + own_pairs);
+        let pairs = pending_pairs + own_pairs;
+        let ttft = self.wait_ms + pace.ttft_ms(pending_tokens, uncached, pairs);
         let own = pace.token_ms * uncached + pace.pair_ms * own_pairs;
         // Iterations of a nominal answer that carry a prefill too (mixed batches are longer).
         let mixed = (to_prefill * self.mixed_per_token).min(1.0);

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::{Backlog, Profile};
+
 /// Time a request holds a slot where nothing has been measured yet.
 const NOMINAL_SERVICE: Duration = Duration::from_secs(1);
 
@@ -35,6 +37,22 @@ impl Queueing {
         };
         service.saturating_mul(in_the_way) / slots
     }
+}
+
+/// Time to first token of a prompt of which `cached` tokens are in the cache and `uncached` are not:
+/// the wait for a slot, then the prefill behind what is there. Balancers expect it, and agents hold it
+/// against the same sum over their real queue and cache.
+#[must_use]
+pub fn first_token(
+    queueing: &Queueing,
+    profile: &Profile,
+    backlog: &Backlog,
+    cached: f64,
+    uncached: f64,
+) -> Duration {
+    let ms = profile.ttft_ms(backlog, cached, uncached);
+    let prefill = Duration::try_from_secs_f64(ms / 1e3).unwrap_or(Duration::MAX);
+    queueing.wait().saturating_add(prefill)
 }
 
 /// Whether a worker's own estimate is so much worse than the balancer's that the placement was made

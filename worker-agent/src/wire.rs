@@ -6,6 +6,7 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::{Label, work};
 use forebay_proto::{Incarnation, Millis};
 use forebay_scheduler::Load;
+use forebay_scheduler::model::Targets;
 use forebay_scheduler::residency::Cursor;
 
 use crate::core::{Admitted, End, Ending, Offer, Prompt, RefusalReason, Refused};
@@ -37,8 +38,12 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         path: place.path,
         body_bytes: place.body_bytes,
         deadline: Millis(place.deadline_ms.into()).duration().min(LONGEST),
-        expected_wait: place
-            .expected_wait_ms
+        targets: Targets {
+            ttft_ms: promised(place.ttft_target_ms),
+            tpot_ms: promised(place.tpot_target_ms),
+        },
+        expected_ttft: place
+            .expected_ttft_ms
             .map(|ms| Millis(ms.into()).duration()),
         must_queue: place.must_queue,
         prompt: Prompt {
@@ -51,6 +56,11 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         stream: place.stream,
         cache_salt: Some(place.cache_salt).filter(|salt| !salt.is_empty()),
     })
+}
+
+/// Absent: nothing was.
+fn promised(ms: Option<u32>) -> f64 {
+    ms.map_or(f64::INFINITY, f64::from)
 }
 
 /// What a balancer that wants to follow the cache holds of it: nothing, perhaps. `None`: no such

@@ -176,7 +176,7 @@ async fn every_refusal_comes_before_the_body_and_says_why() {
     check(R::RefusalDeadline, &|p| p.deadline_ms = 0).await;
     check(R::RefusalBodyBudget, &|p| p.body_bytes = (1 << 20) + 1).await;
     let _running = balancer.place(&chat(true, 1_000)).await;
-    let load = check(R::RefusalStaleView, &|p| p.expected_wait_ms = Some(0)).await;
+    let load = check(R::RefusalStaleView, &|p| p.expected_ttft_ms = Some(0)).await;
     assert_eq!((load.running, load.queued), (1, 0));
     let _waiting = balancer.place(&chat(true, 1_000)).await;
     check(R::RefusalFull, &|p| p.must_queue = true).await;

@@ -16,6 +16,7 @@ use super::clients::Wants;
 pub(super) const MODEL: &str = "m";
 
 const SETTINGS: Settings = Settings {
+    at_once: false,
     slots: 4,
     queue_limit: 4,
     body_budget_bytes: 1 << 20,

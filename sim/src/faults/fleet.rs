@@ -8,6 +8,7 @@ use std::time::Duration;
 use forebay_control_client::Facts;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now};
+use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Request};
 use forebay_scheduler::{BookingId, Known, Load, NoChoice, View};
 use forebay_worker_agent::core::{Effect, End, Offer, PlacementId};
@@ -281,7 +282,8 @@ impl World {
             path: String::new(),
             body_bytes: 100,
             deadline: Duration::from_secs(2),
-            expected_wait: None,
+            targets: Targets::NONE,
+            expected_ttft: None,
             must_queue: true,
             prompt: Default::default(),
             max_tokens: 10,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::Load;
-use forebay_scheduler::model::Profile;
+use forebay_scheduler::model::{Profile, Targets};
 use forebay_worker_agent::core::{
     Core, Effect, End, Offer, PlacementId, Prompt, Settings, Unstarted, Usage,
 };
@@ -289,7 +289,8 @@ pub(super) fn offer(job: &Job, block_tokens: u32, incarnation: Incarnation) -> O
         path: String::new(),
         body_bytes: 0,
         deadline: NO_DEADLINE,
-        expected_wait: None,
+        expected_ttft: None,
+        targets: Targets::NONE,
         must_queue: false,
         prompt: Prompt {
             chunks: job.blocks.clone(),
@@ -316,6 +317,7 @@ fn core(make: Make, incarnation: Incarnation, now: Now) -> Core {
         body_budget_bytes: u64::MAX,
         kv_tokens: make.kv_tokens,
         profile: Some(make.believed),
+        at_once: make.fcfs,
     };
     let mut core = Core::new(settings, incarnation, u64::from(incarnation.start));
     core.facts(now, Desired::Ready, Revision(1));

@@ -264,7 +264,8 @@ impl<'a> World<'a> {
         place.booking = Some(booking);
         let must_queue = place.refusals >= MAX_REFUSALS;
         let mut offer = offer(what, self.load.block_tokens, choice.incarnation);
-        offer.expected_wait = choice.wait;
+        offer.expected_ttft = self.setup.policy.predicts().then_some(choice.ttft);
+        offer.targets = targets;
         offer.must_queue = must_queue;
         self.send(Event::Offer(job, booking, Box::new(offer)));
     }

@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use forebay_proto::{Incarnation, Now};
-use forebay_scheduler::{Acceptance, Load, Queueing, exceeds};
+use forebay_scheduler::model::{Backlog, Targets, attention_pairs};
+use forebay_scheduler::{Acceptance, Load, Queueing, exceeds, first_token};
 
 use super::cache::Prompt;
-use super::placement::{Placement, PlacementId, Stage, Usage};
+use super::placement::{Effect, Placement, PlacementId, Stage, Usage};
+use super::queue::StartBy;
 use super::state::Core;
 
 /// A placement as a balancer offers it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Offer {
     /// The client's request.
     pub request_id: String,
@@ -24,8 +26,10 @@ pub struct Offer {
     pub body_bytes: u64,
     /// What is left until the client's deadline.
     pub deadline: Duration,
-    /// Wait before the start that the balancer expects; none: it does not predict.
-    pub expected_wait: Option<Duration>,
+    /// What was promised, from now.
+    pub targets: Targets,
+    /// Time to first token that the balancer expects; none: it does not predict.
+    pub expected_ttft: Option<Duration>,
     /// Enough others refused: an old view is no reason any more.
     pub must_queue: bool,
     /// What is known of its prompt.
@@ -49,7 +53,7 @@ pub enum RefusalReason {
     Draining,
     /// Slots and queue are full.
     Full,
-    /// It would wait much longer than the balancer expects.
+    /// Its first token would come much later than the balancer expects.
     StaleView,
     /// The engine does not answer, or the agent has not joined yet.
     EngineDown,
@@ -101,7 +105,7 @@ impl RefusalReason {
 pub struct Admitted {
     /// Its id from here on.
     pub id: PlacementId,
-    /// It has a slot; otherwise it waits for [`super::Effect::Start`].
+    /// The engine is to have it now; otherwise it waits for [`super::Effect::Start`].
     pub starts: bool,
     /// Reports from this one on contain it.
     pub report_seq: u64,
@@ -125,38 +129,41 @@ impl Core {
     ///
     /// Returns the reason and the state that it follows from.
     pub fn place(&mut self, now: Now, offer: &Offer) -> Result<Admitted, Refused> {
-        self.now = self.now.max(now);
+        self.pass(now);
         if let Some(reason) = self.objection(offer) {
+            return Err(self.refuse(reason));
+        }
+        let forecast = self.forecast(offer);
+        if let Some(reason) = self.disappointment(offer, &forecast) {
             return Err(self.refuse(reason));
         }
         let before = self.shown();
         self.newest += 1;
         let id = PlacementId(self.newest);
-        let starts = self.running < self.settings.slots;
-        let stage = if starts {
-            self.running += 1;
-            Stage::Dispatched { since: now }
-        } else {
-            self.queue.push_back(id);
-            Stage::Queued
-        };
-        self.body_bytes += offer.body_bytes;
-        let cached_tokens = self.cache.hit(&offer.prompt);
         let held = self.cache.taken(&offer.prompt);
-        let unseen_prefill = (!offer.stream).then(|| self.prefill_time(offer, cached_tokens));
+        let answer = self.lengths.expected_answer(offer.max_tokens);
+        let predicted = offer.stream && self.fit.is_some() && offer.prompt.tokens > 0;
         let placement = Placement {
-            stage,
+            stage: Stage::Queued,
             arrived: now,
             deadline: now + offer.deadline,
             body_bytes: offer.body_bytes,
             prompt: offer.prompt.clone(),
             held,
-            cached_tokens,
+            cached_tokens: forecast.cached_tokens,
+            stream: offer.stream,
             max_tokens: offer.max_tokens,
-            unseen_prefill,
+            targets: offer.targets,
+            start_by: StartBy::new(now, offer.targets.ttft_ms, forecast.prefill_ms),
+            kv_tokens: f64::from(offer.prompt.tokens) + answer,
+            predicted_ms: predicted.then_some(forecast.ttft.as_secs_f64() * 1e3),
             usage: Usage::default(),
         };
+        self.body_bytes += offer.body_bytes;
+        self.queue.push(&placement.waiting(id));
         self.placements.insert(id, placement);
+        self.fill();
+        let starts = self.starts(id);
         self.note(before);
         Ok(Admitted {
             id,
@@ -164,6 +171,13 @@ impl Core {
             report_seq: self.seq,
             load: self.load(),
         })
+    }
+
+    /// Whether it was given to the engine; the effect is taken back.
+    fn starts(&mut self, id: PlacementId) -> bool {
+        let effects = self.effects.len();
+        self.effects.retain(|effect| *effect != Effect::Start(id));
+        self.effects.len() < effects
     }
 
     /// The refusal of a header that is no offer.
@@ -192,26 +206,59 @@ impl Core {
         if offer.deadline.is_zero() {
             return Some(R::Deadline);
         }
-        let full =
-            self.running >= self.settings.slots && self.queued() >= self.settings.queue_limit;
-        if full {
-            return Some(R::Full);
-        }
-        let stale = |expected| exceeds(self.wait(), expected);
-        if !offer.must_queue && offer.expected_wait.is_some_and(stale) {
-            return Some(R::StaleView);
-        }
-        let room = self.settings.body_budget_bytes - self.body_bytes;
-        (offer.body_bytes > room).then_some(R::BodyBudget)
+        let present = u64::from(self.running) + u64::from(self.queued());
+        let room = u64::from(self.settings.slots) + u64::from(self.settings.queue_limit);
+        (present >= room).then_some(R::Full)
     }
 
-    /// What one more would wait, by the rule that balancers predict with.
-    fn wait(&self) -> Duration {
-        Queueing {
+    /// What the balancer could not know.
+    fn disappointment(&self, offer: &Offer, forecast: &Forecast) -> Option<RefusalReason> {
+        let stale = |expected| exceeds(forecast.ttft, expected);
+        if !offer.must_queue && offer.expected_ttft.is_some_and(stale) {
+            return Some(RefusalReason::StaleView);
+        }
+        let room = self.settings.body_budget_bytes - self.body_bytes;
+        (offer.body_bytes > room).then_some(RefusalReason::BodyBudget)
+    }
+
+    /// What one more would meet, by the rule that balancers predict with.
+    fn forecast(&self, offer: &Offer) -> Forecast {
+        let cached_tokens = self.cache.hit(&offer.prompt);
+        let cached = f64::from(cached_tokens);
+        let uncached = (f64::from(offer.prompt.tokens) - cached).max(0.0);
+        let queueing = Queueing {
             present: self.running + self.queued(),
             slots: self.settings.slots,
             service: self.service.value(),
+        };
+        let mut backlog = self.backlog();
+        let profile = self.profile();
+        if profile.is_none() {
+            // Requests are all that is known.
+            backlog.decodes = queueing.present.into();
         }
-        .wait()
+        let engine = Backlog {
+            pending_tokens: 0.0,
+            pending_pairs: 0.0,
+            ..backlog
+        };
+        let pairs = attention_pairs(cached, uncached);
+        let prefill_ms = profile.map_or(0.0, |p| p.prefill_ms(&engine, uncached, pairs));
+        let profile = profile.copied().unwrap_or_default();
+        Forecast {
+            cached_tokens,
+            prefill_ms,
+            ttft: first_token(&queueing, &profile, &backlog, cached, uncached),
+        }
     }
+}
+
+/// What is expected of one more.
+struct Forecast {
+    /// Tokens of its prompt that are believed to be in the cache.
+    cached_tokens: u32,
+    /// Prefill of the rest, once the engine has it; zero: not known.
+    prefill_ms: f64,
+    /// Until its first token, behind all that is here.
+    ttft: Duration,
 }

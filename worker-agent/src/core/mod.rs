@@ -2,17 +2,22 @@
 //! come out.
 //!
 //! The rim calls a method for each thing that happens, then takes the effects until there are none,
-//! and comes back at [`Core::next_deadline`] at the latest.
+//! and comes back with [`Core::expire`] at [`Core::next_deadline`] at the latest: what waits starts when
+//! the engine is about to run dry, not only when something happens.
 
 mod admission;
-mod backlog;
+mod batch;
 mod cache;
 mod cadence;
 mod mean;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod order_tests;
 mod placement;
+mod queue;
 mod standing;
+mod starting;
 mod state;
 #[cfg(test)]
 mod tests;

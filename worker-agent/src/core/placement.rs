@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use forebay_proto::Now;
 use forebay_scheduler::Load;
-use forebay_scheduler::model::attention_pairs;
+use forebay_scheduler::model::{Targets, attention_pairs};
 
 use super::cache::{Held, Prompt};
+use super::queue::{StartBy, Waiting};
 
 /// One placement of this agent's life; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,7 +120,7 @@ pub struct Ending {
 /// What the rim has to do.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Effect {
-    /// A slot is free for this one, which waited.
+    /// The engine is to have this one, which waited.
     Start(PlacementId),
     /// This one waited in vain and is over.
     Over(PlacementId, Unstarted, Ending),
@@ -145,8 +146,14 @@ pub(super) struct Placement {
     pub(super) cached_tokens: u32,
     /// Most tokens of the answer; 0: not known.
     pub(super) max_tokens: u32,
-    /// Its prefill ends without a sign, at about this time after its start: the answer comes whole.
-    pub(super) unseen_prefill: Option<Duration>,
+    /// Its first token is seen: the answer comes as events.
+    pub(super) stream: bool,
+    pub(super) targets: Targets,
+    pub(super) start_by: StartBy,
+    /// Cache that it will need: its prompt and its expected answer.
+    pub(super) kv_tokens: f64,
+    /// Time to first token that was predicted when it was taken, where there is a model.
+    pub(super) predicted_ms: Option<f64>,
     pub(super) usage: Usage,
 }
 
@@ -158,15 +165,15 @@ impl Placement {
         (uncached, attention_pairs(cached, uncached))
     }
 
-    /// Since when it decodes, as far as can be told.
-    pub(super) fn decodes_since(&self, now: Now) -> Option<Now> {
-        match self.stage {
-            Stage::Streaming { first_byte, .. } => Some(first_byte),
-            Stage::Dispatched { since } => {
-                let prefilled = since + self.unseen_prefill?;
-                (prefilled <= now).then_some(prefilled)
-            }
-            Stage::Queued => None,
+    /// As it stands in the queue.
+    pub(super) fn waiting(&self, id: PlacementId) -> Waiting {
+        let (tokens, pairs) = self.prefill();
+        Waiting {
+            id,
+            start_by: self.start_by,
+            deadline: self.deadline,
+            tokens,
+            pairs,
         }
     }
 

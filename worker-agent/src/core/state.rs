@@ -5,14 +5,18 @@ use std::sync::Arc;
 
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
-use forebay_scheduler::model::{Profile, Residuals};
+use forebay_scheduler::learn::{Calibration, Fit};
+use forebay_scheduler::model::{Backlog, Profile, Residuals};
 use forebay_scheduler::residency::{Grade, Publisher};
 use forebay_scheduler::{Acceptance, Load};
 
+use super::batch::Batch;
 use super::cache::{Cache, GradeChange};
 use super::cadence::{Cadence, interval};
 use super::mean::Mean;
 use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted, Usage};
+use super::queue::Queue;
+use super::starting::{Lengths, Residents};
 
 /// What does not change while the agent runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,10 +27,14 @@ pub struct Settings {
     pub queue_limit: u32,
     /// Bytes of bodies that are held at once; more are refused before they are read.
     pub body_budget_bytes: u64,
-    /// Tokens that the engine's cache holds; 0: not told.
+    /// Tokens that the engine's cache holds; 0: not told, and no limit.
     pub kv_tokens: u64,
-    /// How fast the engine is, where that is known.
+    /// How fast the engine is about, where that is known; the rest is learnt. Without, nothing is
+    /// predicted, and only slots limit what runs.
     pub profile: Option<Profile>,
+    /// Whoever has a slot starts at once, and the engine orders them: neither pace nor cache limits how
+    /// many run, and what a new request waits for is in the engine.
+    pub at_once: bool,
 }
 
 /// What is known of the engine.
@@ -59,18 +67,24 @@ pub struct Core {
     pub(super) seq: u64,
     pub(super) newest: u64,
     pub(super) placements: BTreeMap<PlacementId, Placement>,
-    /// First come, first served.
-    pub(super) queue: VecDeque<PlacementId>,
+    pub(super) queue: Queue,
     pub(super) running: u32,
     pub(super) body_bytes: u64,
     pub(super) service: Mean,
+    pub(super) lengths: Lengths,
+    /// The engine, as far as it can be told.
+    pub(super) batch: Batch,
+    /// Who is on it.
+    pub(super) residents: Residents,
+    pub(super) fit: Option<Fit>,
+    /// When the engine can have the next one without anything happening before.
+    pub(super) start_due: Option<Now>,
     /// At most one for each placement.
-    effects: VecDeque<Effect>,
+    pub(super) effects: VecDeque<Effect>,
     cadence: Cadence,
     pub(super) cache: Cache,
     /// The newest moment that was heard of.
     pub(super) now: Now,
-    pub(super) last_first_byte: Now,
     first_bytes: u64,
 }
 
@@ -93,15 +107,19 @@ impl Core {
             seq: 1,
             newest: 0,
             placements: BTreeMap::new(),
-            queue: VecDeque::new(),
+            queue: Queue::default(),
             running: 0,
             body_bytes: 0,
             service: Mean::default(),
+            lengths: Lengths::default(),
+            batch: Batch::default(),
+            residents: Residents::default(),
+            fit: settings.profile.map(Fit::new),
+            start_due: None,
             effects: VecDeque::new(),
             cadence: Cadence::default(),
             cache: Cache::new(incarnation, cache, settings.kv_tokens),
             now: Now::default(),
-            last_first_byte: Now::default(),
             first_bytes: 0,
         }
     }
@@ -181,6 +199,12 @@ impl Core {
         u32::try_from(self.queue.len()).expect("the queue is bounded by a u32")
     }
 
+    /// Placements that waited for so long that their first-token target was missed.
+    #[must_use]
+    pub const fn late(&self) -> u64 {
+        self.queue.late
+    }
+
     /// Bytes held of the body budget.
     #[must_use]
     pub const fn body_bytes(&self) -> u64 {
@@ -202,14 +226,42 @@ impl Core {
             facts_revision: self.applied_revision(),
             interval: interval(self.in_flight()),
             backlog: self.backlog(),
-            model: self.settings.profile,
-            residuals: Residuals::default(),
+            model: self.profile().copied(),
+            residuals: self.residuals(),
         }
+    }
+
+    /// What the engine and those who wait have before them.
+    pub(super) fn backlog(&self) -> Backlog {
+        let mut backlog = self.batch.backlog();
+        backlog.pending_tokens += self.queue.tokens;
+        backlog.pending_pairs += self.queue.pairs;
+        backlog
+    }
+
+    /// How fast the engine is, as far as it is learnt; `None`: no profile was given.
+    #[must_use]
+    pub fn profile(&self) -> Option<&Profile> {
+        self.fit.as_ref().map(Fit::profile)
+    }
+
+    /// How well that predicts.
+    #[must_use]
+    pub fn residuals(&self) -> Residuals {
+        let fit = self.fit.as_ref();
+        fit.map_or_else(Residuals::default, Fit::residuals)
+    }
+
+    /// How often what was promised by that held.
+    #[must_use]
+    pub fn calibration(&self) -> Calibration {
+        let fit = self.fit.as_ref();
+        fit.map_or_else(Calibration::default, Fit::calibration)
     }
 
     /// The report, if one is due.
     pub fn take_report(&mut self, now: Now) -> Option<Load> {
-        self.now = self.now.max(now);
+        self.pass(now);
         if self.cadence.due(self.seq, self.in_flight()) > now {
             return None;
         }
@@ -220,12 +272,10 @@ impl Core {
     /// When to call [`Core::expire`] and [`Core::take_report`] again at the latest.
     #[must_use]
     pub fn next_deadline(&self) -> Now {
-        let deadline = |id| self.placements.get(id).map(|placement| placement.deadline);
         let report = self.cadence.due(self.seq, self.in_flight());
-        self.queue
-            .iter()
-            .filter_map(deadline)
-            .fold(report, Now::min)
+        let deadline = self.queue.first_deadline().map(|(deadline, _)| deadline);
+        let others = deadline.into_iter().chain(self.start_due);
+        others.fold(report, Now::min)
     }
 
     /// What the rim has to do next.
@@ -264,6 +314,9 @@ impl Core {
         let before = self.shown();
         self.engine = EngineState::Down;
         self.cache.lost();
+        if let Some(fit) = &mut self.fit {
+            fit.restarted();
+        }
         self.note(before);
         self.send_back(now, Unstarted::EngineDown);
     }
@@ -279,17 +332,26 @@ impl Core {
     /// The engine's answer began: its body is with the engine.
     pub fn first_byte(&mut self, now: Now, id: PlacementId) {
         let before = self.shown();
+        self.pass(now);
         if let Some(placement) = self.placements.get_mut(&id) {
             if let Stage::Dispatched { since } = placement.stage {
                 let first_byte = now;
                 placement.stage = Stage::Streaming { since, first_byte };
                 self.cache.prefilled(&placement.prompt);
-                self.last_first_byte = self.last_first_byte.max(now);
                 self.first_bytes += 1;
+                let profile = self.fit.as_ref().map(Fit::profile);
+                let spell = self.batch.first_token(id, profile);
+                if let (Some(fit), Some(spell)) = (&mut self.fit, spell) {
+                    fit.observe(&spell);
+                }
+                if let (Some(fit), Some(predicted)) = (&mut self.fit, placement.predicted_ms) {
+                    let actual = now.since(placement.arrived);
+                    fit.first_token(predicted, actual.as_secs_f64() * 1e3);
+                }
             }
             self.body_bytes -= std::mem::take(&mut placement.body_bytes);
         }
-        self.now = self.now.max(now);
+        self.fill();
         self.note(before);
     }
 
@@ -344,7 +406,7 @@ impl Core {
     pub fn end(&mut self, now: Now, id: PlacementId, end: End) -> Option<Ending> {
         let before = self.shown();
         let placement = self.placements.remove(&id)?;
-        self.now = self.now.max(now);
+        self.pass(now);
         self.body_bytes -= placement.body_bytes;
         match placement.stage {
             Stage::Streaming { .. } => {
@@ -363,9 +425,19 @@ impl Core {
         }
         let [queue, first_byte, service] = placement.times(now);
         match placement.stage {
-            Stage::Queued => self.queue.retain(|queued| *queued != id),
+            Stage::Queued => self.queue.remove(&placement.waiting(id)),
             Stage::Dispatched { .. } | Stage::Streaming { .. } => {
                 self.running -= 1;
+                self.residents.leave(&placement);
+                let counted = placement.usage.completion_tokens;
+                let counted = counted.filter(|_| end == End::Complete);
+                if let Some(tokens) = counted {
+                    self.lengths.answered(tokens);
+                }
+                let spell = self.batch.end(id, counted);
+                if let (Some(fit), Some(spell)) = (&mut self.fit, spell) {
+                    fit.observe(&spell);
+                }
                 match end {
                     End::Complete | End::Timeout | End::Cancelled => self.service.add(service),
                     // Failing fast must not look like working fast.
@@ -375,7 +447,7 @@ impl Core {
         }
         // A start that it was told and did not get to see.
         self.effects.retain(|effect| *effect != Effect::Start(id));
-        self.fill(now);
+        self.fill();
         self.note(before);
         Some(Ending {
             report_seq: self.seq,
@@ -387,15 +459,25 @@ impl Core {
         })
     }
 
-    /// Sends back what waited until its deadline.
+    /// Sends back what waited until its deadline, and gives the engine what it is to have by now.
     pub fn expire(&mut self, now: Now) {
-        self.now = self.now.max(now);
+        self.pass(now);
         self.cache.pass(now);
-        let late = |id: &&PlacementId| self.placements[id].deadline <= now;
-        let late: Vec<_> = self.queue.iter().filter(late).copied().collect();
-        for id in late {
+        while let Some((deadline, id)) = self.queue.first_deadline()
+            && deadline <= now
+        {
             self.over(now, id, Unstarted::Deadline);
         }
+        let before = self.shown();
+        self.fill();
+        self.note(before);
+    }
+
+    /// Time passes; the engine computes.
+    pub(super) fn pass(&mut self, now: Now) {
+        self.now = self.now.max(now);
+        let profile = self.fit.as_ref().map(Fit::profile);
+        self.batch.advance(self.now, profile);
     }
 
     pub(super) fn shown(&self) -> Shown {
@@ -416,7 +498,7 @@ impl Core {
     }
 
     fn send_back(&mut self, now: Now, why: Unstarted) {
-        while let Some(id) = self.queue.back().copied() {
+        while let Some(id) = self.queue.last() {
             self.over(now, id, why);
         }
     }
@@ -424,20 +506,6 @@ impl Core {
     fn over(&mut self, now: Now, id: PlacementId, why: Unstarted) {
         if let Some(ending) = self.end(now, id, why.end()) {
             self.effects.push_back(Effect::Over(id, why, ending));
-        }
-    }
-
-    /// Gives free slots to those who wait.
-    fn fill(&mut self, now: Now) {
-        while self.running < self.settings.slots {
-            let Some(id) = self.queue.pop_front() else {
-                return;
-            };
-            let placement = self.placements.get_mut(&id);
-            let placement = placement.expect("who waits is in the table");
-            placement.stage = Stage::Dispatched { since: now };
-            self.running += 1;
-            self.effects.push_back(Effect::Start(id));
         }
     }
 }

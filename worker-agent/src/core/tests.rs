@@ -5,6 +5,7 @@ use std::time::Duration;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::Acceptance;
+use forebay_scheduler::model::Targets;
 
 use super::*;
 
@@ -15,6 +16,7 @@ pub(super) const OWN: Incarnation = Incarnation {
 };
 
 pub(super) const SETTINGS: Settings = Settings {
+    at_once: false,
     slots: 2,
     queue_limit: 2,
     body_budget_bytes: 1_000,
@@ -38,7 +40,8 @@ pub(super) fn offer() -> Offer {
         path: "/v1/chat/completions".into(),
         body_bytes: 10,
         deadline: ms(10_000),
-        expected_wait: Some(ms(60_000)),
+        targets: Targets::NONE,
+        expected_ttft: Some(ms(60_000)),
         must_queue: false,
         prompt: Prompt::default(),
         max_tokens: 0,
@@ -49,10 +52,7 @@ pub(super) fn offer() -> Offer {
 
 /// A core that is open.
 pub(super) fn open() -> Core {
-    let mut core = Core::new(SETTINGS, OWN, 1);
-    core.facts(at(0), Desired::Ready, Revision(20));
-    core.engine_up(&["m".into()]);
-    core
+    open_with(SETTINGS)
 }
 
 fn taken(core: &mut Core, now: u64) -> PlacementId {
@@ -123,7 +123,7 @@ fn a_wait_that_the_balancer_did_not_expect_is_refused_unless_it_insists() {
         for _ in 0..3 {
             taken(core, 0);
         }
-        offer.expected_wait = Some(ms(700));
+        offer.expected_ttft = Some(ms(700));
     };
     check(crowded, Some(RefusalReason::StaleView));
     let insisting = |core: &mut Core, offer: &mut Offer| {
@@ -133,7 +133,7 @@ fn a_wait_that_the_balancer_did_not_expect_is_refused_unless_it_insists() {
     check(insisting, None);
     let expecting = |core: &mut Core, offer: &mut Offer| {
         crowded(core, offer);
-        offer.expected_wait = Some(ms(900));
+        offer.expected_ttft = Some(ms(900));
     };
     check(expecting, None);
 }
@@ -271,9 +271,9 @@ fn a_body_counts_until_it_is_with_the_engine() {
 #[test]
 fn an_engine_that_fails_fast_does_not_look_fast() {
     let mut core = open();
-    for (end, service) in [(End::EngineFailed, 0), (End::Complete, 400)] {
-        let id = taken(&mut core, 0);
-        core.end(at(400), id, end);
+    for (start, end, service) in [(0, End::EngineFailed, 0), (400, End::Complete, 400)] {
+        let id = taken(&mut core, start);
+        core.end(at(start + 400), id, end);
         assert_eq!(core.load().service, ms(service));
     }
 }
@@ -294,7 +294,8 @@ fn with_prompt(core: &mut Core, now: u64, prompt: Prompt) -> Admitted {
     core.place(at(now), &offer).unwrap()
 }
 
-const FAST: Settings = Settings {
+pub(super) const FAST: Settings = Settings {
+    at_once: false,
     slots: 2,
     queue_limit: 2,
     body_budget_bytes: 1_000,
@@ -302,7 +303,7 @@ const FAST: Settings = Settings {
     profile: Some(forebay_scheduler::model::PROFILES[0].1),
 };
 
-fn open_with(settings: Settings) -> Core {
+pub(super) fn open_with(settings: Settings) -> Core {
     let mut core = Core::new(settings, OWN, 1);
     core.facts(at(0), Desired::Ready, Revision(20));
     core.engine_up(&["m".into()]);

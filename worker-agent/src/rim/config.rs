@@ -114,6 +114,7 @@ impl Config {
             credentials,
             engine,
             settings: Settings {
+                at_once: false,
                 slots: self.slots,
                 queue_limit,
                 body_budget_bytes: BODY_BUDGET_BYTES,

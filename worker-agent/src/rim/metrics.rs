@@ -1,11 +1,15 @@
 //! What a scrape sees.
 
+use std::sync::atomic::AtomicU64;
+
 use forebay_admin::Histogram;
 use forebay_admin::prometheus_client::metrics::counter::Counter;
 use forebay_admin::prometheus_client::metrics::family::Family;
 use forebay_admin::prometheus_client::metrics::gauge::Gauge;
 use forebay_admin::prometheus_client::registry::Registry;
 
+use forebay_scheduler::learn::Calibration;
+use forebay_scheduler::model::Residuals;
 use forebay_scheduler::residency::Grade;
 
 use crate::core::{Core, End, Ending, EngineState, RefusalReason};
@@ -24,6 +28,11 @@ pub(super) struct Metrics {
     trusted: Gauge,
     predicted: Gauge,
     reported: Gauge,
+    late: Gauge,
+    judged: Gauge,
+    within: Gauge,
+    late_p50: Gauge<f64, AtomicU64>,
+    late_p95: Gauge<f64, AtomicU64>,
     accepted: Counter,
     refused: Family<Labels, Counter>,
     ended: Family<Labels, Counter>,
@@ -93,6 +102,35 @@ impl Metrics {
             "Prompt tokens that were cached, as the engine told",
             &self.reported,
         );
+        gauge(
+            "forebay_agent_late",
+            "Requests that could not start in time for their first-token target, and let others pass",
+            &self.late,
+        );
+        gauge(
+            "forebay_agent_ttft_predicted",
+            "First tokens whose time had been predicted",
+            &self.judged,
+        );
+        gauge(
+            "forebay_agent_ttft_within_p95",
+            "Those of them that came within what was promised of it; to be 95 of 100",
+            &self.within,
+        );
+        for (gauge, name, help) in [
+            (
+                &self.late_p50,
+                "forebay_agent_ttft_ratio_p50",
+                "Median of actual / predicted time to first token",
+            ),
+            (
+                &self.late_p95,
+                "forebay_agent_ttft_ratio_p95",
+                "0.95 quantile of actual / predicted time to first token: what is promised",
+            ),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
         registry.register(
             "forebay_agent_accepted",
             "Placements taken",
@@ -134,6 +172,13 @@ impl Metrics {
         let (predicted, reported) = core.cached_tokens();
         self.predicted.set(number(predicted));
         self.reported.set(number(reported));
+        self.late.set(number(core.late()));
+        let Calibration { judged, within } = core.calibration();
+        self.judged.set(number(judged));
+        self.within.set(number(within));
+        let Residuals { ttft_p50, ttft_p95 } = core.residuals();
+        self.late_p50.set(ttft_p50);
+        self.late_p95.set(ttft_p95);
     }
 
     pub(super) fn accepted(&self) {

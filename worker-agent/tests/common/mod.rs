@@ -13,6 +13,7 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::wire::work::{Accepted, End, Head, Place, Refused, Trailer};
 use forebay_proto::{Incarnation, Revision, Role, WorkerId};
+use forebay_scheduler::model::Profile;
 use forebay_sim::engine;
 use forebay_worker_agent::core::Settings;
 use forebay_worker_agent::{Adapter, Patience, Setup, Work};
@@ -168,6 +169,17 @@ impl Agent {
 
     /// Ready, beside the engine at this address.
     pub async fn at(engine: SocketAddr, slots: u32, queue_limit: u32, patience: Patience) -> Self {
+        Self::with(engine, slots, queue_limit, patience, None).await
+    }
+
+    /// The same with a word on how fast the engine is.
+    pub async fn with(
+        engine: SocketAddr,
+        slots: u32,
+        queue_limit: u32,
+        patience: Patience,
+        profile: Option<Profile>,
+    ) -> Self {
         let cell = Cell::new();
         let endpoint = Endpoint::bind(
             ([127, 0, 0, 1], 0).into(),
@@ -179,11 +191,12 @@ impl Agent {
         let setup = Setup {
             incarnation: OWN,
             settings: Settings {
+                at_once: false,
                 slots,
                 queue_limit,
                 body_budget_bytes: 1 << 20,
                 kv_tokens: 100_000,
-                profile: None,
+                profile,
             },
             engine: format!("http://{engine}").parse().unwrap(),
             patience,
@@ -247,7 +260,7 @@ pub fn place(body_bytes: usize) -> Place {
         path: "/v1/chat/completions".into(),
         body_bytes: body_bytes as u64,
         deadline_ms: 20_000,
-        expected_wait_ms: Some(60_000),
+        expected_ttft_ms: Some(60_000),
         ..Place::default()
     }
 }

@@ -1,0 +1,144 @@
+//! Who waits, and who of them is next: least slack first.
+//!
+//! Slack is what is left until the first token is due, less the time that its prefill takes. It shrinks
+//! alike for all who wait, so each is ordered once, by the moment at which its prefill has to start.
+//! What was promised no first token stands as if it were due [`NOMINAL_TARGET`] after its arrival: first
+//! come, first served, behind those that were promised one soon.
+//!
+//! Who has not started by then is late, whatever is done. In front it would only make those behind it
+//! late too, at the back it would starve: it gets one second target, [`SECOND_TARGET`] times the first,
+//! and competes with that again. Past that it is the most urgent there is, by age: nothing waits for
+//! longer than the second target and those that are as late.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use forebay_proto::Now;
+
+use super::placement::PlacementId;
+
+/// The second target of what missed its first, as a multiple of it.
+pub(super) const SECOND_TARGET: f64 = 4.0;
+/// A first target counts as no shorter than this for the second: little may have been left of it.
+const LEAST_TARGET: Duration = Duration::from_secs(1);
+/// The target of what was promised nothing.
+pub(super) const NOMINAL_TARGET: Duration = Duration::from_secs(10);
+
+/// Until when a prefill has to start. In microseconds: it may lie before the clock's zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct StartBy {
+    micros: i64,
+    /// After that.
+    second: Option<i64>,
+}
+
+impl StartBy {
+    /// Of a request that arrives with this target, in milliseconds, and takes so long to prefill.
+    pub(super) fn new(arrived: Now, ttft_ms: f64, prefill_ms: f64) -> Self {
+        if ttft_ms.is_infinite() {
+            return Self {
+                micros: micros(arrived + NOMINAL_TARGET),
+                second: None,
+            };
+        }
+        let after = |target_ms: f64| micros(arrived).saturating_add(whole(target_ms - prefill_ms));
+        let least_ms = LEAST_TARGET.as_secs_f64() * 1e3;
+        Self {
+            micros: after(ttft_ms),
+            second: Some(after(SECOND_TARGET * ttft_ms.max(least_ms))),
+        }
+    }
+}
+
+fn micros(at: Now) -> i64 {
+    i64::try_from(at.since(Now::default()).as_micros()).unwrap_or(i64::MAX)
+}
+
+#[allow(clippy::cast_possible_truncation)] // it saturates
+fn whole(ms: f64) -> i64 {
+    (ms * 1e3) as i64
+}
+
+/// One that waits.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    pub(super) id: PlacementId,
+    pub(super) start_by: StartBy,
+    /// The client's.
+    pub(super) deadline: Now,
+    /// What its prefill adds to the backlog.
+    pub(super) tokens: f64,
+    pub(super) pairs: f64,
+}
+
+/// Who waits. Bounded by who may be admitted.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    by_urgency: BTreeSet<(i64, PlacementId)>,
+    by_deadline: BTreeSet<(Now, PlacementId)>,
+    /// Of their prefills.
+    pub(super) tokens: f64,
+    pub(super) pairs: f64,
+    /// How many took their second place so far.
+    pub(super) late: u64,
+}
+
+impl Queue {
+    pub(super) fn len(&self) -> usize {
+        self.by_urgency.len()
+    }
+
+    pub(super) fn push(&mut self, one: &Waiting) {
+        self.by_urgency.insert((one.start_by.micros, one.id));
+        self.by_deadline.insert((one.deadline, one.id));
+        self.tokens += one.tokens;
+        self.pairs += one.pairs;
+    }
+
+    /// It waits no more.
+    pub(super) fn remove(&mut self, one: &Waiting) {
+        let StartBy { micros, second } = one.start_by;
+        let held = self.by_urgency.remove(&(micros, one.id))
+            || second.is_some_and(|second| self.by_urgency.remove(&(second, one.id)));
+        assert!(held, "who leaves the queue was in it");
+        self.by_deadline.remove(&(one.deadline, one.id));
+        self.tokens -= one.tokens;
+        self.pairs -= one.pairs;
+        if self.by_urgency.is_empty() {
+            (self.tokens, self.pairs) = (0.0, 0.0);
+        }
+    }
+
+    /// Who is next. Those in front that are late by now take their second place; `start_by` tells it.
+    pub(super) fn next(
+        &mut self,
+        now: Now,
+        start_by: impl Fn(PlacementId) -> StartBy,
+    ) -> Option<PlacementId> {
+        loop {
+            let (place, id) = *self.by_urgency.first()?;
+            let StartBy {
+                micros: first,
+                second,
+            } = start_by(id);
+            match second {
+                Some(second) if place == first && place < micros(now) && second > first => {
+                    self.by_urgency.remove(&(place, id));
+                    self.by_urgency.insert((second, id));
+                    self.late += 1;
+                }
+                _ => return Some(id),
+            }
+        }
+    }
+
+    /// The client's deadline that passes next, and whose it is.
+    pub(super) fn first_deadline(&self) -> Option<(Now, PlacementId)> {
+        self.by_deadline.first().copied()
+    }
+
+    /// Who waits for the longest before it would start.
+    pub(super) fn last(&self) -> Option<PlacementId> {
+        self.by_urgency.last().map(|(_, id)| *id)
+    }
+}
