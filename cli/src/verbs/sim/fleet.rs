@@ -369,11 +369,10 @@ impl FleetArgs {
             0 => "always fresh".into(),
             ms => format!("every {ms} ms"),
         };
+        let trace = self.trace.file_name().unwrap_or(self.trace.as_os_str());
+        let trace = trace.to_string_lossy().into_owned();
         let mut facts = vec![
-            (
-                "Requests",
-                format!("{} of {}", report.requests, report.trace),
-            ),
+            ("Requests", format!("{} of {trace}", report.requests)),
             (
                 "Arrivals",
                 format!(
@@ -386,7 +385,10 @@ impl FleetArgs {
                 "Engine",
                 profile.map_or("custom", |(name, _)| name).to_owned(),
             ),
-            ("Cache of a worker", format!("{} tokens", self.kv_blocks)),
+            (
+                "Cache of a worker",
+                format!("{:.2} million tokens", self.kv_blocks as f64 / 1e6),
+            ),
             ("Balancers", self.balancers.to_string()),
             ("Reports", reports),
             (
@@ -417,6 +419,7 @@ impl FleetArgs {
         }
         page::About {
             command: format!("forebay {}", words.join(" ")),
+            trace,
             facts,
             searched: self.search,
         }

@@ -25,6 +25,8 @@ pub(super) struct Look {
     pub(super) colour: usize,
     /// Somebody before it has its colour.
     pub(super) dashed: bool,
+    /// The width of its lines.
+    pub(super) width: u32,
 }
 
 /// Okabe and Ito's colours, told apart by the colour-blind, without their yellow, which white swallows.
@@ -48,30 +50,29 @@ type Chart<'a, 'b, X> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, RangedCo
 
 const WIDTH: u32 = 1_200;
 const HEIGHT: u32 = 760;
-const FONT: f64 = 30.0;
-const LINE: i32 = 38;
+const FONT: f64 = 34.0;
+const LINE: i32 = 42;
 
-/// Goodput over offered load, one curve a contender; `kept` are its goodputs at 90 and 99 %.
+/// Goodput over offered load, one curve a contender; `kept` is where it keeps 90 and 99 %.
 pub(super) fn goodput(
     looks: &[Look],
     curves: &[Vec<Point>],
-    kept: &[[Option<f64>; 2]],
+    kept: &[[Option<(f64, f64)>; 2]],
     bound: f64,
     common: f64,
 ) -> String {
     let alt = "Goodput over offered load, one curve for each policy";
     draw(HEIGHT, alt, |root| {
-        let most = curves
-            .iter()
-            .flatten()
-            .map(|point| point.rate)
-            .fold(0.0, f64::max);
+        let points = || curves.iter().flatten();
+        let most = points().map(|point| point.rate).fold(0.0, f64::max);
+        let high = points().map(|point| 1.02 * point.goodput);
+        let high = high.fold(1.1 * bound, f64::max);
         let mut chart = ChartBuilder::on(root)
             .margin_top(10)
-            .margin_right(270)
-            .x_label_area_size(90)
-            .y_label_area_size(110)
-            .build_cartesian_2d(0.0..most, 0.0..1.1 * bound)?;
+            .margin_right(room(looks) + 60)
+            .x_label_area_size(100)
+            .y_label_area_size(120)
+            .build_cartesian_2d(0.0..most, 0.0..high)?;
         chart
             .configure_mesh()
             .light_line_style(GRID.mix(0.0))
@@ -79,8 +80,8 @@ pub(super) fn goodput(
             .axis_style(MUTED)
             .x_labels(8)
             .y_labels(6)
-            .x_label_formatter(&|rate| short(*rate))
-            .y_label_formatter(&|rate| short(*rate))
+            .x_label_formatter(&|rate| tick(*rate))
+            .y_label_formatter(&|rate| tick(*rate))
             .label_style(style(FONT, &MUTED))
             .axis_desc_style(style(FONT, &INK))
             .x_desc("offered load (requests/s)")
@@ -89,17 +90,12 @@ pub(super) fn goodput(
         let thin = MUTED.stroke_width(2);
         chart.draw_series(dashed([(0.0, bound), (most, bound)], 14, thin))?;
         chart.draw_series(dashed([(common, 0.0), (common, bound)], 4, thin))?;
-        for share in [0.9, 0.99] {
+        for (share, side) in [(0.9, HPos::Left), (0.99, HPos::Right)] {
             let end = (bound / share, bound);
             chart.draw_series(LineSeries::new([(0.0, 0.0), end], MUTED.stroke_width(1)))?;
             let label = format!("{:.0} %", share * 100.0);
-            say(
-                root,
-                &label,
-                lift(at(&chart, end), -8),
-                (HPos::Center, VPos::Bottom),
-                &MUTED,
-            )?;
+            let place = lift(at(&chart, end), -8);
+            say(root, &label, place, (side, VPos::Bottom), &MUTED)?;
         }
         let label = format!("fluid bound {}", short(bound));
         let place = lift(at(&chart, (0.0, bound)), -8);
@@ -116,17 +112,14 @@ pub(super) fn goodput(
             line(&mut chart, look, points)?;
         }
         for (look, kept) in looks.iter().zip(kept).rev() {
-            for (goodput, share) in kept.iter().zip([0.9, 0.99]) {
-                let place = goodput.map(|rate| (rate, rate * share));
-                let dot = |place| Circle::new(place, 9, PALETTE[look.colour].filled());
-                chart.draw_series(place.map(dot))?;
-            }
+            let dot = |place| Circle::new(place, 9, PALETTE[look.colour].filled());
+            chart.draw_series(kept.iter().flatten().copied().map(dot))?;
         }
         let ends = curves
             .iter()
             .map(|curve| curve.last().map_or((most, 0.0), |p| (p.rate, p.goodput)));
         let ends: Vec<(i32, i32)> = ends.map(|end| at(&chart, end)).collect();
-        beside(root, looks, &ends, 10, HEIGHT as i32 - 100)
+        beside(root, looks, &ends, 10, pixels(HEIGHT) - 110)
     })
 }
 
@@ -149,9 +142,9 @@ pub(super) fn ttft(looks: &[Look], ttft: &[Vec<(f64, f64)>], target_ms: [f64; 3]
             .collect();
         let mut chart = ChartBuilder::on(root)
             .margin_top(50)
-            .margin_right(50)
-            .x_label_area_size(90)
-            .y_label_area_size(110)
+            .margin_right(90)
+            .x_label_area_size(100)
+            .y_label_area_size(170)
             .build_cartesian_2d((least..most).log_scale().with_key_points(decades), 0.0..1.0)?;
         let band = Rectangle::new([(target_ms[0], 0.0), (target_ms[2], 1.0)], BAND.filled());
         chart.draw_series([band])?;
@@ -205,15 +198,15 @@ pub(super) struct Bars<'a> {
 impl Bars<'_> {
     pub(super) fn draw(&self, looks: &[Look], values: &[f64]) -> String {
         let rows = i32::try_from(looks.len()).expect("few contend");
-        let height = 160 + rows * 64;
+        let height = 170 + rows * 64;
         draw(height.unsigned_abs(), self.alt, |root| {
             let most = values.iter().copied().fold(self.to, f64::max);
-            let to = most + (most - self.from) * 0.16;
+            let to = most + (most - self.from) * 0.02;
             let mut chart = ChartBuilder::on(root)
                 .margin_top(60)
-                .margin_right(30)
-                .x_label_area_size(90)
-                .y_label_area_size(290)
+                .margin_right(180)
+                .x_label_area_size(100)
+                .y_label_area_size(room(looks) + 30)
                 .build_cartesian_2d(self.from..to, f64::from(rows)..0.0)?;
             chart
                 .configure_mesh()
@@ -241,15 +234,9 @@ impl Bars<'_> {
                 let start = at(&chart, (self.from, middle));
                 let left = (start.0 - 14, start.1);
                 say(root, &look.label, left, (HPos::Right, VPos::Center), &INK)?;
-                let end = at(&chart, (*value, middle));
-                let right = (end.0 + 10, end.1);
-                say(
-                    root,
-                    &(self.write)(*value),
-                    right,
-                    (HPos::Left, VPos::Center),
-                    &INK,
-                )?;
+                let value = (self.write)(*value);
+                let right = (pixels(WIDTH) - 30, start.1);
+                say(root, &value, right, (HPos::Right, VPos::Center), &INK)?;
             }
             if let Some((value, label)) = &self.ceiling {
                 let ends = [(*value, 0.0), (*value, f64::from(rows))];
@@ -269,14 +256,14 @@ impl Bars<'_> {
 
 /// Attainment by balancers and staleness; colours run from `least` to 1.
 pub(super) fn heat(label: &str, grids: &Grids, grid: &Grid, least: f64) -> String {
-    const LEFT: i32 = 190;
+    const LEFT: i32 = 210;
     const TOP: i32 = 60;
-    const CELL: (i32, i32) = (196, 104);
+    const CELL: (i32, i32) = (194, 104);
     let (rows, columns) = (grids.balancers.len(), grids.staleness_ms.len());
     let index = |place: usize| i32::try_from(place).expect("a grid is small");
     let bottom = TOP + index(rows) * CELL.1;
     let alt = format!("{label}: share of requests within both targets, by balancers and staleness");
-    draw((bottom + 100).unsigned_abs(), &alt, |root| {
+    draw((bottom + 110).unsigned_abs(), &alt, |root| {
         let middle = LEFT + index(columns) * CELL.0 / 2;
         say(
             root,
@@ -317,7 +304,7 @@ pub(super) fn heat(label: &str, grids: &Grids, grid: &Grid, least: f64) -> Strin
         say(
             root,
             axis,
-            (middle, bottom + 50),
+            (middle, bottom + 56),
             (HPos::Center, VPos::Top),
             &INK,
         )
@@ -331,6 +318,12 @@ pub(super) fn short(value: f64) -> String {
         size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
     }
+}
+
+/// A round number without the zeros after its point.
+fn tick(value: f64) -> String {
+    let text = format!("{value:.2}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// Milliseconds in the unit that suits them.
@@ -363,7 +356,7 @@ fn line<X>(chart: &mut Chart<'_, '_, X>, look: &Look, points: Vec<(f64, f64)>) -
 where
     X: plotters::coord::ranged1d::Ranged<ValueType = f64>,
 {
-    let style = PALETTE[look.colour].stroke_width(if look.label == "forebay" { 6 } else { 4 });
+    let style = PALETTE[look.colour].stroke_width(look.width);
     if look.dashed {
         chart.draw_series(DashedLineSeries::new(points, 16, 10, style))?;
     } else {
@@ -386,6 +379,16 @@ where
     X: plotters::coord::ranged1d::Ranged<ValueType = f64>,
 {
     chart.plotting_area().map_coordinate(&point)
+}
+
+/// Pixels that the longest label takes.
+fn room(looks: &[Look]) -> u32 {
+    let longest = looks.iter().map(|look| look.label.chars().count()).max();
+    19 * u32::try_from(longest.unwrap_or(0)).expect("names are short")
+}
+
+const fn pixels(size: u32) -> i32 {
+    size.cast_signed()
 }
 
 const fn lift(place: (i32, i32), by: i32) -> (i32, i32) {
@@ -485,10 +488,10 @@ mod tests {
     #[test]
     fn labels_keep_a_line_between_them_and_stay_inside() {
         assert_eq!(apart(&[100, 300], 0, 600), [100, 300]);
-        assert_eq!(apart(&[300, 100, 101], 0, 600), [300, 100, 138]);
+        assert_eq!(apart(&[300, 100, 101], 0, 600), [300, 100, 142]);
         assert_eq!(
             apart(&[600, 600], 0, 600),
-            [562, 600],
+            [558, 600],
             "the first of equals is above"
         );
         assert_eq!(apart(&[-50], 0, 600), [0]);
@@ -501,6 +504,7 @@ mod tests {
             written,
             ["0.5 ms", "640 ms", "1 s", "1.25 s", "9.99 s", "12 s"]
         );
+        assert_eq!([0.0, 2.5, 10.0, 0.25].map(tick), ["0", "2.5", "10", "0.25"]);
         assert_eq!(
             [0.123, 4.0, 45.67, 456.7].map(short),
             ["0.12", "4.00", "45.7", "457"]

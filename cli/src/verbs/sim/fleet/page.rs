@@ -12,6 +12,8 @@ use super::{Ran, Report};
 pub(super) struct About {
     /// The command line that gives the same page.
     pub(super) command: String,
+    /// The trace, without its folder.
+    pub(super) trace: String,
     /// What was set, as name and value.
     pub(super) facts: Vec<(&'static str, String)>,
     /// Whether the rates were searched for; else one was given.
@@ -81,6 +83,7 @@ fn looks(report: &Report) -> Vec<Look> {
             label,
             colour: place % PALETTE.len(),
             dashed: seen.is_some() || place >= PALETTE.len(),
+            width: if place == 0 { 6 } else { 4 },
         }
     };
     report.results().map(look).collect()
@@ -96,8 +99,8 @@ struct Page<'a> {
 
 impl Page<'_> {
     fn title(&self) -> String {
-        let Report { trace, workers, .. } = self.report;
-        format!("{trace} on {workers} workers")
+        let Self { about, report, .. } = self;
+        format!("{} on {} workers", about.trace, report.workers)
     }
 
     fn head(&self, html: &mut String) {
@@ -145,7 +148,7 @@ impl Page<'_> {
             let rest = rest.filter(|(place, _)| *place != best);
             let rest: Vec<String> = rest
                 .map(|(_, (ran, look))| {
-                    format!("{} {}", look.label, percent(ran.figures.attainment))
+                    format!("{} for {}", look.label, percent(ran.figures.attainment))
                 })
                 .collect();
             let rest = if rest.is_empty() {
@@ -163,19 +166,27 @@ impl Page<'_> {
         let of = |share: &str, get: fn(&Ran) -> (Option<f64>, Option<Estimate>)| {
             let best = self.best(|ran| get(ran).0.unwrap_or(0.0));
             let (goodput, over) = get(self.results[best]);
-            format!(
-                "{} keeps both targets for {share} of all requests up to {} requests/s, {} of the fluid bound",
-                self.looks[best].label,
-                short(goodput.unwrap_or(0.0)),
-                estimate(over),
-            )
+            let goodput = short(goodput.unwrap_or(0.0));
+            let over = estimate(over);
+            let kept = format!(
+                "{share} of all requests up to {goodput} requests/s ({over} of the fluid bound)"
+            );
+            (best, kept)
         };
-        let at90 = of("90 %", |ran| (ran.goodput90, ran.of_bound90));
-        let at99 = of("99 %", |ran| (ran.goodput99, ran.of_bound99));
+        let (best90, at90) = of("90 %", |ran| (ran.goodput90, ran.of_bound90));
+        let (best99, at99) = of("99 %", |ran| (ran.goodput99, ran.of_bound99));
+        let who = if best90 == best99 {
+            String::new()
+        } else {
+            format!("{} ", self.looks[best99].label)
+        };
         let factors = self.factors().map_or(String::new(), |(at90, at99)| {
-            format!(" That is {at90} and {at99} times what least-requests serves.")
+            format!(": {at90} and {at99} times what least-requests serves")
         });
-        format!("{at90}; {at99}.{factors}")
+        format!(
+            "{} keeps both targets for {at90}, and {who}for {at99}{factors}.",
+            self.looks[best90].label
+        )
     }
 
     /// The best of each share over least-requests.
@@ -241,11 +252,12 @@ impl Page<'_> {
 
     fn goodput(&self, html: &mut String) {
         let Pictures { curves, common, .. } = self.pictures;
-        let kept: Vec<_> = self
-            .results
-            .iter()
-            .map(|ran| [ran.goodput90, ran.goodput99])
-            .collect();
+        let dot = |figures: &Figures| (figures.rate, figures.rate * figures.attainment);
+        let kept = |ran: &&Ran| {
+            let at90 = self.about.searched.then_some(&ran.figures);
+            [at90, ran.at99.as_ref()].map(|figures| figures.map(dot))
+        };
+        let kept: Vec<_> = self.results.iter().map(kept).collect();
         let chart = charts::goodput(
             &self.looks,
             curves,
@@ -258,9 +270,15 @@ impl Page<'_> {
         } else {
             ""
         };
+        let bound = self.report.fluid_bound;
+        let short_trace = if curves.iter().flatten().any(|point| point.goodput > bound) {
+            " Goodput above the bound says that the trace ends before its queues have grown: take a longer one."
+        } else {
+            ""
+        };
         let note = format!(
             "Requests a second that kept both targets. A curve that leaves the line of 90 % fails a tenth of \
-             its requests.{dots} The dotted line is the load of the comparisons that follow. {}",
+             its requests.{dots} The dotted line is the load of the comparisons that follow.{short_trace} {}",
             self.seeds()
         );
         section(
@@ -468,10 +486,11 @@ impl Page<'_> {
     }
 
     fn common_is(&self) -> String {
-        match self.about.searched {
-            true => format!(", at which {} keeps 90 %", self.looks[0].label),
-            false => String::new(),
+        if !self.about.searched {
+            return String::new();
         }
+        let first = &self.looks[0].label;
+        format!(", the highest load at which {first} was found to keep 90 %")
     }
 
     fn seeds(&self) -> String {
