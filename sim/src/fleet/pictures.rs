@@ -319,7 +319,7 @@ mod tests {
     use crate::trace::Trace;
 
     fn drawn(threads: usize) -> (Pictures, usize) {
-        let load = Workload::new(&Trace::sample(Some(20)).unwrap());
+        let load = Workload::new(&Trace::sample(Some(8)).unwrap());
         let base = Setup {
             workers: 2,
             ..Setup::default()

@@ -155,7 +155,11 @@ pub(super) fn ttft(looks: &[Look], ttft: &[Vec<(f64, f64)>], target_ms: [f64; 3]
             .axis_style(MUTED)
             .y_labels(6)
             .x_label_formatter(&|ms| duration(*ms))
-            .y_label_formatter(&|share| format!("{:.0} %", share * 100.0))
+            // At the origin the other axis has its label.
+            .y_label_formatter(&|share| match share * 100.0 {
+                percent if percent < 1.0 => String::new(),
+                percent => format!("{percent:.0} %"),
+            })
             .label_style(style(FONT, &MUTED))
             .axis_desc_style(style(FONT, &INK))
             .x_desc("time to first token (log scale)")
