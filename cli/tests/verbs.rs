@@ -356,3 +356,66 @@ fn an_engine_serves_until_it_is_told_to_stop_and_dies_with_its_parent() {
         &["supervisor is gone"],
     );
 }
+
+#[test]
+fn a_report_of_a_fleet_is_one_page_with_its_numbers_inside() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("<b>&\"'.jsonl");
+    let mut file = std::fs::File::create(&trace).unwrap();
+    for number in 0..40 {
+        let (at, session) = (number * 300, number % 8);
+        let asked = format!(
+            r#"{{"timestamp":{at},"input_length":2048,"output_length":20,"hash_ids":[0,{},{},{}]}}"#,
+            1 + session,
+            9 + session,
+            17 + number
+        );
+        writeln!(file, "{asked}").unwrap();
+    }
+    for how in [&["--search", "--steps", "4"][..], &["--rate", "2x"][..]] {
+        let out = dir.path().join("out.html");
+        let asked = ["sim", "fleet", "--trace", text(&trace), "--workers", "2"];
+        let policies = ["--policies", "forebay,least-requests", "--queues", "both"];
+        let report = ["--report", text(&out)];
+        let printed = json(&[&asked[..], &policies[..], &report[..], how].concat());
+        let page = std::fs::read_to_string(&out).unwrap();
+        for section in ["goodput", "ttft", "hits", "balance", "staleness", "figures"] {
+            assert!(
+                page.contains(&format!("<section id=\"{section}\">")),
+                "{section}"
+            );
+        }
+        for named in ["forebay", "least-requests", "least-requests, our queue"] {
+            assert!(page.contains(&format!("</i>{named}</td>")), "{named}");
+        }
+        assert_eq!(embedded(&page, "report"), printed);
+        let pictures = embedded(&page, "pictures");
+        assert_eq!(pictures["curves"].as_array().unwrap().len(), 3);
+        assert_eq!(
+            page.matches("<svg ").count(),
+            page.matches("</svg>").count()
+        );
+        assert!(page.contains("&lt;b&gt;&amp;") && !page.contains("<b>&"));
+        let elsewhere = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+        for reference in ["http://", "https://", "src=", "href=", "url(", "@import"] {
+            assert!(!elsewhere.contains(reference), "{reference}");
+        }
+    }
+}
+
+fn embedded(page: &str, id: &str) -> serde_json::Value {
+    let start = format!("<script type=\"application/json\" id=\"{id}\">");
+    let (_, json) = page.split_once(&start).unwrap();
+    serde_json::from_str(json.split_once("</script>").unwrap().0).unwrap()
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_refused_before_the_runs() {
+    let report = "/nonexistent/out.html";
+    // These runs would take hours.
+    let long = [
+        "sim", "fleet", "--search", "--seeds", "100", "--steps", "20",
+    ];
+    let says = ["--report /nonexistent/out.html", "No such file"];
+    check(&[&long[..], &["--report", report]].concat(), 2, &says);
+}

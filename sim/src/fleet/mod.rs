@@ -9,14 +9,17 @@
 //! - [`fluid`]: what no placement can exceed.
 //! - [`search`]: the highest rate at which enough requests keep their targets.
 //! - [`study()`]: several policies on the same requests, seed by seed.
+//! - [`pictures()`]: the further runs that pictures of a study show.
 
 mod arrivals;
 mod balancer;
 mod fault;
 mod fluid;
 mod measure;
+mod pictures;
 mod search;
 mod study;
+mod threads;
 mod worker;
 mod world;
 
@@ -29,6 +32,9 @@ pub use arrivals::{Spread, Workload};
 pub use fault::{Fault, FaultError, What};
 pub use fluid::{Fluid, fluid};
 pub use measure::{Outcome, quantile};
+pub use pictures::{
+    BALANCERS, Common, Grid, Grids, Pictures, Point, STALENESS_MS, Who, pictures, runs_of_pictures,
+};
 pub use search::{Found, search};
 pub use study::{Contender, Estimate, Figures, Rates, Result, SHARES, runs_of, study};
 pub use world::run;

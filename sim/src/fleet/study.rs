@@ -1,13 +1,10 @@
 //! Several policies on the same requests, seed by seed, and what can be said of the differences.
 
-use std::collections::BTreeMap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use forebay_scheduler::policy::Policy;
 use serde::Serialize;
 
-use super::{Found, Order, Outcome, Setup, Workload, quantile, run, search};
+use super::threads::each;
+use super::{Found, Order, Setup, Workload, quantile, run, search};
 
 /// Shares of requests within both targets that a search looks for.
 pub const SHARES: [f64; 2] = [0.9, 0.99];
@@ -102,9 +99,6 @@ pub struct Result {
     pub at99: Option<Figures>,
     /// Goodputs by seed, in the order of the seeds.
     pub by_seed: Vec<[f64; 2]>,
-    /// The first seed's run at the rate of `figures`, for pictures.
-    #[serde(skip)]
-    pub sample: Option<Outcome>,
 }
 
 type Runs = Vec<Found>;
@@ -120,35 +114,15 @@ pub fn study(
     threads: usize,
     ran: &(dyn Fn() + Sync),
 ) -> Vec<Result> {
-    let tasks = contenders.len() * seeds.len();
-    let (next, done) = (
-        AtomicUsize::new(0),
-        Mutex::new(BTreeMap::<usize, Runs>::new()),
-    );
-    std::thread::scope(|scope| {
-        for _ in 0..threads.clamp(1, tasks.max(1)) {
-            scope.spawn(|| {
-                loop {
-                    let task = next.fetch_add(1, Ordering::Relaxed);
-                    if task >= tasks {
-                        return;
-                    }
-                    let contender = contenders[task / seeds.len()];
-                    let setup = Setup {
-                        policy: contender.policy,
-                        order: contender.order,
-                        ..base.clone()
-                    };
-                    let runs = one(load, &setup, rates, seeds[task % seeds.len()], ran);
-                    done.lock()
-                        .expect("no thread panics with the lock")
-                        .insert(task, runs);
-                }
-            });
-        }
+    let runs = each(contenders.len() * seeds.len(), threads, |task| {
+        let contender = contenders[task / seeds.len()];
+        let setup = Setup {
+            policy: contender.policy,
+            order: contender.order,
+            ..base.clone()
+        };
+        one(load, &setup, rates, seeds[task % seeds.len()], ran)
     });
-    let done = done.into_inner().expect("no thread panics with the lock");
-    let runs: Vec<Runs> = done.into_values().collect();
     let by_contender: Vec<&[Runs]> = runs.chunks(seeds.len().max(1)).collect();
     let bound = super::fluid(load, base).bound;
     by_contender
@@ -196,11 +170,10 @@ fn result(runs: &[Runs], first: &[Runs], bound: f64, rates: Rates) -> Result {
             .iter()
             .map(|run| [rate(run, 0), rate(run, 1)])
             .collect(),
-        sample: runs.first().and_then(|run| run.first()?.outcome.clone()),
     }
 }
 
-fn figures<'a>(found: impl Iterator<Item = &'a Found>) -> Figures {
+pub(super) fn figures<'a>(found: impl Iterator<Item = &'a Found>) -> Figures {
     let (mut sum, mut count) = (Figures::default(), 0.0);
     for found in found {
         let Some(outcome) = &found.outcome else {

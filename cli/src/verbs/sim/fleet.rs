@@ -1,7 +1,7 @@
 //! `forebay sim fleet`: placement rules on a trace, in virtual time.
 
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use forebay_scheduler::model::Profile;
 use forebay_scheduler::policy;
 use forebay_sim::fleet::{
     Contender, Fault, Fluid, Order, Rates, Result as Ran, Setup, Slo, Spread, Workload, fluid,
-    runs_of, study,
+    pictures, runs_of, runs_of_pictures, study,
 };
 use forebay_sim::trace::{Options, SAMPLES, Sample, Trace};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -19,9 +19,14 @@ use serde::Serialize;
 use crate::exit::CliError;
 use crate::output::{self, OutputArgs};
 
+mod charts;
+mod page;
+
 /// Searches look no higher than so many times the fluid bound.
 const ABOVE_THE_BOUND: f64 = 1.05;
 const MAX_WORKERS: i64 = 4_096;
+/// Pictures are means over the first seeds, so many at most.
+const SEEDS_OF_PICTURES: usize = 3;
 
 /// Options of `forebay sim fleet`.
 #[derive(Debug, Args)]
@@ -99,7 +104,8 @@ pub(super) struct FleetArgs {
     /// slow:2@0*0.5. May be given again.
     #[arg(long, value_name = "FAULT")]
     fail: Vec<Fault>,
-    /// Write one page of pictures that needs nothing else.
+    /// Write one page of pictures that needs nothing else. Takes some 26 runs a policy and 48 more, for
+    /// each of up to three seeds.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     #[command(flatten)]
@@ -216,7 +222,23 @@ impl Serialize for Named {
     }
 }
 
+impl Report {
+    /// Name, whether it is a published rule before our queue, and result, in the order in which they ran.
+    fn results(&self) -> impl Iterator<Item = (&'static str, bool, &Ran)> {
+        let published = self
+            .policies
+            .0
+            .iter()
+            .map(|(name, ran)| (*name, false, ran));
+        let ours = self.with_our_queue.iter().flat_map(|named| &named.0);
+        published.chain(ours.map(|(name, ran)| (*name, true, ran)))
+    }
+}
+
 pub(super) fn run(args: &FleetArgs) -> Result<(), CliError> {
+    if let Some(path) = &args.report {
+        can_be_written(path)?;
+    }
     let (load, setup) = (Workload::new(&args.read()?), args.setup()?);
     let bound = fluid(&load, &setup);
     let rates = args.rates(&load, &bound);
@@ -235,6 +257,14 @@ pub(super) fn run(args: &FleetArgs) -> Result<(), CliError> {
     let ran = study(&load, &setup, &contenders, rates, &seeds, threads, &|| {
         bar.inc(1);
     });
+    let drawn = args.report.as_ref().map(|path| {
+        let seeds = &seeds[..seeds.len().min(SEEDS_OF_PICTURES)];
+        let more = runs_of_pictures(contenders.len(), seeds.len());
+        bar.set_length(bar.position() + more as u64);
+        let studied = (&contenders[..], &ran[..]);
+        let drawn = pictures(&load, &setup, studied, seeds, threads, &|| bar.inc(1));
+        (path, drawn)
+    });
     bar.finish_and_clear();
     let mut named = contenders.iter().map(|one| one.policy.name()).zip(ran);
     let report = Report {
@@ -252,8 +282,23 @@ pub(super) fn run(args: &FleetArgs) -> Result<(), CliError> {
         policies: Named(named.by_ref().take(published.len()).collect()),
         with_our_queue: (args.queues == Queues::Both).then(|| Named(named.collect())),
     };
+    if let Some((path, drawn)) = drawn {
+        let page = page::page(&report, &drawn, &args.about(&report));
+        std::fs::write(path, page).map_err(|error| unwritable(path, &error))?;
+    }
     args.output.print(&report, || table(&report));
     Ok(())
+}
+
+/// Says so before the runs, not after them.
+fn can_be_written(path: &Path) -> Result<(), CliError> {
+    let mut options = std::fs::OpenOptions::new();
+    let opened = options.write(true).create(true).truncate(false).open(path);
+    opened.map(drop).map_err(|error| unwritable(path, &error))
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> CliError {
+    CliError::usage(format!("--report {}: {error}", path.display()))
 }
 
 impl FleetArgs {
@@ -307,6 +352,79 @@ impl FleetArgs {
         })
     }
 
+    fn about(&self, report: &Report) -> page::About {
+        let words: Vec<String> = std::env::args().skip(1).map(|word| quoted(&word)).collect();
+        let named = forebay_scheduler::model::PROFILES;
+        let profile = named.iter().find(|(_, profile)| *profile == self.profile);
+        let Slo {
+            ttft_ms,
+            ttft_ms_per_token,
+            tpot_ms,
+        } = self.slo;
+        let each = match ttft_ms_per_token {
+            0.0 => String::new(),
+            each => format!(" + {each} ms a prompt token"),
+        };
+        let reports = match self.staleness_ms {
+            0 => "always fresh".into(),
+            ms => format!("every {ms} ms"),
+        };
+        let trace = self.trace.file_name().unwrap_or(self.trace.as_os_str());
+        let trace = trace.to_string_lossy().into_owned();
+        let mut facts = vec![
+            ("Requests", format!("{} of {trace}", report.requests)),
+            (
+                "Arrivals",
+                format!(
+                    "{}; recorded at {:.2}/s",
+                    report.arrivals, report.trace_rate
+                ),
+            ),
+            ("Workers", self.workers.to_string()),
+            (
+                "Engine",
+                profile.map_or("custom", |(name, _)| name).to_owned(),
+            ),
+            (
+                "Cache of a worker",
+                format!("{:.2} million tokens", self.kv_blocks as f64 / 1e6),
+            ),
+            ("Balancers", self.balancers.to_string()),
+            ("Reports", reports),
+            (
+                "Targets",
+                format!("TTFT {ttft_ms} ms{each}, TPOT {tpot_ms} ms"),
+            ),
+            ("Seeds", format!("{} from {}", self.seeds, self.seed)),
+            (
+                "Fluid bound",
+                format!(
+                    "{:.2} requests/s, {:.1} % cached",
+                    report.fluid_bound,
+                    report.fluid_hit_ratio * 100.0
+                ),
+            ),
+        ];
+        if self.report_loss > 0.0 {
+            facts.push(("Reports lost", format!("{:.1} %", self.report_loss * 100.0)));
+        }
+        if self.speeds > 0.0 {
+            facts.push((
+                "Engines differ by",
+                format!("up to {:.1} %", self.speeds * 100.0),
+            ));
+        }
+        if !self.fail.is_empty() {
+            facts.push(("Faults", format!("{}, see the command", self.fail.len())));
+        }
+        page::About {
+            command: format!("forebay {}", words.join(" ")),
+            trace,
+            facts,
+            searched: self.search,
+        }
+    }
+
     fn rates(&self, load: &Workload, bound: &Fluid) -> Rates {
         if self.search {
             return Rates::Search {
@@ -341,6 +459,15 @@ impl FleetArgs {
         };
         self.policies.iter().map(named).collect()
     }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |one: char| one.is_ascii_alphanumeric() || "-_./,:=+@%".contains(one);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 fn bar(runs: usize) -> ProgressBar {
