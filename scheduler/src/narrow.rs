@@ -12,7 +12,7 @@ use forebay_proto::{Now, WorkerId};
 
 use crate::model::attention_pairs;
 use crate::pick::{Field, Held, Ranked};
-use crate::policy::{ETA, Policy, Request, Rule, Score};
+use crate::policy::{Policy, Request, Rule, Score, cost};
 use crate::standing::{Access, Moment, Standing};
 use crate::view::View;
 
@@ -30,9 +30,10 @@ pub(crate) struct Bound {
     fixed_ms: f64,
     token_ms: f64,
     pair_ms: f64,
-    /// What each token and pair inflicts on those who are there, weighed.
-    imposed_token_ms: f64,
-    imposed_pair_ms: f64,
+    /// What each token takes of its own, without the iterations' bases.
+    own_token_ms: f64,
+    /// Requests that are there.
+    residents: f64,
     ttft_p50: f64,
     ttft_p95: f64,
     /// From token to token before the context of the prompt, and what each token of that adds.
@@ -47,7 +48,6 @@ impl Bound {
         let (outlook, drain) = (&standing.outlook, standing.drain());
         let pace = &outlook.pace;
         let (token_ms, pair_ms) = (pace.least_token_ms(), pace.pair_ms);
-        let crowd = ETA * outlook.residents;
         Self {
             suspect_after_ms: standing.suspect_after_ms,
             over_ms: drain.over_ms,
@@ -55,8 +55,8 @@ impl Bound {
             fixed_ms: outlook.wait_ms + drain.tokens * token_ms + drain.pairs * pair_ms,
             token_ms,
             pair_ms,
-            imposed_token_ms: crowd * pace.token_ms,
-            imposed_pair_ms: crowd * pace.pair_ms,
+            own_token_ms: pace.token_ms,
+            residents: outlook.residents,
             ttft_p50: outlook.residuals.ttft_p50,
             ttft_p95: outlook.residuals.ttft_p95,
             decode_ms: outlook.decode_ms,
@@ -66,13 +66,18 @@ impl Bound {
         }
     }
 
-    /// The least time to first token, and the least cost.
+    /// The least time to first token.
     #[inline]
-    fn least(&self, now_ms: f64, tokens: f64, pairs: f64) -> (f64, f64) {
+    fn least_ttft_ms(&self, now_ms: f64, tokens: f64, pairs: f64) -> f64 {
         let before = self.fixed_ms + (self.over_ms - now_ms).max(0.0) * self.passes_ms;
-        let ttft = before + tokens * self.token_ms + pairs * self.pair_ms;
-        let imposed = tokens * self.imposed_token_ms + pairs * self.imposed_pair_ms;
-        (ttft, ttft * self.ttft_p50 + imposed)
+        before + tokens * self.token_ms + pairs * self.pair_ms
+    }
+
+    /// The least cost.
+    #[inline]
+    fn least_cost(&self, late: bool, ttft_ms: f64, tokens: f64, pairs: f64) -> f64 {
+        let own = tokens * self.own_token_ms + pairs * self.pair_ms;
+        cost(late, ttft_ms * self.ttft_p50, own, own * self.residents)
     }
 }
 
@@ -106,10 +111,12 @@ impl View {
             field.candidates += 1;
             let cached = held.by(bound.worker);
             let tokens = request.prompt_tokens - cached;
-            let (ttft, cost) = bound.least(at.ms, tokens, attention_pairs(cached, tokens));
+            let pairs = attention_pairs(cached, tokens);
+            let ttft = bound.least_ttft_ms(at.ms, tokens, pairs);
             let tpot = bound.decode_ms + request.prompt_tokens * bound.context_ms;
             let late = ttft * bound.ttft_p95 > ttft_target || tpot > tpot_target;
             let tier = u32::from(late);
+            let cost = bound.least_cost(late, ttft, tokens, pairs);
             if tier > best.tier || (tier == best.tier && cost > limit) {
                 continue;
             }

@@ -150,14 +150,15 @@ fn what_was_refused_takes_its_tokens_along() {
 }
 
 #[test]
-fn between_reports_a_backlog_drains_as_fast_as_the_model_says() {
-    let mut view = view(&[(20_000.0, 0)]);
+fn between_reports_a_backlog_drains_as_fast_as_the_model_says_attention_included() {
+    let (tokens, pairs) = (20_000.0, 20_000.0 * 20_000.0 / 2.0);
+    let mut view = view(&[(tokens, 0)]);
     let profile = Profile::default();
-    let rate = 1_024.0 / profile.iteration_ms(1_024.0, 0.0, 0.0, 0.0);
-    let left = 20_000.0 - 500.0 * rate;
+    let whole_ms = profile.prefill_ms(&Backlog::default(), tokens, pairs);
+    let left = 1.0 - 500.0 / whole_ms;
     let backlog = Backlog {
-        pending_tokens: left,
-        pending_pairs: 20_000.0 * 20_000.0 / 2.0 * (left / 20_000.0),
+        pending_tokens: tokens * left,
+        pending_pairs: pairs * left,
         ..Backlog::default()
     };
     close(

@@ -3,11 +3,14 @@
 //!
 //! Feasible are workers where the 0.95 quantile of the time to first token and the time from token to
 //! token stay within the request's targets and the KV cache suffices; where there is one, no other is
-//! chosen. Among them, or among all where there is none, the least `J = TTFT̂₀.₅ + η·X + E + χ`
-//! ([`Terms`]): `X` the prefill of what the worker does not hold times the requests that are there,
-//! `E` the expected prefill of what is evicted for it, `χ` what a worker costs that may be dead. That
-//! sum covers published rules (Mooncake's with η = 0, LMetric's product as the pure externality); a
-//! small η held the tail in simulations, 0.5 and more lost it.
+//! chosen. Among them the least `J = TTFT̂₀.₅ + c·P + η·X + E + χ` ([`Terms`]): `P` the prefill of what
+//! the worker does not hold, which the whole fleet has to make good for; `X` that times the requests
+//! that are there; `E` the expected prefill of what is evicted for it, `χ` what a worker costs that may
+//! be dead. With `c` = η = 0 that is Mooncake's rule, the pure externality is LMetric's product; a small
+//! η held the tail in simulations, 0.5 and more lost it.
+//!
+//! Where nothing is feasible the request will be late, and what is left is to do the least harm: the wait
+//! counts half.
 //!
 //! Near-ties, within what the view's age makes meaningless, go by the rendezvous hash of the
 //! conversation, so that balancers which see different things still keep a conversation together.
@@ -19,7 +22,11 @@ use crate::model::Targets;
 use crate::terms::Terms;
 
 /// Weight of the delay inflicted on others.
-pub(crate) const ETA: f64 = 0.05;
+const ETA: f64 = 0.05;
+/// Weight of a request's own prefill, beyond its part in the time to first token.
+const COST: f64 = 1.0;
+/// Weight of the wait of a request that will be late wherever it goes.
+const LATE_WAIT: f64 = 0.5;
 /// A view this old says nothing about differences below [`FLOOR_MS`] and [`SHARE`].
 const STALE: Duration = Duration::from_millis(250);
 const FLOOR_MS: f64 = 10.0;
@@ -57,11 +64,23 @@ impl Policy for Forebay {
 }
 
 fn rule(terms: &Terms, targets: &Targets) -> Score {
-    let others = ETA * terms.imposed_ms + terms.evicted_ms;
+    let late = !terms.feasible(targets);
+    let cost = cost(late, terms.ttft_p50_ms, terms.own_ms, terms.imposed_ms);
     Score {
-        tier: u32::from(!terms.feasible(targets)),
-        first: terms.ttft_p50_ms + others + terms.risk_ms,
+        tier: u32::from(late),
+        first: cost + terms.evicted_ms + terms.risk_ms,
         // In tenths: less is no reason.
         second: (terms.occupancy * 10.0).floor(),
     }
+}
+
+/// `J` before evictions and suspicion. Grows with each of the three times, the own prefill being part of
+/// the time to first token.
+pub(crate) fn cost(late: bool, ttft_p50_ms: f64, own_ms: f64, imposed_ms: f64) -> f64 {
+    let ttft_ms = if late {
+        own_ms + LATE_WAIT * (ttft_p50_ms - own_ms)
+    } else {
+        ttft_p50_ms
+    };
+    ttft_ms + COST * own_ms + ETA * imposed_ms
 }

@@ -30,7 +30,7 @@ use std::time::Duration;
 use forebay_proto::WorkerId;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::forebay::ETA;
+pub(crate) use self::forebay::cost;
 use crate::index::Hit;
 use crate::model::{Backlog, Profile, Residuals, Targets};
 use crate::pick::{self, Draws};

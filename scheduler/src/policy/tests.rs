@@ -107,7 +107,7 @@ fn configurations_may_name_exactly_these() {
 }
 
 #[test]
-fn forebay_goes_to_the_warm_worker_while_that_is_sooner() {
+fn forebay_waits_for_the_warm_worker_as_long_as_the_saved_prefill_is_worth() {
     check(
         "forebay",
         &[worker(1, 0.0, 1.0, 3_900.0), worker(0, 0.0, 0.0, 0.0)],
@@ -121,8 +121,24 @@ fn forebay_goes_to_the_warm_worker_while_that_is_sooner() {
     check(
         "forebay",
         &[worker(3, 5_000.0, 1.0, 3_900.0), worker(0, 0.0, 0.0, 0.0)],
+        Some(0),
+    );
+    check(
+        "forebay",
+        &[worker(3, 9_000.0, 1.0, 3_900.0), worker(0, 0.0, 0.0, 0.0)],
         Some(1),
     );
+}
+
+#[test]
+fn a_request_that_will_be_late_waits_where_it_does_the_least_harm() {
+    let workers = [worker(3, 12_000.0, 1.0, 3_900.0), worker(0, 0.0, 0.0, 0.0)];
+    check("forebay", &workers, Some(1));
+    let out_of_reach = Targets {
+        ttft_ms: 1.0,
+        tpot_ms: f64::INFINITY,
+    };
+    check_promised("forebay", out_of_reach, &workers, Some(0));
 }
 
 #[test]

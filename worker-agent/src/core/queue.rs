@@ -6,7 +6,7 @@
 //! come, first served, behind those that were promised one soon.
 //!
 //! Who has not started by then is late, whatever is done. In front it would only make those behind it
-//! late too, at the back it would starve: it gets one second target, [`SECOND_TARGET`] times the first,
+//! late too, at the back it would starve: it gets one second target, [`SECOND_CHANCE`] after the first,
 //! and competes with that again. Past that it is the most urgent there is, by age: nothing waits for
 //! longer than the second target and those that are as late.
 
@@ -17,10 +17,8 @@ use forebay_proto::Now;
 
 use super::placement::PlacementId;
 
-/// The second target of what missed its first, as a multiple of it.
-pub(super) const SECOND_TARGET: f64 = 4.0;
-/// A first target counts as no shorter than this for the second: little may have been left of it.
-const LEAST_TARGET: Duration = Duration::from_secs(1);
+/// How much later the second target of what missed its first is.
+pub(super) const SECOND_CHANCE: Duration = Duration::from_secs(10);
 /// The target of what was promised nothing.
 pub(super) const NOMINAL_TARGET: Duration = Duration::from_secs(10);
 
@@ -42,10 +40,10 @@ impl StartBy {
             };
         }
         let after = |target_ms: f64| micros(arrived).saturating_add(whole(target_ms - prefill_ms));
-        let least_ms = LEAST_TARGET.as_secs_f64() * 1e3;
+        let second_ms = SECOND_CHANCE.as_secs_f64() * 1e3;
         Self {
             micros: after(ttft_ms),
-            second: Some(after(SECOND_TARGET * ttft_ms.max(least_ms))),
+            second: Some(after(ttft_ms + second_ms)),
         }
     }
 }
