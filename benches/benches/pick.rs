@@ -116,6 +116,7 @@ fn world(workers: u32, fleet: Fleet, rng: &mut StdRng) -> View {
                 pending_pairs: pending_tokens * 500.0,
                 decodes: running.into(),
                 context_tokens: f64::from(running) * 4_000.0,
+                ..Backlog::default()
             },
             model: Some(Profile::default()),
             residuals: Residuals::default(),

@@ -8,6 +8,7 @@ pub mod fingerprint;
 pub mod index;
 pub mod json;
 pub mod learn;
+mod lineup;
 mod load;
 pub mod model;
 mod narrow;
@@ -21,6 +22,7 @@ mod view;
 mod wait;
 mod worker;
 
+pub use lineup::{Lineup, NOMINAL_TARGET, SECOND_CHANCE};
 pub use load::{Acceptance, Load, LoadError};
 pub use pick::{Choice, Draws, NoChoice, Work};
 pub use receipt::{Asked, Considered, Filtered, MOST_CONSIDERED, Outcome, Receipt, Versions};

@@ -6,6 +6,7 @@ use forebay_proto::ids::IdError;
 use forebay_proto::wire::work as wire;
 use forebay_proto::{Incarnation, Millis, Revision};
 
+use crate::lineup::Lineup;
 use crate::model::{Backlog, Profile, Residuals};
 
 /// Whether a worker takes new placements, by its agent's word.
@@ -99,6 +100,7 @@ impl Load {
                 pending_pairs: report.pending_pairs as f64,
                 decodes: report.decodes.into(),
                 context_tokens: report.context_tokens as f64,
+                lineup: Lineup::from_wire(&report.lineup_ms),
             },
             model: report.model.as_ref().and_then(Profile::from_wire),
             residuals: Residuals::from_wire(report.ttft_p50, report.ttft_p95),
@@ -133,6 +135,7 @@ impl Load {
             model: self.model.map(|model| model.to_wire()),
             ttft_p50: Some(short(self.residuals.ttft_p50)),
             ttft_p95: Some(short(self.residuals.ttft_p95)),
+            lineup_ms: self.backlog.lineup.to_wire(),
         }
     }
 }

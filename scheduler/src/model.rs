@@ -5,6 +5,8 @@
 //! the prefill's attention.
 
 use forebay_proto::wire::work as wire;
+
+use crate::lineup::Lineup;
 use serde::{Deserialize, Serialize};
 
 /// How fast one worker is, in milliseconds.
@@ -94,6 +96,8 @@ pub struct Backlog {
     pub decodes: f64,
     /// Tokens of context that these attend to.
     pub context_tokens: f64,
+    /// Those of the pending that the engine has not got yet, by urgency.
+    pub lineup: Lineup,
 }
 
 /// What a request was promised, in milliseconds; infinite: nothing.
@@ -272,6 +276,15 @@ impl Default for Profile {
     }
 }
 
+/// A prefill and those before it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Prefills {
+    pub(crate) pending_tokens: f64,
+    pub(crate) pending_pairs: f64,
+    pub(crate) uncached: f64,
+    pub(crate) own_pairs: f64,
+}
+
 /// How a worker prefills beside its decodes: what of [`Profile::prefill_ms`] does not depend on the
 /// prompt, because it is asked of every worker for every request.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -325,6 +338,22 @@ impl Pace {
     /// Time to first token behind what is pending.
     pub(crate) fn ttft_ms(&self, pending_tokens: f64, uncached: f64, pairs: f64) -> f64 {
         self.joining_ms(pending_tokens) + self.prefill_ms(pending_tokens + uncached, pairs)
+    }
+
+    /// Time to first token behind what is pending and more urgent.
+    pub(crate) fn ttft_by_slack_ms(&self, lineup: &Lineup, prefills: &Prefills, slack: f64) -> f64 {
+        let Prefills {
+            pending_tokens,
+            pending_pairs,
+            uncached,
+            own_pairs,
+        } = *prefills;
+        let last = self.ttft_ms(pending_tokens, uncached, pending_pairs + own_pairs);
+        let behind = lineup.behind_ms(slack);
+        if behind <= 0.0 {
+            return last;
+        }
+        last - behind.min(self.prefill_ms(pending_tokens, pending_pairs))
     }
 
     /// The least that a prompt token adds. A chunk's time divided by its tokens falls with the tokens,

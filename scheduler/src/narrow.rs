@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use forebay_proto::{Now, WorkerId};
 
+use crate::lineup::{Lineup, slack_ms};
 use crate::model::attention_pairs;
 use crate::pick::{Field, Held, Ranked};
 use crate::policy::{Policy, Request, Rule, Score, cost};
@@ -34,6 +35,7 @@ pub(crate) struct Bound {
     own_token_ms: f64,
     /// Requests that are there.
     residents: f64,
+    lineup: Lineup,
     ttft_p50: f64,
     ttft_p95: f64,
     /// From token to token before the context of the prompt, and what each token of that adds.
@@ -57,6 +59,7 @@ impl Bound {
             pair_ms,
             own_token_ms: pace.token_ms,
             residents: outlook.residents,
+            lineup: outlook.lineup,
             ttft_p50: outlook.residuals.ttft_p50,
             ttft_p95: outlook.residuals.ttft_p95,
             decode_ms: outlook.decode_ms,
@@ -66,18 +69,18 @@ impl Bound {
         }
     }
 
-    /// The least time to first token.
+    /// What a prefill takes of its own.
     #[inline]
-    fn least_ttft_ms(&self, now_ms: f64, tokens: f64, pairs: f64) -> f64 {
-        let before = self.fixed_ms + (self.over_ms - now_ms).max(0.0) * self.passes_ms;
-        before + tokens * self.token_ms + pairs * self.pair_ms
+    fn own_ms(&self, tokens: f64, pairs: f64) -> f64 {
+        tokens * self.own_token_ms + pairs * self.pair_ms
     }
 
-    /// The least cost.
+    /// The least time to first token.
     #[inline]
-    fn least_cost(&self, late: bool, ttft_ms: f64, tokens: f64, pairs: f64) -> f64 {
-        let own = tokens * self.own_token_ms + pairs * self.pair_ms;
-        cost(late, ttft_ms * self.ttft_p50, own, own * self.residents)
+    fn least_ttft_ms(&self, now_ms: f64, tokens: f64, pairs: f64, slack_ms: f64) -> f64 {
+        let before = self.fixed_ms + (self.over_ms - now_ms).max(0.0) * self.passes_ms;
+        let last = before + tokens * self.token_ms + pairs * self.pair_ms;
+        last - self.lineup.behind_ms(slack_ms)
     }
 }
 
@@ -112,11 +115,13 @@ impl View {
             let cached = held.by(bound.worker);
             let tokens = request.prompt_tokens - cached;
             let pairs = attention_pairs(cached, tokens);
-            let ttft = bound.least_ttft_ms(at.ms, tokens, pairs);
+            let own = bound.own_ms(tokens, pairs);
+            let slack = slack_ms(request.targets.ttft_ms, own);
+            let ttft = bound.least_ttft_ms(at.ms, tokens, pairs, slack);
             let tpot = bound.decode_ms + request.prompt_tokens * bound.context_ms;
             let late = ttft * bound.ttft_p95 > ttft_target || tpot > tpot_target;
             let tier = u32::from(late);
-            let cost = bound.least_cost(late, ttft, tokens, pairs);
+            let cost = cost(late, ttft * bound.ttft_p50, own, own * bound.residents);
             if tier > best.tier || (tier == best.tier && cost > limit) {
                 continue;
             }

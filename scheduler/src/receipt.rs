@@ -249,7 +249,7 @@ impl Receipt {
         let request = asked.request();
         let mut candidates: Vec<_> = self.considered.iter().map(|one| one.candidate).collect();
         for candidate in &mut candidates {
-            candidate.predict(asked.prompt_tokens);
+            candidate.predict(asked.prompt_tokens, request.targets.ttft_ms);
         }
         let field = policy::Field {
             candidates: self.eligible,

@@ -110,14 +110,7 @@ impl Standing {
             profile,
             residuals,
             queueing,
-            outlook: Outlook::of(
-                &profile,
-                residuals,
-                &queueing,
-                backlog.decodes,
-                backlog.context_tokens,
-                kv_tokens,
-            ),
+            outlook: Outlook::of(&profile, residuals, &queueing, &backlog, kv_tokens),
             backlog,
             drain_per_ms,
             booked,
@@ -192,6 +185,7 @@ impl Standing {
             prompt_tokens: request.prompt_tokens,
             cached_tokens: cached,
             suspicion: self.suspicion(at),
+            ttft_target_ms: request.targets.ttft_ms,
         })
     }
 

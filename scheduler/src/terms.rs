@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Pace, Profile, Residuals, Targets, attention_pairs};
+use crate::lineup::{Lineup, slack_ms};
+use crate::model::{Backlog, Pace, Prefills, Profile, Residuals, Targets, attention_pairs};
 use crate::wait::Queueing;
 
 /// Output assumed of a request, because nothing is known of it in advance.
@@ -61,6 +62,7 @@ pub(crate) struct Outlook {
     pub(crate) residuals: Residuals,
     context_tokens: f64,
     kv_tokens: f64,
+    pub(crate) lineup: Lineup,
     /// From token to token with one request more, without its context: alone, and beside a prefill.
     pub(crate) decode_ms: f64,
     mixed_ms: f64,
@@ -78,6 +80,8 @@ pub(crate) struct Arrival {
     pub(crate) cached_tokens: f64,
     /// How likely the worker is dead, 0 to 1.
     pub(crate) suspicion: f64,
+    /// What was promised.
+    pub(crate) ttft_target_ms: f64,
 }
 
 impl Outlook {
@@ -85,10 +89,15 @@ impl Outlook {
         profile: &Profile,
         residuals: Residuals,
         queueing: &Queueing,
-        decodes: f64,
-        context_tokens: f64,
+        backlog: &Backlog,
         kv_tokens: f64,
     ) -> Self {
+        let Backlog {
+            decodes,
+            context_tokens,
+            lineup,
+            ..
+        } = *backlog;
         let pace = Pace::of(profile, decodes, context_tokens);
         let after = |prefill| profile.iteration_ms(prefill, decodes + 1.0, context_tokens, 0.0);
         Self {
@@ -99,6 +108,7 @@ impl Outlook {
             residuals,
             context_tokens,
             kv_tokens,
+            lineup,
             decode_ms: after(0.0),
             mixed_ms: after(pace.chunk),
             context_ms: profile.context_ms,
@@ -113,13 +123,20 @@ impl Outlook {
             prompt_tokens,
             cached_tokens,
             suspicion,
+            ttft_target_ms,
         } = *arrival;
         let uncached = prompt_tokens - cached_tokens;
         let own_pairs = attention_pairs(cached_tokens, uncached);
         let (pace, to_prefill) = (&self.pace, pending_tokens + uncached);
-        let pairs = pending_pairs + own_pairs;
-        let ttft = self.wait_ms + pace.ttft_ms(pending_tokens, uncached, pairs);
         let own = pace.token_ms * uncached + pace.pair_ms * own_pairs;
+        let prefills = Prefills {
+            pending_tokens,
+            pending_pairs,
+            uncached,
+            own_pairs,
+        };
+        let slack = slack_ms(ttft_target_ms, own);
+        let ttft = self.wait_ms + pace.ttft_by_slack_ms(&self.lineup, &prefills, slack);
         // Iterations of a nominal answer that carry a prefill too (mixed batches are longer).
         let mixed = (to_prefill * self.mixed_per_token).min(1.0);
         let tpot = self.decode_ms + mixed * (self.mixed_ms - self.decode_ms);
@@ -164,8 +181,16 @@ mod tests {
     fn kv(kv: f64, prompt: f64) -> Terms {
         let (profile, queueing) = (Profile::default(), Queueing::default());
         let residuals = Residuals::default();
-        let outlook = Outlook::of(&profile, residuals, &queueing, 20.0, 1e5, kv);
+        let outlook = Outlook::of(&profile, residuals, &queueing, &backlog(), kv);
         outlook.terms(&arrival(0.0, prompt))
+    }
+
+    fn backlog() -> Backlog {
+        Backlog {
+            decodes: 20.0,
+            context_tokens: 1e5,
+            ..Backlog::default()
+        }
     }
 
     fn arrival(pending_tokens: f64, prompt_tokens: f64) -> Arrival {
@@ -175,6 +200,7 @@ mod tests {
             prompt_tokens,
             cached_tokens: 0.0,
             suspicion: 0.0,
+            ttft_target_ms: f64::INFINITY,
         }
     }
 
@@ -197,7 +223,7 @@ mod tests {
     #[test]
     fn prefills_to_come_make_tokens_slower() {
         let (profile, queueing) = (Profile::default(), Queueing::default());
-        let outlook = Outlook::of(&profile, Residuals::default(), &queueing, 20.0, 1e5, 0.0);
+        let outlook = Outlook::of(&profile, Residuals::default(), &queueing, &backlog(), 0.0);
         let tpot = |pending| outlook.terms(&arrival(pending, 1_000.0)).tpot_ms;
         assert!(tpot(1e5) > tpot(0.0) + 10.0);
         assert_eq!(tpot(1e9), tpot(2e9));

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Backlog, Profile};
+use crate::lineup::slack_ms;
+use crate::model::{Backlog, Pace, Prefills, Profile, attention_pairs};
 
 /// Time a request holds a slot where nothing has been measured yet.
 const NOMINAL_SERVICE: Duration = Duration::from_secs(1);
@@ -40,17 +41,29 @@ impl Queueing {
 }
 
 /// Time to first token of a prompt of which `cached` tokens are in the cache and `uncached` are not:
-/// the wait for a slot, then the prefill behind what is there. Balancers expect it, and agents hold it
+/// the wait for a slot, then the prefill behind what is there and more urgent. Balancers expect it, and agents hold it
 /// against the same sum over their real queue and cache.
 #[must_use]
 pub fn first_token(
     queueing: &Queueing,
     profile: &Profile,
     backlog: &Backlog,
-    cached: f64,
-    uncached: f64,
+    (cached, uncached): (f64, f64),
+    ttft_target_ms: f64,
 ) -> Duration {
-    let ms = profile.ttft_ms(backlog, cached, uncached);
+    let (pace, own_pairs) = (
+        Pace::of(profile, backlog.decodes, backlog.context_tokens),
+        attention_pairs(cached, uncached),
+    );
+    let own_ms = pace.token_ms * uncached + pace.pair_ms * own_pairs;
+    let prefills = Prefills {
+        pending_tokens: backlog.pending_tokens,
+        pending_pairs: backlog.pending_pairs,
+        uncached,
+        own_pairs,
+    };
+    let slack = slack_ms(ttft_target_ms, own_ms);
+    let ms = pace.ttft_by_slack_ms(&backlog.lineup, &prefills, slack);
     let prefill = Duration::try_from_secs_f64(ms / 1e3).unwrap_or(Duration::MAX);
     queueing.wait().saturating_add(prefill)
 }

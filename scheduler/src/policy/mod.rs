@@ -110,23 +110,23 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// Predicts anew what a request of this length would find here.
-    pub fn predict(&mut self, prompt_tokens: f64) {
+    /// Predicts anew what a request of this length, whose first token is due in so many milliseconds,
+    /// would find here.
+    pub fn predict(&mut self, prompt_tokens: f64, ttft_target_ms: f64) {
         let Backlog {
             pending_tokens,
             pending_pairs,
-            decodes,
-            context_tokens,
+            ..
         } = self.backlog;
         let outlook = Outlook::of(
             &self.profile,
             self.residuals,
             &self.queueing,
-            decodes,
-            context_tokens,
+            &self.backlog,
             self.kv_tokens,
         );
         self.terms = outlook.terms(&Arrival {
+            ttft_target_ms,
             pending_tokens,
             pending_pairs,
             prompt_tokens,

@@ -248,7 +248,13 @@ impl Core {
         Forecast {
             cached_tokens,
             prefill_ms,
-            ttft: first_token(&queueing, &profile, &backlog, cached, uncached),
+            ttft: first_token(
+                &queueing,
+                &profile,
+                &backlog,
+                (cached, uncached),
+                offer.targets.ttft_ms,
+            ),
         }
     }
 }

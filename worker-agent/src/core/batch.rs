@@ -343,6 +343,7 @@ impl Batch {
             pending_pairs: pairs + its_pairs,
             decodes: self.decodes.len() as f64,
             context_tokens: self.context_tokens(),
+            ..Backlog::default()
         }
     }
 

@@ -10,24 +10,23 @@
 //! and competes with that again. Past that it is the most urgent there is, by age: nothing waits for
 //! longer than the second target and those that are as late.
 
-use std::collections::BTreeSet;
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
 
 use forebay_proto::Now;
+use forebay_scheduler::{Lineup, NOMINAL_TARGET, SECOND_CHANCE};
 
 use super::placement::PlacementId;
 
-/// How much later the second target of what missed its first is.
-pub(super) const SECOND_CHANCE: Duration = Duration::from_secs(10);
-/// The target of what was promised nothing.
-pub(super) const NOMINAL_TARGET: Duration = Duration::from_secs(10);
+/// Who is told apart in a report; those behind count as the least urgent.
+const MOST_TOLD: usize = 512;
 
 /// Until when a prefill has to start. In microseconds: it may lie before the clock's zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct StartBy {
     micros: i64,
     /// After that.
     second: Option<i64>,
+    prefill_ms: f64,
 }
 
 impl StartBy {
@@ -37,6 +36,7 @@ impl StartBy {
             return Self {
                 micros: micros(arrived + NOMINAL_TARGET),
                 second: None,
+                prefill_ms,
             };
         }
         let after = |target_ms: f64| micros(arrived).saturating_add(whole(target_ms - prefill_ms));
@@ -44,6 +44,7 @@ impl StartBy {
         Self {
             micros: after(ttft_ms),
             second: Some(after(ttft_ms + second_ms)),
+            prefill_ms,
         }
     }
 }
@@ -69,10 +70,18 @@ pub(super) struct Waiting {
     pub(super) pairs: f64,
 }
 
+/// What is known of one without its placement.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    prefill_ms: f64,
+    /// Where it goes when it is late; none: it was there, or never will be.
+    second: Option<i64>,
+}
+
 /// Who waits. Bounded by who may be admitted.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    by_urgency: BTreeSet<(i64, PlacementId)>,
+    by_urgency: BTreeMap<(i64, PlacementId), Place>,
     by_deadline: BTreeSet<(Now, PlacementId)>,
     /// Of their prefills.
     pub(super) tokens: f64,
@@ -87,7 +96,13 @@ impl Queue {
     }
 
     pub(super) fn push(&mut self, one: &Waiting) {
-        self.by_urgency.insert((one.start_by.micros, one.id));
+        let StartBy {
+            micros,
+            second,
+            prefill_ms,
+        } = one.start_by;
+        let place = Place { prefill_ms, second };
+        self.by_urgency.insert((micros, one.id), place);
         self.by_deadline.insert((one.deadline, one.id));
         self.tokens += one.tokens;
         self.pairs += one.pairs;
@@ -95,10 +110,10 @@ impl Queue {
 
     /// It waits no more.
     pub(super) fn remove(&mut self, one: &Waiting) {
-        let StartBy { micros, second } = one.start_by;
-        let held = self.by_urgency.remove(&(micros, one.id))
-            || second.is_some_and(|second| self.by_urgency.remove(&(second, one.id)));
-        assert!(held, "who leaves the queue was in it");
+        let StartBy { micros, second, .. } = one.start_by;
+        let first = self.by_urgency.remove(&(micros, one.id));
+        let held = first.or_else(|| self.by_urgency.remove(&(second?, one.id)));
+        assert!(held.is_some(), "who leaves the queue was in it");
         self.by_deadline.remove(&(one.deadline, one.id));
         self.tokens -= one.tokens;
         self.pairs -= one.pairs;
@@ -114,20 +129,44 @@ impl Queue {
         start_by: impl Fn(PlacementId) -> StartBy,
     ) -> Option<PlacementId> {
         loop {
-            let (place, id) = *self.by_urgency.first()?;
+            let (&(place, id), held) = self.by_urgency.first_key_value()?;
+            let prefill_ms = held.prefill_ms;
             let StartBy {
                 micros: first,
                 second,
+                ..
             } = start_by(id);
             match second {
                 Some(second) if place == first && place < micros(now) && second > first => {
                     self.by_urgency.remove(&(place, id));
-                    self.by_urgency.insert((second, id));
+                    let place = Place {
+                        prefill_ms,
+                        second: None,
+                    };
+                    self.by_urgency.insert((second, id), place);
                     self.late += 1;
                 }
                 _ => return Some(id),
             }
         }
+    }
+
+    /// What is before a new one, by its urgency.
+    pub(super) fn lineup(&self, now: Now) -> Lineup {
+        let (mut lineup, now) = (Lineup::default(), micros(now));
+        for (number, ((start_by, _), place)) in self.by_urgency.iter().enumerate() {
+            let start_by = match place.second {
+                Some(second) if *start_by < now => second,
+                _ => *start_by,
+            };
+            let start_in_ms = if number < MOST_TOLD {
+                (start_by - now) as f64 / 1e3
+            } else {
+                f64::INFINITY
+            };
+            lineup.add(start_in_ms, place.prefill_ms);
+        }
+        lineup
     }
 
     /// The client's deadline that passes next, and whose it is.
@@ -137,6 +176,7 @@ impl Queue {
 
     /// Who waits for the longest before it would start.
     pub(super) fn last(&self) -> Option<PlacementId> {
-        self.by_urgency.last().map(|(_, id)| *id)
+        let last = self.by_urgency.last_key_value();
+        last.map(|((_, id), _)| *id)
     }
 }

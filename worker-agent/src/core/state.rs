@@ -236,6 +236,7 @@ impl Core {
         let mut backlog = self.batch.backlog();
         backlog.pending_tokens += self.queue.tokens;
         backlog.pending_pairs += self.queue.pairs;
+        backlog.lineup = self.queue.lineup(self.now);
         backlog
     }
 
