@@ -156,6 +156,7 @@ impl Model {
             pending_pairs,
             decodes,
             context_tokens,
+            ..
         } = load.backlog;
         let all = [pending_tokens, pending_pairs, decodes, context_tokens];
         assert!(
