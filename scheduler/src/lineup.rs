@@ -135,7 +135,7 @@ mod tests {
         #[test]
         fn it_survives_the_wire_and_more_slack_finds_less_behind_it(
             waiting in proptest::collection::vec((-1e4..4e4, 0.0..1e4), 0..20),
-            slacks in proptest::collection::vec(-1e4..5e4, 2),
+            slacks in proptest::collection::vec(-1e4_f64..5e4, 2),
         ) {
             let lineup = lineup(&waiting);
             prop_assert_eq!(Lineup::from_wire(&lineup.to_wire()), lineup);

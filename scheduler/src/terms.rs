@@ -232,7 +232,13 @@ mod tests {
     #[test]
     fn who_may_be_dead_costs_a_second_attempt() {
         let (profile, queueing) = (Profile::default(), Queueing::default());
-        let outlook = Outlook::of(&profile, Residuals::default(), &queueing, 0.0, 0.0, 0.0);
+        let outlook = Outlook::of(
+            &profile,
+            Residuals::default(),
+            &queueing,
+            &Backlog::default(),
+            0.0,
+        );
         let risk = |suspicion| {
             let arrival = Arrival {
                 suspicion,

@@ -75,6 +75,7 @@ fn load(worker: u32, seq: u64, pending: f64, decodes: u32) -> Load {
             pending_pairs: pending * pending / 2.0,
             decodes: decodes.into(),
             context_tokens: f64::from(decodes) * 1_000.0,
+            ..Backlog::default()
         },
         model: Some(Profile::default()),
         residuals: forebay_scheduler::model::Residuals::default(),

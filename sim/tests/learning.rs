@@ -197,7 +197,13 @@ impl Pair {
             service: load.service,
         };
         let model = load.model.unwrap();
-        let ttft = first_token(&queueing, &model, &load.backlog, 0.0, prompt_tokens.into());
+        let ttft = first_token(
+            &queueing,
+            &model,
+            &load.backlog,
+            (0.0, prompt_tokens.into()),
+            f64::INFINITY,
+        );
         let predicted_ms = ttft.as_secs_f64() * 1e3;
         let arrival = Arrival {
             id: number,

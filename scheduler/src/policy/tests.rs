@@ -57,7 +57,7 @@ pub(super) fn scores_by(
     for (place, candidate) in candidates.iter_mut().enumerate() {
         candidate.worker = WorkerId(place as u32);
         candidate.place = place;
-        candidate.predict(request.prompt_tokens);
+        candidate.predict(request.prompt_tokens, request.targets.ttft_ms);
     }
     let field = Field {
         candidates: workers.len(),

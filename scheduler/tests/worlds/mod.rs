@@ -9,7 +9,7 @@ use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::{Backlog, PROFILES, Residuals, Targets, attention_pairs};
 use forebay_scheduler::policy::Request;
-use forebay_scheduler::{Acceptance, Known, Load, View, Work};
+use forebay_scheduler::{Acceptance, Known, Lineup, Load, View, Work};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -158,6 +158,11 @@ fn load(worker: u32, rng: &mut StdRng) -> Load {
     let running = rng.random_range(0..16);
     let pending_tokens = rng.random_range(0.0..15_000.0) * f64::from(rng.random_range(0..2));
     let profile = PROFILES[rng.random_range(0..PROFILES.len())].1;
+    let mut lineup = Lineup::default();
+    for _ in 0..rng.random_range(0..5) {
+        let start_in_ms = rng.random_range(-2_000.0..20_000.0);
+        lineup.add(start_in_ms, rng.random_range(0.0..1_500.0));
+    }
     Load {
         incarnation: incarnation(worker),
         seq: 9,
@@ -174,6 +179,7 @@ fn load(worker: u32, rng: &mut StdRng) -> Load {
             pending_pairs: pending_tokens * rng.random_range(0.0..9_000.0),
             decodes: running.into(),
             context_tokens: f64::from(running) * rng.random_range(100.0..4_000.0),
+            lineup,
         },
         model: rng
             .random_bool(0.9)
