@@ -86,6 +86,7 @@ pub(super) struct Queue {
     /// Of their prefills.
     pub(super) tokens: f64,
     pub(super) pairs: f64,
+    prefill_ms: f64,
     /// How many took their second place so far.
     pub(super) late: u64,
 }
@@ -106,6 +107,7 @@ impl Queue {
         self.by_deadline.insert((one.deadline, one.id));
         self.tokens += one.tokens;
         self.pairs += one.pairs;
+        self.prefill_ms += prefill_ms;
     }
 
     /// It waits no more.
@@ -117,8 +119,9 @@ impl Queue {
         self.by_deadline.remove(&(one.deadline, one.id));
         self.tokens -= one.tokens;
         self.pairs -= one.pairs;
+        self.prefill_ms -= one.start_by.prefill_ms;
         if self.by_urgency.is_empty() {
-            (self.tokens, self.pairs) = (0.0, 0.0);
+            (self.tokens, self.pairs, self.prefill_ms) = (0.0, 0.0, 0.0);
         }
     }
 
@@ -154,17 +157,17 @@ impl Queue {
     /// What is before a new one, by its urgency.
     pub(super) fn lineup(&self, now: Now) -> Lineup {
         let (mut lineup, now) = (Lineup::default(), micros(now));
-        for (number, ((start_by, _), place)) in self.by_urgency.iter().enumerate() {
+        let mut rest_ms = self.prefill_ms;
+        for ((start_by, _), place) in self.by_urgency.iter().take(MOST_TOLD) {
             let start_by = match place.second {
                 Some(second) if *start_by < now => second,
                 _ => *start_by,
             };
-            let start_in_ms = if number < MOST_TOLD {
-                (start_by - now) as f64 / 1e3
-            } else {
-                f64::INFINITY
-            };
-            lineup.add(start_in_ms, place.prefill_ms);
+            lineup.add((start_by - now) as f64 / 1e3, place.prefill_ms);
+            rest_ms -= place.prefill_ms;
+        }
+        if self.by_urgency.len() > MOST_TOLD {
+            lineup.add(f64::INFINITY, rest_ms.max(0.0));
         }
         lineup
     }
