@@ -15,4 +15,5 @@ mod failures;
 mod harness;
 mod lost_disks;
 mod operators;
+mod receipts;
 mod secrets;
