@@ -11,6 +11,7 @@
 mod clients;
 mod compare;
 mod control_gone;
+mod differential;
 mod failures;
 mod harness;
 mod lost_disks;
