@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use forebay_admin::{Admin, Page};
-use serde_json::{Value, json};
+use forebay_admin::{Admin, Content, Page};
+use forebay_scheduler::Receipt;
+use serde::Serialize;
+use serde_json::json;
 
 use crate::shared::Shared;
 
@@ -14,7 +16,7 @@ use crate::shared::Shared;
 const FIRST_DIALS: Duration = Duration::from_secs(2);
 
 pub(crate) fn admin(shared: &Arc<Shared>, name: &str) -> Admin {
-    let page = |path, about, render: fn(&Shared) -> Value| {
+    let page = |path, about, render: fn(&Shared) -> Content| {
         let shared = shared.clone();
         Page {
             path,
@@ -32,12 +34,17 @@ pub(crate) fn admin(shared: &Arc<Shared>, name: &str) -> Admin {
         page(
             "/debug/requests",
             "requests being served, without their text",
-            |shared| json!({"count": shared.inflight(), "requests": shared.requests()}),
+            requests,
         ),
         page(
             "/debug/workers",
             "workers as this balancer sees them",
             workers,
+        ),
+        page(
+            "/debug/receipts",
+            "receipts of the last decisions, one a line, newest last; kept with --receipts",
+            receipts,
         ),
     ];
     let shared = shared.clone();
@@ -75,7 +82,11 @@ pub(crate) fn ready(shared: &Shared) -> Result<(), Vec<String>> {
     }
 }
 
-fn bookings(shared: &Shared) -> Value {
+fn requests(shared: &Shared) -> Content {
+    Content::Json(json!({"count": shared.inflight(), "requests": shared.requests()}))
+}
+
+fn bookings(shared: &Shared) -> Content {
     let dispatch = shared.dispatch();
     let view = dispatch.view();
     let workers: Vec<_> = view
@@ -85,15 +96,15 @@ fn bookings(shared: &Shared) -> Value {
             json!({"worker": known.name, "bookings": held})
         })
         .collect();
-    json!({
+    Content::Json(json!({
         "bookings": view.open_bookings(None),
         "queued": dispatch.waiting(),
         "inflight": shared.inflight(),
         "workers": workers,
-    })
+    }))
 }
 
-fn workers(shared: &Shared) -> Value {
+fn workers(shared: &Shared) -> Content {
     let dispatch = shared.dispatch();
     let view = dispatch.view();
     let workers: Vec<_> = view
@@ -113,5 +124,28 @@ fn workers(shared: &Shared) -> Value {
         })
         .collect();
     let revision = shared.facts().map(|facts| facts.fleet.revision.0);
-    json!({"revision": revision, "workers": workers})
+    Content::Json(json!({"revision": revision, "workers": workers}))
+}
+
+fn receipts(shared: &Shared) -> Content {
+    let kept = shared.dispatch().receipts.all();
+    let mut lines = String::new();
+    for one in kept {
+        let line = Line {
+            number: one.number,
+            request_id: &one.request_id,
+            receipt: &one.receipt,
+        };
+        lines += &serde_json::to_string(&line).expect("strings and numbers serialise");
+        lines.push('\n');
+    }
+    Content::Lines(lines)
+}
+
+/// A receipt as it is shown.
+#[derive(Serialize)]
+struct Line<'a> {
+    number: u64,
+    request_id: &'a str,
+    receipt: &'a Receipt,
 }

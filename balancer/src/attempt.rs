@@ -142,7 +142,7 @@ impl Exchange {
         let expected = placement.choice;
         let targets = self.targets(expected.work.context_tokens);
         let place = work::Place {
-            request_id: self.request_id.clone(),
+            request_id: self.request_id.to_string(),
             incarnation: Some(placement.choice.incarnation.to_wire()),
             model: self.model.to_string(),
             tenant: self.tenant.to_string(),

@@ -59,7 +59,7 @@ const LOOK: Duration = Duration::from_millis(250);
 pub(crate) struct Exchange {
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracked: Tracked,
-    pub(crate) request_id: String,
+    pub(crate) request_id: Arc<str>,
     /// Counts against the key's requests at once.
     pub(crate) _running: Running,
     pub(crate) tenant: Arc<str>,

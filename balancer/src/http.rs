@@ -249,7 +249,7 @@ async fn place(
         _running: running,
         shared: shared.clone(),
         tracked,
-        request_id: id.to_owned(),
+        request_id: id.into(),
         tenant: principal.tenant.clone(),
         path,
         model,

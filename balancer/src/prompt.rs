@@ -74,12 +74,13 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
 pub(crate) fn seek(exchange: &Exchange) -> Sought {
     let prompt = &exchange.prompt;
     let mut hits = Vec::new();
-    let mut conversation = None;
+    let (mut conversation, mut index_version) = (None, 0);
     if !prompt.chunks.is_empty() {
         let workers = exchange.workers();
         let index = exchange.shared.index.read();
         index.hits(&prompt.chunks, &mut hits);
         conversation = index.conversation(&prompt.chunks, workers);
+        index_version = index.version();
     }
     hits.sort_unstable_by_key(|hit| hit.worker);
     let conversation = if hits.is_empty() {
@@ -90,10 +91,12 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     };
     let prompt_tokens = exchange.prompt_tokens(&hits) as f64;
     Sought {
+        request_id: exchange.request_id.clone(),
         policy: policy::named(&exchange.pool.policy).unwrap_or_else(policy::default),
         prompt_tokens,
         targets: exchange.targets(prompt_tokens),
         hits,
+        index_version,
         conversation,
         head: prompt.head,
     }

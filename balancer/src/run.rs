@@ -69,6 +69,8 @@ pub struct Settings {
     pub hold_headers_ms: u64,
     /// How long requests may take to finish once the process is told to stop.
     pub drain_timeout_ms: u64,
+    /// Receipts of decisions that are kept and shown; 0: decisions are not explained.
+    pub receipts: usize,
     /// What bounds a client.
     pub limits: Limits,
 }
@@ -86,6 +88,7 @@ impl Settings {
             max_body_bytes: 32 << 20,
             hold_headers_ms: 15_000,
             drain_timeout_ms: 30_000,
+            receipts: 0,
             limits: Limits::default(),
         }
     }
@@ -116,6 +119,8 @@ pub struct Config {
     pub hold_headers_ms: u64,
     /// How long requests may take to finish once the process is told to stop.
     pub drain_timeout_ms: u64,
+    /// Receipts of decisions that are kept and shown; 0: decisions are not explained.
+    pub receipts: usize,
 }
 
 impl Config {
@@ -129,6 +134,7 @@ impl Config {
             max_body_bytes: self.max_body_bytes,
             hold_headers_ms: self.hold_headers_ms,
             drain_timeout_ms: self.drain_timeout_ms,
+            receipts: self.receipts,
             limits: Limits::default(),
         }
     }

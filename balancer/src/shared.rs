@@ -20,6 +20,7 @@ use crate::Settings;
 use crate::core::auth::Keys;
 use crate::core::dispatch::{Dispatch, Placed};
 use crate::core::lengths::Lengths;
+use crate::core::receipts::Receipts;
 use crate::core::retry::Budget;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
@@ -75,6 +76,7 @@ impl Facts {
 
 impl Shared {
     pub(crate) fn new(settings: Settings, keys: Keys, tls: Option<Tls>) -> Arc<Self> {
+        let receipts = Receipts::new(settings.receipts);
         Arc::new(Self {
             settings,
             keys: RwLock::new(keys),
@@ -83,7 +85,7 @@ impl Shared {
             budgets: Mutex::default(),
             draining: AtomicBool::new(false),
             tried: Mutex::default(),
-            dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng())),
+            dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng(), receipts)),
             index: RwLock::default(),
             lengths: Mutex::default(),
             facts: RwLock::new(None),

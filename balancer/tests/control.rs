@@ -81,6 +81,7 @@ async fn every_change_of_the_facts_arrives_and_the_last_ones_outlive_the_control
         max_body_bytes: 32 << 20,
         hold_headers_ms: 15_000,
         drain_timeout_ms: 1_000,
+        receipts: 0,
     };
     let (stop, stopped) = oneshot::channel::<()>();
     let balancing = tokio::spawn(run(config, async { drop(stopped.await) }));

@@ -274,6 +274,7 @@ fn config(dir: &std::path::Path, role: Role) -> Config {
         max_body_bytes: 32 << 20,
         hold_headers_ms: 15_000,
         drain_timeout_ms: 1_000,
+        receipts: 0,
     }
 }
 

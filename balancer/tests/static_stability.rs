@@ -70,6 +70,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         max_body_bytes: 32 << 20,
         hold_headers_ms: 15_000,
         drain_timeout_ms: 1_000,
+        receipts: 0,
     };
     for _ in 0..2 {
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

@@ -6,6 +6,7 @@
 //! tokens. Every policy is asked. The rule of this project also gets the worlds in which its bound rules
 //! least out: an idle fleet of equals, and targets that no worker keeps. Reference: the least of N loads
 //! in a plain vector. After warm-up no decision allocates; the benchmark fails if one does.
+//! Then what a decision with its receipt costs, which a balancer makes only if it is told to keep some.
 //! Last, what a booking costs from its making to its end. `cargo bench -p forebay-benches --bench pick`.
 
 #![allow(clippy::print_stdout)] // a benchmark's result
@@ -23,7 +24,7 @@ use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::{Backlog, Profile, Residuals, Targets};
 use forebay_scheduler::policy::{self, Policy, Request};
-use forebay_scheduler::{Acceptance, Known, Load, View, Work};
+use forebay_scheduler::{Acceptance, Known, Load, Versions, View, Work};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -202,6 +203,25 @@ fn row(name: &str, policy: &dyn Policy, workers: u32, fleet: Fleet, targets: Tar
     );
 }
 
+/// The usual times of a decision without its receipt, and with it.
+fn with_receipt(workers: u32) -> (Duration, Duration) {
+    let mut rng = StdRng::seed_from_u64(1);
+    let mut view = world(workers, Fleet::Busy, &mut rng);
+    let (now, policy) = (Now::at(Duration::from_millis(100)), policy::default());
+    let request = Request {
+        prompt_tokens: 4_000.0,
+        ..Request::of("m")
+    };
+    let picked = Timed::run(PICKS, || {
+        black_box(view.pick(now, &request, policy, &mut rng)).expect("all are open");
+    });
+    let explained = Timed::run(PICKS, || {
+        let told = view.explain(now, &request, policy, &mut rng, Versions::default());
+        black_box(told).0.expect("all are open");
+    });
+    (picked.quantile(0.5), explained.quantile(0.5))
+}
+
 fn main() {
     println!(
         "{:>22} {:>8} {:>11} {:>11} {:>12} {:>11} {:>7}",
@@ -220,6 +240,10 @@ fn main() {
         ("forebay, idle equals", Fleet::Idle, Targets::NONE),
     ] {
         row(name, ours, 1_000, fleet, targets);
+    }
+    for workers in [10, 100, 1_000] {
+        let (picked, explained) = with_receipt(workers);
+        println!("forebay's receipt, {workers} workers: p50 {explained:.2?}, without {picked:.2?}");
     }
     let mut view = world(1_000, Fleet::Busy, &mut StdRng::seed_from_u64(1));
     let booked = Timed::run(PICKS, || {

@@ -56,11 +56,13 @@ pub(crate) type Fingerprints<V> = HashMap<u64, V, BuildHasherDefault<Same>>;
 pub struct PrefixIndex {
     chunks: Fingerprints<Vec<Holder>>,
     pairs: usize,
+    version: u64,
 }
 
 impl PrefixIndex {
     /// A worker holds a chunk, up to the end of which its prompt has so many tokens.
     pub fn store(&mut self, worker: WorkerId, chunk: u64, tokens: u32) {
+        self.version += 1;
         let full = self.pairs >= MAX_PAIRS;
         if full && !self.chunks.contains_key(&chunk) {
             return;
@@ -78,6 +80,7 @@ impl PrefixIndex {
 
     /// A worker does not hold a chunk any more.
     pub fn remove(&mut self, worker: WorkerId, chunk: u64) {
+        self.version += 1;
         let Some(holders) = self.chunks.get_mut(&chunk) else {
             return;
         };
@@ -92,6 +95,7 @@ impl PrefixIndex {
 
     /// Nothing is known of a worker any more.
     pub fn clear(&mut self, worker: WorkerId) {
+        self.version += 1;
         let pairs = &mut self.pairs;
         self.chunks.retain(|_, holders| {
             let before = holders.len();
@@ -99,6 +103,12 @@ impl PrefixIndex {
             *pairs -= before - holders.len();
             !holders.is_empty()
         });
+    }
+
+    /// Counts the changes that were made here.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        self.version
     }
 
     /// Every worker that holds at least the first chunk, with what it holds without a gap.

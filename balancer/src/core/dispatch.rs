@@ -7,14 +7,15 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use forebay_proto::{Incarnation, Now, WorkerId};
+use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Policy, Request};
-use forebay_scheduler::{BookingId, Choice, Load, NoChoice, View};
+use forebay_scheduler::{BookingId, Choice, Load, NoChoice, Versions, View};
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use crate::core::receipts::Receipts;
 use crate::fleet::Fleet;
 
 /// Waiters of one pool that are looked at in vain for one change of the view, so that a long queue
@@ -46,11 +47,14 @@ pub(crate) struct Ask {
 
 /// What a request asks of a worker beyond its model.
 pub(crate) struct Sought {
+    pub(crate) request_id: Arc<str>,
     pub(crate) policy: &'static dyn Policy,
     pub(crate) prompt_tokens: f64,
     pub(crate) targets: Targets,
     /// By worker.
     pub(crate) hits: Vec<Hit>,
+    /// Of the prefix index, as `hits` were found.
+    pub(crate) index_version: u64,
     pub(crate) conversation: Option<u64>,
     pub(crate) head: u64,
 }
@@ -58,10 +62,12 @@ pub(crate) struct Sought {
 impl Default for Sought {
     fn default() -> Self {
         Self {
+            request_id: Arc::default(),
             policy: policy::default(),
             prompt_tokens: 0.0,
             targets: Targets::NONE,
             hits: Vec::new(),
+            index_version: 0,
             conversation: None,
             head: 0,
         }
@@ -92,11 +98,13 @@ pub(crate) struct Dispatch<L, W> {
     links_made: u64,
     /// Decisions by model, of those that the facts have.
     turns: BTreeMap<Arc<str>, u64>,
+    facts_revision: Revision,
+    pub(crate) receipts: Receipts,
     rng: StdRng,
 }
 
 impl<L: Clone, W> Dispatch<L, W> {
-    pub(crate) fn new(rng: StdRng) -> Self {
+    pub(crate) fn new(rng: StdRng, receipts: Receipts) -> Self {
         Self {
             view: View::default(),
             links: BTreeMap::new(),
@@ -104,6 +112,8 @@ impl<L: Clone, W> Dispatch<L, W> {
             arrivals: 0,
             links_made: 0,
             turns: BTreeMap::new(),
+            facts_revision: Revision::default(),
+            receipts,
             rng,
         }
     }
@@ -120,6 +130,7 @@ impl<L: Clone, W> Dispatch<L, W> {
     /// because the worker was removed.
     pub(crate) fn facts(&mut self, fleet: &Fleet) -> Vec<L> {
         self.view.set_known(fleet.workers.iter().cloned());
+        self.facts_revision = fleet.revision;
         let models = self.view.models();
         self.turns.retain(|model, _| models.contains_key(&**model));
         let newest: BTreeMap<_, _> = fleet
@@ -305,9 +316,20 @@ impl<L: Clone, W> Dispatch<L, W> {
             head: sought.head,
             turn,
         };
-        let choice = self
-            .view
-            .pick(now, &request, sought.policy, &mut self.rng)?;
+        let choice = if self.receipts.are_kept() {
+            let versions = Versions {
+                facts_revision: self.facts_revision,
+                index_version: sought.index_version,
+            };
+            let (policy, rng) = (sought.policy, &mut self.rng);
+            let (choice, receipt) = self.view.explain(now, &request, policy, rng, versions);
+            let choice = choice?;
+            self.receipts.keep(&sought.request_id, receipt);
+            choice
+        } else {
+            let (policy, rng) = (sought.policy, &mut self.rng);
+            self.view.pick(now, &request, policy, rng)?
+        };
         self.turns.insert(ask.model.clone(), turn + 1);
         let worker = choice.incarnation.worker;
         let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;

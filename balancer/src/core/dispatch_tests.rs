@@ -57,7 +57,7 @@ impl World {
             keys: Vec::new(),
         };
         let mut world = Self {
-            dispatch: Dispatch::new(StdRng::seed_from_u64(1)),
+            dispatch: Dispatch::new(StdRng::seed_from_u64(1), Receipts::new(2)),
             seq: 0,
         };
         world.dispatch.facts(&fleet);
@@ -224,4 +224,38 @@ fn an_end_that_comes_late_does_not_take_the_next_link_down() {
     assert!(world.place("m").is_some());
     world.dispatch.disconnected(incarnation(1, 1), second);
     assert!(world.place("m").is_none());
+}
+
+#[test]
+fn the_last_receipts_are_kept_with_their_requests_and_what_waits_leaves_none() {
+    let mut world = World::new(&["m", "m", "m"]);
+    for id in ["r1", "r2", "r3", "r4"] {
+        let mut ask = world.ask("m", &[]);
+        ask.sought = Arc::new(Sought {
+            request_id: id.into(),
+            index_version: 7,
+            ..Sought::default()
+        });
+        let placed = world.dispatch.place(NOW, &ask);
+        assert_eq!(placed.is_ok(), id != "r4", "the fleet has three slots");
+    }
+    let kept = world.dispatch.receipts.all();
+    let ids: Vec<_> = kept
+        .iter()
+        .map(|one| (one.number, &*one.request_id))
+        .collect();
+    assert_eq!(ids, [(2, "r2"), (3, "r3")]);
+    for one in kept {
+        assert_eq!(one.receipt.versions.facts_revision, Revision(1));
+        assert_eq!(one.receipt.versions.index_version, 7);
+        assert_eq!(one.receipt.replay(), Some(one.receipt.outcome));
+    }
+}
+
+#[test]
+fn without_room_for_receipts_none_is_made() {
+    let mut world = World::new(&["m"]);
+    world.dispatch.receipts = Receipts::new(0);
+    assert!(world.place("m").is_some());
+    assert!(world.dispatch.receipts.all().is_empty());
 }

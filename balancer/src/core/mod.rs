@@ -6,5 +6,6 @@ pub mod error;
 pub(crate) mod head;
 pub(crate) mod lengths;
 pub(crate) mod limits;
+pub(crate) mod receipts;
 pub(crate) mod request_id;
 pub(crate) mod retry;

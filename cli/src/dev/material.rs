@@ -15,17 +15,23 @@ use super::{EngineOptions, write_whole};
 use crate::context::ContextFile;
 use crate::exit::CliError;
 
+/// What the balancers are told beyond their places.
+pub(super) struct Balancers {
+    pub(super) hold_headers_ms: u32,
+    pub(super) receipts: u16,
+}
+
 /// Writes what is missing, and returns how to run each process.
 pub(super) fn prepare(
     dir: &Path,
     fleet: &Fleet,
     listen: &[SocketAddr],
     engine: &EngineOptions,
-    hold_headers_ms: u32,
+    balancers: &Balancers,
 ) -> Result<Vec<Plan>, CliError> {
     let maker = Maker {
         dir,
-        hold_headers_ms,
+        balancers,
         authority: authority(&dir.join("ca"))?,
         control: fleet.control_addresses(),
     };
@@ -48,7 +54,7 @@ pub(super) fn prepare(
 }
 
 struct Maker<'a> {
-    hold_headers_ms: u32,
+    balancers: &'a Balancers,
     dir: &'a Path,
     authority: Authority,
     control: Vec<String>,
@@ -69,7 +75,12 @@ impl Maker<'_> {
         put(&mut config, "admin", &admin);
         put(&mut config, "any-key-tenant", &"dev");
         config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
-        config.insert("hold-headers-ms".into(), self.hold_headers_ms.into());
+        let Balancers {
+            hold_headers_ms,
+            receipts,
+        } = *self.balancers;
+        config.insert("hold-headers-ms".into(), hold_headers_ms.into());
+        config.insert("receipts".into(), i64::from(receipts).into());
         self.plan(
             "balancer",
             name,

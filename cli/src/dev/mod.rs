@@ -60,6 +60,15 @@ pub(crate) struct DevArgs {
     /// How long balancers hold a stream's status line back for its first byte, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 15_000)]
     hold_headers_ms: u32,
+    /// Receipts of decisions that each balancer keeps and shows as JSON lines on /debug/receipts of its
+    /// admin port.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u16).range(..=crate::roles::balancer::MOST_RECEIPTS)
+    )]
+    receipts: u16,
     /// Start a process that died again, after a pause that grows while it keeps dying.
     #[arg(long)]
     restart: bool,
@@ -257,7 +266,11 @@ pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
         workers: args.workers,
     };
     let mut fleet = layout::Fleet::open(&dir, &asked)?;
-    let plans = material::prepare(&dir, &fleet, &listen, &args.engine, args.hold_headers_ms)?;
+    let balancers = material::Balancers {
+        hold_headers_ms: args.hold_headers_ms,
+        receipts: args.receipts,
+    };
+    let plans = material::prepare(&dir, &fleet, &listen, &args.engine, &balancers)?;
     fleet.save(&dir)?;
     let program = hints::program();
     // The children die with the thread that starts them: this one, which lives as long as we do.

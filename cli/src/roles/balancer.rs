@@ -85,11 +85,24 @@ pub(crate) struct BalancerArgs {
         env = "FOREBAY_DRAIN_TIMEOUT_MS"
     )]
     drain_timeout_ms: u64,
+    /// Receipts of its last decisions that it keeps and shows as JSON lines on /debug/receipts of the
+    /// admin port; while there are any, a decision costs more. 0: none.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u16).range(..=MOST_RECEIPTS),
+        env = "FOREBAY_RECEIPTS"
+    )]
+    receipts: u16,
     #[command(flatten)]
     cell: CellArgs,
     #[command(flatten)]
     process: ProcessArgs,
 }
+
+/// Of 15 kB each at the most: the inputs of 32 workers.
+pub(crate) const MOST_RECEIPTS: i64 = 10_000;
 
 /// Runs a balancer until it is asked to stop.
 pub(crate) fn run(args: BalancerArgs) -> Result<(), CliError> {
@@ -109,6 +122,7 @@ pub(crate) fn run(args: BalancerArgs) -> Result<(), CliError> {
         max_body_bytes: args.max_body_bytes,
         hold_headers_ms: args.hold_headers_ms,
         drain_timeout_ms: args.drain_timeout_ms,
+        receipts: args.receipts.into(),
     };
     args.process.enter()?;
     super::threads()?.block_on(async {

@@ -10,7 +10,7 @@ use forebay_admin::prometheus_client::collector::Collector;
 use forebay_admin::prometheus_client::encoding::DescriptorEncoder;
 use forebay_admin::prometheus_client::metrics::MetricType;
 use forebay_admin::prometheus_client::registry::Registry;
-use forebay_admin::{Admin, Page};
+use forebay_admin::{Admin, Content, Page};
 use forebay_consensus::replica::ReplicaOptions;
 use forebay_consensus::server::{self, Config, ControlNode, Leader};
 use forebay_proto::wire::control::NodeStatus;
@@ -107,7 +107,7 @@ fn pages(member: &Arc<Member>) -> Admin {
     admin.pages.push(Page {
         path: "/debug/facts",
         about: "the facts as this node has applied them, in numbers",
-        render: Box::new(move || facts.json()),
+        render: Box::new(move || Content::Json(facts.json())),
     });
     admin
 }

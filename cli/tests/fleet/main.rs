@@ -11,8 +11,10 @@
 mod clients;
 mod compare;
 mod control_gone;
+mod differential;
 mod failures;
 mod harness;
 mod lost_disks;
 mod operators;
+mod receipts;
 mod secrets;

@@ -30,7 +30,7 @@ pub struct Admin {
     pub live: Box<dyn Fn() -> bool + Send + Sync>,
     /// Whether it should get traffic, else every reason why not, each a sentence.
     pub ready: Box<dyn Fn() -> Result<(), Vec<String>> + Send + Sync>,
-    /// More pages, shown as JSON.
+    /// More pages.
     pub pages: Vec<Page>,
 }
 
@@ -41,7 +41,16 @@ pub struct Page {
     /// What it shows, in a sentence.
     pub about: &'static str,
     /// Its content; called once a request.
-    pub render: Box<dyn Fn() -> serde_json::Value + Send + Sync>,
+    pub render: Box<dyn Fn() -> Content + Send + Sync>,
+}
+
+/// What a page shows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    /// One value.
+    Json(serde_json::Value),
+    /// JSON lines: any number of values, each ended by a line feed.
+    Lines(String),
 }
 
 impl Admin {
@@ -175,7 +184,10 @@ fn page(admin: &Admin, method: &Method, path: &str) -> Response<Full<Bytes>> {
         },
         "/metrics" => metrics(&admin.registry),
         _ => match admin.pages.iter().find(|page| page.path == path) {
-            Some(page) => json(StatusCode::OK, &(page.render)()),
+            Some(page) => match (page.render)() {
+                Content::Json(value) => json(StatusCode::OK, &value),
+                Content::Lines(lines) => text(StatusCode::OK, JSON_LINES, lines),
+            },
             None => json(
                 StatusCode::NOT_FOUND,
                 &serde_json::json!({"error": "no such page: GET / lists the pages"}),
@@ -220,6 +232,7 @@ fn text(status: StatusCode, kind: &'static str, body: String) -> Response<Full<B
 }
 
 const TEXT: &str = "text/plain; charset=utf-8";
+const JSON_LINES: &str = "application/jsonl";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// Scrapers and probes are few; more is a mistake or an attack.
 const MAX_CONNECTIONS: usize = 64;
@@ -240,7 +253,12 @@ mod tests {
         admin.pages.push(Page {
             path: "/debug/three",
             about: "three",
-            render: Box::new(|| serde_json::json!(3)),
+            render: Box::new(|| Content::Json(serde_json::json!(3))),
+        });
+        admin.pages.push(Page {
+            path: "/debug/lines",
+            about: "two lines",
+            render: Box::new(|| Content::Lines("1\n2\n".to_owned())),
         });
         admin
     }
@@ -261,6 +279,7 @@ mod tests {
         check(&admin, Method::GET, "/readyz", 200, "true").await;
         check(&admin, Method::GET, "/metrics", 200, "# EOF").await;
         check(&admin, Method::GET, "/debug/three", 200, "3").await;
+        check(&admin, Method::GET, "/debug/lines", 200, "1\n2\n").await;
         check(&admin, Method::GET, "/nope", 404, "GET /").await;
         check(&admin, Method::POST, "/livez", 405, "use GET").await;
     }
