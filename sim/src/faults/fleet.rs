@@ -187,7 +187,9 @@ impl World {
     }
 
     fn arrives(&mut self, number: u32) {
-        let pause = self.rng.random_range(PLACE_EVERY_US..2 * PLACE_EVERY_US);
+        let pause = self
+            .placing
+            .random_range(PLACE_EVERY_US..2 * PLACE_EVERY_US);
         self.at(self.now_us + pause, Event::Data(Data::Arrives(number)));
         let now = self.time_of(Party::Balancer(number));
         let Some(balancer) = self.balancers.get_mut(&number) else {
@@ -253,7 +255,7 @@ impl World {
     fn between_outsiders(&mut self) -> Vec<u64> {
         let places = (Place::Outside, Place::Outside);
         self.network
-            .send(&mut self.rng, &self.params, self.now_us, places)
+            .send(&mut self.placing, &self.params, self.now_us, places)
     }
 
     fn offered(
@@ -307,7 +309,7 @@ impl World {
     }
 
     fn lasts(&mut self, party: Party, life: u64, id: PlacementId) {
-        let at = self.now_us + self.rng.random_range(10_000..400_000);
+        let at = self.now_us + self.placing.random_range(10_000..400_000);
         self.at(at, Event::Data(Data::Over { party, life, id }));
     }
 

@@ -41,6 +41,8 @@ pub(super) struct World {
     pub(super) rng: StdRng,
     /// For what looks on: it must not change what happens.
     pub(super) looks: StdRng,
+    /// Between balancers and agents: how they place must not change what befalls the control plane.
+    pub(super) placing: StdRng,
     pub(super) network: Network,
     pub(super) hosts: BTreeMap<NodeId, Host>,
     pub(super) askers: BTreeMap<Party, Asker>,
@@ -134,6 +136,7 @@ impl World {
             queue: BTreeMap::new(),
             numbered: 0,
             looks: StdRng::seed_from_u64(seed ^ 0x0010_0c5a),
+            placing: StdRng::seed_from_u64(seed ^ 0x91ac_1296),
             network: Network::default(),
             hosts: BTreeMap::new(),
             askers: BTreeMap::new(),
