@@ -222,7 +222,7 @@ pub(super) fn draw(rng: &mut StdRng, params: &Params) -> Vec<Fault> {
             .fault_every
             .mul_f64(-(1.0 - rng.random::<f64>()).ln());
         if at >= params.faults_for {
-            return plan;
+            break;
         }
         let mut left = rng.random_range(0..total);
         let kind = weights
@@ -239,10 +239,25 @@ pub(super) fn draw(rng: &mut StdRng, params: &Params) -> Vec<Fault> {
             continue;
         }
         plan.push(Fault {
-            at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+            at_ms: millis(at),
             kind,
         });
     }
+    // There is at most one, so that what a bit does would else be seen in few worlds.
+    if !rotten && rng.random_bool(0.9) {
+        let at_ms = rng.random_range(2_000..millis(params.faults_for));
+        let node = Target(rng.random_range(0..LEADER.0));
+        plan.push(Fault {
+            at_ms,
+            kind: Kind::BitRot { node },
+        });
+        plan.sort_by_key(|fault| fault.at_ms);
+    }
+    plan
+}
+
+fn millis(at: Duration) -> u64 {
+    u64::try_from(at.as_millis()).unwrap_or(u64::MAX)
 }
 
 const KINDS: usize = 21;
