@@ -66,10 +66,12 @@ pub enum Kind {
         /// For how long.
         for_ms: u64,
     },
-    /// A node reaches nobody, clients included.
+    /// A node reaches no other.
     Isolate {
         /// Which node.
         node: Target,
+        /// Nor clients; else they go on asking a leader that has lost its followers.
+        clients: bool,
         /// For how long.
         for_ms: u64,
     },
@@ -260,7 +262,7 @@ fn millis(at: Duration) -> u64 {
     u64::try_from(at.as_millis()).unwrap_or(u64::MAX)
 }
 
-const KINDS: usize = 21;
+const KINDS: usize = 23;
 
 fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
     let node = if rng.random_bool(0.4) {
@@ -291,7 +293,11 @@ fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
             one_way: kind == 7,
             for_ms,
         },
-        8 => Kind::Isolate { node, for_ms },
+        8 => Kind::Isolate {
+            node,
+            clients: true,
+            for_ms,
+        },
         9 => Kind::Loss {
             ppm: rng.random_range(50_000..=400_000),
             for_ms,
@@ -328,6 +334,11 @@ fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
             _ => Kind::AgentZombie { agent: other },
         },
         19 => Kind::LeaderLostInJoint { back_ms },
+        20 | 21 => Kind::Isolate {
+            node: LEADER,
+            clients: false,
+            for_ms,
+        },
         _ => Kind::Upgrade { node: other },
     }
 }
