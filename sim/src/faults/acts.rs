@@ -58,9 +58,13 @@ impl World {
                 one_way,
                 for_ms,
             } => self.trouble(for_ms, TroubleKind::Partition { groups, one_way }),
-            Kind::Isolate { node, for_ms } => {
+            Kind::Isolate {
+                node,
+                clients,
+                for_ms,
+            } => {
                 let node = self.target(node)?;
-                self.trouble(for_ms, TroubleKind::Isolated(node));
+                self.trouble(for_ms, TroubleKind::Isolated { node, clients });
             }
             Kind::Loss { ppm, for_ms } => self.trouble(for_ms, TroubleKind::Loss(ppm)),
             Kind::Delay { most_ms, for_ms } => {

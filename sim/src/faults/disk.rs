@@ -120,12 +120,11 @@ impl SimDisk {
     pub(super) fn rot(&self, rng: &mut StdRng) -> Option<(PathBuf, usize)> {
         let mut state = self.0.lock();
         let State { names, files, .. } = &mut *state;
+        // A log is as likely as a snapshot, and the newest as all others, however many there are.
+        let kind = if rng.random() { "log" } else { "snap" };
         let lengths: Vec<_> = names
             .iter()
-            .filter(|(path, _)| {
-                path.extension()
-                    .is_some_and(|it| it == "log" || it == "snap")
-            })
+            .filter(|(path, _)| path.extension().is_some_and(|it| it == kind))
             .filter_map(|(path, file)| {
                 let length = files.get(file)?.seen.len();
                 (length > 0).then(|| (path.clone(), *file, length))
@@ -134,7 +133,13 @@ impl SimDisk {
         if lengths.is_empty() {
             return None;
         }
-        let (path, file, length) = lengths[rng.random_range(0..lengths.len())].clone();
+        let newest = lengths.len() - 1;
+        let hit = if rng.random() {
+            newest
+        } else {
+            rng.random_range(0..=newest)
+        };
+        let (path, file, length) = lengths[hit].clone();
         let (at, bit) = (rng.random_range(0..length), rng.random_range(0..8));
         let content = files.get_mut(&file)?;
         content.seen[at] ^= 1 << bit;

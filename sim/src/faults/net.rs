@@ -28,7 +28,11 @@ pub(super) enum TroubleKind {
         groups: u8,
         one_way: bool,
     },
-    Isolated(NodeId),
+    /// From the other nodes, and from clients or not.
+    Isolated {
+        node: NodeId,
+        clients: bool,
+    },
     Loss(u32),
     Delay {
         most_us: u64,
@@ -71,8 +75,10 @@ impl Network {
                 TroubleKind::Loss(ppm) => lost += ppm,
                 TroubleKind::Duplicates(ppm) => doubled += ppm,
                 TroubleKind::Delay { most_us } => most = most.max(most_us),
-                TroubleKind::Isolated(node) => {
-                    if from == Place::Node(node) || to == Place::Node(node) {
+                TroubleKind::Isolated { node, clients } => {
+                    let hit = from == Place::Node(node) || to == Place::Node(node);
+                    let outside = from == Place::Outside || to == Place::Outside;
+                    if hit && (clients || !outside) {
                         return Vec::new();
                     }
                 }

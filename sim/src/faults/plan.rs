@@ -66,10 +66,12 @@ pub enum Kind {
         /// For how long.
         for_ms: u64,
     },
-    /// A node reaches nobody, clients included.
+    /// A node reaches no other.
     Isolate {
         /// Which node.
         node: Target,
+        /// Nor clients; else they go on asking a leader that has lost its followers.
+        clients: bool,
         /// For how long.
         for_ms: u64,
     },
@@ -222,7 +224,7 @@ pub(super) fn draw(rng: &mut StdRng, params: &Params) -> Vec<Fault> {
             .fault_every
             .mul_f64(-(1.0 - rng.random::<f64>()).ln());
         if at >= params.faults_for {
-            return plan;
+            break;
         }
         let mut left = rng.random_range(0..total);
         let kind = weights
@@ -239,13 +241,28 @@ pub(super) fn draw(rng: &mut StdRng, params: &Params) -> Vec<Fault> {
             continue;
         }
         plan.push(Fault {
-            at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+            at_ms: millis(at),
             kind,
         });
     }
+    // There is at most one, so that what a bit does would else be seen in few worlds.
+    if !rotten && rng.random_bool(0.9) {
+        let at_ms = rng.random_range(2_000..millis(params.faults_for));
+        let node = Target(rng.random_range(0..LEADER.0));
+        plan.push(Fault {
+            at_ms,
+            kind: Kind::BitRot { node },
+        });
+        plan.sort_by_key(|fault| fault.at_ms);
+    }
+    plan
 }
 
-const KINDS: usize = 21;
+fn millis(at: Duration) -> u64 {
+    u64::try_from(at.as_millis()).unwrap_or(u64::MAX)
+}
+
+const KINDS: usize = 23;
 
 fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
     let node = if rng.random_bool(0.4) {
@@ -276,7 +293,11 @@ fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
             one_way: kind == 7,
             for_ms,
         },
-        8 => Kind::Isolate { node, for_ms },
+        8 => Kind::Isolate {
+            node,
+            clients: true,
+            for_ms,
+        },
         9 => Kind::Loss {
             ppm: rng.random_range(50_000..=400_000),
             for_ms,
@@ -313,6 +334,11 @@ fn draw_kind(rng: &mut StdRng, kind: usize) -> Kind {
             _ => Kind::AgentZombie { agent: other },
         },
         19 => Kind::LeaderLostInJoint { back_ms },
+        20 | 21 => Kind::Isolate {
+            node: LEADER,
+            clients: false,
+            for_ms,
+        },
         _ => Kind::Upgrade { node: other },
     }
 }
