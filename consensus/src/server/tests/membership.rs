@@ -92,6 +92,21 @@ impl Cell {
         });
     }
 
+    /// Waits until every member that runs has answered the leader: one that has just been elected
+    /// removes nobody before that.
+    fn wait_until_heard(&mut self) {
+        let leader = self.leader();
+        let commit = self.status(leader).commit;
+        self.within(SETTLED, |cell| {
+            let peers = cell.status(leader).peers;
+            let mut running = peers.iter().filter(|peer| {
+                let node = usize::try_from(peer.node_id - 1).unwrap();
+                cell.nodes[node].is_some()
+            });
+            running.all(|peer| peer.matched >= commit).then_some(())
+        });
+    }
+
     /// Ends a node without waiting for anything of it.
     fn lose(&mut self, node: usize) {
         self.stop(node);
@@ -119,6 +134,7 @@ fn a_dead_member_is_replaced_by_a_new_node_that_votes_and_restarts_as_a_member()
     let (dead, other) = ((leader + 1) % 3, (leader + 2) % 3);
     cell.lose(dead);
 
+    cell.wait_until_heard();
     assert!(revision(&cell.remove(1, dead as u64 + 1)) > written);
     cell.add(2, 3, 4);
     let early = unfit(&cell.promote(3, 4));
@@ -170,6 +186,7 @@ fn a_node_that_was_away_while_its_whole_group_was_replaced_is_told_by_those_it_d
         cell.wait_until_level(node);
         revision(&cell.promote(sequence + 1, node as u64 + 1));
     }
+    cell.wait_until_heard();
     revision(&cell.remove(5, leaves as u64 + 1));
     cell.stop(leaves);
     let to = control::Transfer {
@@ -185,6 +202,7 @@ fn a_node_that_was_away_while_its_whole_group_was_replaced_is_told_by_those_it_d
         matches!(again, Response::Transferred(t) if t.unchanged),
         "a repetition succeeds"
     );
+    cell.wait_until_heard();
     revision(&cell.remove(6, leader as u64 + 1));
     cell.stop(leader);
     let written = revision(&cell.apply_config(3, 1, TWO_POOLS, 0));
@@ -203,6 +221,7 @@ fn a_member_that_was_removed_says_so_and_comes_back_as_a_new_node() {
     let leads = unfit(&cell.remove(1, leader as u64 + 1));
     assert!(leads.contains("forebay raft transfer"), "{leads}");
     let gone = (leader + 1) % 3;
+    cell.wait_until_heard();
     revision(&cell.remove(2, gone as u64 + 1));
     let problem = cell.within(SETTLED, |cell| {
         let problem = cell.status(gone).problem;
