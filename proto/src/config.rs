@@ -226,9 +226,9 @@ impl Config {
             idle_timeout_ms: pool.idle_timeout_ms,
             policy: pool.policy.clone(),
             chunk_bytes: pool.chunk_bytes,
-            ttft_ms: Some(pool.ttft_ms),
-            ttft_us_per_token: Some(pool.ttft_us_per_token),
-            tpot_ms: Some(pool.tpot_ms),
+            ttft_ms: unless(pool.ttft_ms, defaults::ttft_ms()),
+            ttft_us_per_token: unless(pool.ttft_us_per_token, defaults::ttft_us_per_token()),
+            tpot_ms: unless(pool.tpot_ms, defaults::tpot_ms()),
         });
         wire::Config {
             pools: pools.collect(),
@@ -299,6 +299,12 @@ impl Config {
     }
 }
 
+/// A value that is written only where it is not the default one: nodes of all versions found a cell with
+/// the same bytes.
+fn unless(value: u32, default: u32) -> Option<u32> {
+    (value != default).then_some(value)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -333,12 +339,15 @@ mod tests {
     }
 
     #[test]
-    fn a_document_from_before_there_were_targets_has_the_default_ones() {
-        let mut wire = wire::Config::decode(Config::default().to_wire()).unwrap();
-        let pool = &mut wire.pools[0];
-        (pool.ttft_ms, pool.ttft_us_per_token, pool.tpot_ms) = (None, None, None);
-        let read = Config::from_wire(&wire.encode_to_vec());
-        assert_eq!(read, Ok(Config::default()));
+    fn default_targets_are_not_written_and_a_document_is_as_before_there_were_any() {
+        let mut config = Config::default();
+        let wire = wire::Config::decode(config.to_wire()).unwrap();
+        let pool = &wire.pools[0];
+        let targets = (pool.ttft_ms, pool.ttft_us_per_token, pool.tpot_ms);
+        assert_eq!(targets, (None, None, None));
+        assert_eq!(Config::from_wire(&config.to_wire()), Ok(config.clone()));
+        config.pools[0].tpot_ms = 60;
+        assert_eq!(Config::from_wire(&config.to_wire()), Ok(config));
     }
 
     proptest! {

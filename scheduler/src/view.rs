@@ -97,7 +97,7 @@ impl View {
         });
     }
 
-    /// Takes a report over if it is newer than the one held. Returns whether it is.
+    /// Takes a report over unless it is older than the one held. Returns whether it did.
     pub fn report(&mut self, now: Now, load: Load) -> bool {
         self.tell(now);
         let mut newer = false;

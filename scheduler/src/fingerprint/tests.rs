@@ -1,3 +1,5 @@
+//! What the canonical form keeps and drops, and what its chain promises.
+
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

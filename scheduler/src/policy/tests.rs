@@ -1,3 +1,5 @@
+//! Where each policy sends a prompt, and what all of them have in common.
+
 use std::collections::BTreeMap;
 
 use forebay_proto::config::POLICIES;

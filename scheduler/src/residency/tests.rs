@@ -1,3 +1,5 @@
+//! The shadow, the stream and its follower, against plain sets.
+
 use std::collections::BTreeMap;
 
 use forebay_proto::{Incarnation, WorkerId};

@@ -1,3 +1,5 @@
+//! The engine's model against queueing theory, an exact LRU and conservation of tokens.
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 

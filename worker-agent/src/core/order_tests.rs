@@ -50,10 +50,10 @@ fn order(offers: &[Offer], began: u64) -> Vec<usize> {
         })
         .collect();
     let mut order = Vec::new();
-    for now in began.. {
+    for now in began..=began + offers.len() as u64 {
         core.first_byte(at(now), last);
         let Some(id) = starts(&mut core).first().copied() else {
-            return order;
+            break;
         };
         order.push(ids.iter().position(|own| *own == id).unwrap());
         last = id;
