@@ -49,6 +49,8 @@ pub enum Bug {
     ReencodedByOldNode,
     /// Commands that not everyone understands are proposed.
     FeatureNotGated,
+    /// A node judges a configuration by what itself understands.
+    ConfigByOwnRules,
     /// A leader goes on with the leases of when it led before.
     OldLeases,
     /// A leader judges before it has applied what was agreed before it.
@@ -61,7 +63,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::AckBeforeSync,
         Self::FailedSyncPassedOver,
         Self::VoteNotPersisted,
@@ -83,6 +85,7 @@ impl Bug {
         Self::ConfigOverwritten,
         Self::ReencodedByOldNode,
         Self::FeatureNotGated,
+        Self::ConfigByOwnRules,
         Self::OldLeases,
         Self::ReignTooEarly,
         Self::CellTimeRestarts,

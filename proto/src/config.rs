@@ -58,6 +58,12 @@ pub struct Pool {
     pub tpot_ms: u32,
 }
 
+/// The feature level at which a document may name any of [`POLICIES`], and targets count.
+pub const TARGETS_LEVEL: u32 = 3;
+
+/// Rules that a document may name at every feature level: as many of the first of [`POLICIES`].
+const FIRST_POLICIES: usize = 7;
+
 /// Placement rules that a pool may name.
 pub const POLICIES: [&str; 15] = [
     "forebay",
@@ -183,8 +189,25 @@ impl Config {
     ///
     /// Returns the first problem with its place.
     pub fn from_wire(bytes: &[u8]) -> Result<Self, ConfigError> {
-        let wire = wire::Config::decode(bytes)
+        Self::from_wire_at(bytes, TARGETS_LEVEL)
+    }
+
+    /// The same as every version in a cell of this feature level reads it: what is newer is passed over
+    /// or refused, as the oldest of them does.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first problem with its place.
+    pub fn from_wire_at(bytes: &[u8], level: u32) -> Result<Self, ConfigError> {
+        let mut wire = wire::Config::decode(bytes)
             .map_err(|_| ConfigError::at("document", "does not decode"))?;
+        if level < TARGETS_LEVEL {
+            for pool in &mut wire.pools {
+                pool.ttft_ms = None;
+                pool.ttft_us_per_token = None;
+                pool.tpot_ms = None;
+            }
+        }
         let pools = wire.pools.into_iter().map(|pool| Pool {
             name: pool.name,
             queue_limit: pool.queue_limit,
@@ -210,8 +233,16 @@ impl Config {
         let config = Self {
             pools: pools.collect(),
         };
-        config.check()?;
+        config.check_at(level)?;
         Ok(config)
+    }
+
+    /// The feature level that a stored document needs.
+    #[must_use]
+    pub fn level_of(bytes: &[u8]) -> u32 {
+        let old = Self::from_wire_at(bytes, 1);
+        let new = Self::from_wire(bytes);
+        if old == new { 1 } else { TARGETS_LEVEL }
     }
 
     /// The document for the wire and the log.
@@ -244,6 +275,14 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
+        self.check_at(TARGETS_LEVEL)
+    }
+
+    fn check_at(&self, level: u32) -> Result<(), ConfigError> {
+        let policies = match level {
+            TARGETS_LEVEL.. => &POLICIES[..],
+            _ => &POLICIES[..FIRST_POLICIES],
+        };
         if self.pools.is_empty() {
             return Err(ConfigError::at(
                 "pools",
@@ -286,8 +325,8 @@ impl Config {
                     return Err(ConfigError::at(at(field), problem));
                 }
             }
-            if !POLICIES.contains(&pool.policy.as_str()) {
-                let problem = format!("is none of {}", POLICIES.join(", "));
+            if !policies.contains(&pool.policy.as_str()) {
+                let problem = format!("is none of {}", policies.join(", "));
                 return Err(ConfigError::at(at("policy"), problem));
             }
             if ![128, 256, 512].contains(&pool.chunk_bytes) {
@@ -348,6 +387,23 @@ mod tests {
         assert_eq!(Config::from_wire(&config.to_wire()), Ok(config.clone()));
         config.pools[0].tpot_ms = 60;
         assert_eq!(Config::from_wire(&config.to_wire()), Ok(config));
+    }
+
+    #[test]
+    fn what_is_newer_than_the_feature_level_is_refused_or_passed_over_as_an_older_version_does() {
+        let mut config = Config::default();
+        config.pools[0].policy = POLICIES[FIRST_POLICIES].into();
+        let bytes = config.to_wire();
+        assert_eq!(Config::level_of(&bytes), TARGETS_LEVEL);
+        let problem = Config::from_wire_at(&bytes, TARGETS_LEVEL - 1).unwrap_err();
+        assert!(problem.problem.ends_with("longest-prefix, bounded-hash"));
+        assert_eq!(Config::from_wire(&bytes), Ok(config));
+        let mut config = Config::default();
+        config.pools[0].tpot_ms = 0;
+        let bytes = config.to_wire();
+        assert_eq!(Config::level_of(&bytes), TARGETS_LEVEL);
+        assert_eq!(Config::from_wire_at(&bytes, 1), Ok(Config::default()));
+        assert_eq!(Config::level_of(&Config::default().to_wire()), 1);
     }
 
     proptest! {

@@ -15,6 +15,10 @@ pub mod secret;
 pub mod units;
 pub mod wire;
 
+/// Newest replicated feature that this build understands; a cell uses those that everyone in it
+/// understands.
+pub const FEATURE_LEVEL: u32 = 3;
+
 pub use identity::{Identity, Level, Role};
 pub use ids::{ClientId, ClusterId, Incarnation, NodeId, Revision, StoreId, WorkerId};
 pub use key::FingerprintKey;

@@ -97,9 +97,9 @@ pub enum Refusal {
         /// The bound.
         limit: u64,
     },
-    /// Not every node of the control plane knows what the command uses.
+    /// Not everyone in the cell knows what the command uses.
     #[error(
-        "this needs feature level {needed}, the cell is at {level}: update every control node; the level rises by itself then"
+        "this needs feature level {needed}, the cell is at {level}: update every control node, balancer and agent; the level rises by itself then"
     )]
     FeatureTooNew {
         /// The level that the command needs.

@@ -1,4 +1,4 @@
-//! Expiry, and the first fingerprint key: who was silent for longer than a lease becomes lost, unless too many are at once.
+//! Expiry, the first fingerprint key, and the feature level. Who was silent for longer than a lease becomes lost, unless too many are at once.
 //!
 //! Many leases of a pool that run out together say more about the network, or about this leader,
 //! than about the workers. When more than a fifth of a pool, and at least two, would be lost within
@@ -29,6 +29,8 @@ pub enum Action {
     Expire(wire::ExpireLeases),
     /// Draw the first fingerprint key.
     FirstKey,
+    /// Let commands use features up to this level: everyone understands them.
+    RaiseFeatureLevel(u32),
 }
 
 /// The leader's loop, without the loop.
@@ -47,12 +49,15 @@ struct Seen {
 
 impl Controller {
     /// What to propose, given what was heard and what is agreed. Nothing unless this node leads.
+    ///
+    /// `members_level` is the least feature level that a member understands, 0 while that is not known.
     pub fn step(
         &mut self,
         now: Now,
         is_leader: bool,
         leases: &Leases,
         facts: &wire::Facts,
+        members_level: u32,
     ) -> Vec<Action> {
         if !is_leader {
             self.proposed.clear();
@@ -63,7 +68,10 @@ impl Controller {
         let expiry = self.expire(now, leases, &workers, &facts.correlated_expiry);
         let keyless = facts.keys.as_ref().is_none_or(|ring| ring.keys.is_empty());
         let first_key = keyless.then_some(Action::FirstKey);
-        expiry.into_iter().chain(first_key).collect()
+        let everyone = leases.feature_level(now).unwrap_or(members_level);
+        let everyone = everyone.min(members_level);
+        let raise = (everyone > facts.feature_level).then_some(Action::RaiseFeatureLevel(everyone));
+        expiry.into_iter().chain(first_key).chain(raise).collect()
     }
 
     fn expire(
@@ -141,6 +149,7 @@ mod tests {
         controller: Controller,
         leases: Leases,
         facts: wire::Facts,
+        members_level: u32,
     }
 
     fn at(ms: u64) -> Now {
@@ -201,12 +210,18 @@ mod tests {
                 facts: wire::Facts {
                     workers: workers.collect(),
                     keys: Some(a_key()),
+                    feature_level: 1,
                     ..Default::default()
                 },
+                members_level: 1,
             }
         }
 
         fn renew(&mut self, ms: u64, workers: impl IntoIterator<Item = u32>) {
+            self.renew_at_level(ms, workers, 1);
+        }
+
+        fn renew_at_level(&mut self, ms: u64, workers: impl IntoIterator<Item = u32>, level: u32) {
             for id in workers {
                 let who = Identity {
                     trust_domain: "td".into(),
@@ -215,16 +230,16 @@ mod tests {
                 };
                 let (applied, ready) = (Revision(9), Observed::Ready);
                 self.leases
-                    .renewed(at(ms), &who, Some(incarnation(id)), applied, ready, 1)
+                    .renewed(at(ms), &who, Some(incarnation(id)), applied, ready, level)
                     .unwrap();
             }
         }
 
         /// What the step proposes, as text; the facts then hold it.
         fn step(&mut self, ms: u64) -> String {
-            let actions = self
-                .controller
-                .step(at(ms), true, &self.leases, &self.facts);
+            let actions =
+                self.controller
+                    .step(at(ms), true, &self.leases, &self.facts, self.members_level);
             let mut shown = vec![];
             for action in actions {
                 match action {
@@ -245,6 +260,10 @@ mod tests {
                     Action::FirstKey => {
                         shown.push("key".into());
                         self.facts.keys = Some(a_key());
+                    }
+                    Action::RaiseFeatureLevel(level) => {
+                        shown.push(format!("level {level}"));
+                        self.facts.feature_level = level;
                     }
                 }
             }
@@ -308,11 +327,27 @@ mod tests {
     }
 
     #[test]
+    fn the_feature_level_follows_the_least_that_anyone_understands() {
+        let mut world = World::new(2);
+        world.members_level = 3;
+        assert_eq!(world.step(100), "", "no worker has said anything");
+        world.renew_at_level(600, [1], 3);
+        world.renew_at_level(600, [2], 2);
+        assert_eq!(world.step(1_000), "level 2");
+        world.renew_at_level(1_100, [2], 3);
+        world.members_level = 0;
+        assert_eq!(world.step(1_500), "", "a member is away");
+        world.members_level = 3;
+        assert_eq!(world.step(2_000), "level 3");
+        assert_eq!(world.step(2_500), "");
+    }
+
+    #[test]
     fn only_the_leader_proposes() {
         let mut world = World::new(1);
         let actions = world
             .controller
-            .step(at(60_000), false, &world.leases, &world.facts);
+            .step(at(60_000), false, &world.leases, &world.facts, 9);
         assert_eq!(actions, []);
     }
 

@@ -28,6 +28,9 @@ pub trait Leader: Send + Sync + 'static {
     /// Who was heard, after following the facts as of now ([`Leases::follow`]).
     fn leases(&self) -> Leases;
 
+    /// The least feature level that a member of the group understands, 0 while that is not known.
+    fn members_level(&self) -> u32;
+
     /// What is agreed.
     fn facts(&self) -> Arc<wire::Facts>;
 
@@ -56,6 +59,10 @@ impl Leader for server::Leader {
         self.with_leases(|leases, _| leases.clone())
     }
 
+    fn members_level(&self) -> u32 {
+        Self::members_level(self)
+    }
+
     fn facts(&self) -> Arc<wire::Facts> {
         Self::facts(self)
     }
@@ -63,6 +70,7 @@ impl Leader for server::Leader {
     async fn propose(&self, action: wire::command::Action) -> Result<(), String> {
         let reason = match &action {
             wire::command::Action::RotateKey(_) => "the first fingerprint key",
+            wire::command::Action::RaiseFeatureLevel(_) => "everyone understands it",
             _ => "leases ran out",
         };
         let outcome = Self::propose(self, action, reason).await;
@@ -85,7 +93,8 @@ pub async fn run(leader: Arc<impl Leader>) {
         let leads = leader.is_leader();
         let actions = if leads {
             let (leases, facts) = (leader.leases(), leader.facts());
-            controller.step(leader.now(), leads, &leases, &facts)
+            let members_level = leader.members_level();
+            controller.step(leader.now(), leads, &leases, &facts, members_level)
         } else {
             controller = Controller::default();
             vec![]
@@ -100,6 +109,10 @@ pub async fn run(leader: Arc<impl Leader>) {
                     expected_epoch: 0,
                     key: rand::random::<[u8; 16]>().to_vec().into(),
                 }),
+                Action::RaiseFeatureLevel(to) => {
+                    tracing::info!(to, "everyone understands a newer feature level: raising it");
+                    wire::command::Action::RaiseFeatureLevel(wire::RaiseFeatureLevel { to })
+                }
             };
             if let Err(problem) = leader.propose(action).await {
                 tracing::debug!(problem, "a step of the controller was not carried out");
@@ -147,6 +160,9 @@ mod tests {
         }
         fn leases(&self) -> Leases {
             self.leases.clone()
+        }
+        fn members_level(&self) -> u32 {
+            0
         }
         fn facts(&self) -> Arc<wire::Facts> {
             self.facts.clone()

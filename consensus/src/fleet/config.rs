@@ -1,8 +1,10 @@
 //! The agreed configuration document: replaced whole, by compare-and-set.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use forebay_proto::Revision;
-use forebay_proto::config::Config;
+use forebay_proto::config::{Config, ConfigError};
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
 use wire::change::Change;
@@ -16,8 +18,8 @@ pub(super) const MAX_CONFIG_BYTES: usize = 256 << 10;
 /// The document that holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Agreed {
-    /// As this version reads it.
-    pub(super) document: Config,
+    /// The pools that it names.
+    pub(super) pools: BTreeSet<String>,
     /// As it arrived.
     pub(super) bytes: Bytes,
     /// When it was applied; zero for the built-in one.
@@ -27,11 +29,29 @@ pub(super) struct Agreed {
 impl Agreed {
     pub(super) fn built_in() -> Self {
         let document = Config::default();
+        Self::new(&document, document.to_wire(), Revision(0))
+    }
+
+    fn new(document: &Config, bytes: Bytes, revision: Revision) -> Self {
+        let pools = document.pools.iter().map(|pool| pool.name.clone());
         Self {
-            bytes: document.to_wire(),
-            document,
-            revision: Revision(0),
+            pools: pools.collect(),
+            bytes,
+            revision,
         }
+    }
+
+    /// The document that a cell agreed on at a feature level that is not above this one.
+    pub(super) fn stored(
+        bytes: Bytes,
+        revision: Revision,
+        level: u32,
+    ) -> Result<Self, ConfigError> {
+        // Below the level of targets nobody looked at them.
+        let read = Config::from_wire_at(&bytes, level);
+        let document =
+            read.or_else(|problem| Config::from_wire_at(&bytes, 1).map_err(|_| problem))?;
+        Ok(Self::new(&document, bytes, revision))
     }
 }
 
@@ -41,7 +61,13 @@ impl Fleet {
         at: Revision,
         command: &wire::ApplyConfig,
     ) -> Result<Effect, Refusal> {
-        let document = read(&command.config)?;
+        let level = if on(Bug::ConfigByOwnRules) {
+            self.knows
+        } else {
+            // As every version reads it that is in the cell.
+            self.feature_level.min(self.knows)
+        };
+        let document = read(&command.config, level)?;
         let current = self.config.revision;
         if command.expected_revision != current.0 && !on(Bug::ConfigOverwritten) {
             return Err(Refusal::RevisionConflict {
@@ -53,19 +79,15 @@ impl Fleet {
         if command.config == self.config.bytes {
             return Ok(Effect::unchanged());
         }
-        self.config = Agreed {
-            document,
-            // A copy: a slice would keep the whole log entry in memory.
-            bytes: Bytes::copy_from_slice(&command.config),
-            revision: at,
-        };
+        // A copy: a slice would keep the whole log entry in memory.
+        let bytes = Bytes::copy_from_slice(&command.config);
+        self.config = Agreed::new(&document, bytes, at);
         let mut effect = Effect::change(Change::Config(wire::ConfigChange {
             config: self.config.bytes.clone(),
             config_revision: at.0,
         }));
-        let document = &self.config.document;
         let still = self.correlated.iter();
-        let still = still.filter(|pool| document.pool(pool).is_some());
+        let still = still.filter(|pool| self.config.pools.contains(*pool));
         let still = still.cloned().collect();
         effect.changes.extend(self.raise(still));
         Ok(effect)
@@ -87,11 +109,11 @@ impl Fleet {
     }
 }
 
-fn read(bytes: &Bytes) -> Result<Config, Refusal> {
+fn read(bytes: &Bytes, level: u32) -> Result<Config, Refusal> {
     if bytes.len() > MAX_CONFIG_BYTES {
         let problem = format!("has {} bytes, at most {MAX_CONFIG_BYTES} fit", bytes.len());
         return Err(Refusal::invalid("config", problem));
     }
-    Config::from_wire(bytes)
+    Config::from_wire_at(bytes, level)
         .map_err(|error| Refusal::invalid(format!("config.{}", error.path), error.problem))
 }

@@ -40,7 +40,7 @@ impl Fleet {
             silent.insert(incarnation);
         }
         let raised = command.correlated.into_iter();
-        let raised = raised.filter(|pool| self.config.document.pool(pool).is_some());
+        let raised = raised.filter(|pool| self.config.pools.contains(pool));
         let raised = raised.collect();
 
         let mut effect = Effect::unchanged();

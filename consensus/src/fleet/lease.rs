@@ -226,14 +226,15 @@ impl Leases {
             .map(|(name, lease)| (name.as_str(), lease))
     }
 
-    /// The least feature level that anyone alive reported; `None` before anyone did.
+    /// The least feature level that a holder of a lease reported: 0 while one of them has not, `None`
+    /// when nobody holds one.
     #[must_use]
     pub fn feature_level(&self, now: Now) -> Option<u32> {
         let agents = self.agents.values().map(|(_, lease)| lease);
         let agents = agents.filter(|lease| now.since(lease.last) < AGENT_TTL);
         let balancers = self.balancers(now).map(|(_, lease)| lease);
-        let heard = agents.chain(balancers).filter(|lease| lease.heard);
-        heard.map(|lease| lease.feature_level).min()
+        let holders = agents.chain(balancers);
+        holders.map(|lease| lease.feature_level).min()
     }
 
     /// Names of the agents with a lease.
@@ -386,8 +387,9 @@ mod tests {
     #[test]
     fn the_feature_level_is_the_least_that_anyone_alive_reported() {
         let mut leases = led();
-        assert_eq!(leases.feature_level(at(0)), None);
         renew(&mut leases, 0, Role::Agent, "w1", Some(start(1, 5))).unwrap();
+        assert_eq!(leases.feature_level(at(0)), Some(0), "w2 has said nothing");
+        renew(&mut leases, 0, Role::Agent, "w2", Some(start(2, 0))).unwrap();
         assert_eq!(leases.feature_level(at(0)), Some(1));
         assert_eq!(leases.feature_level(at(10_000)), None);
     }

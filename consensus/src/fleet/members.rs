@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+use forebay_proto::config::Config;
 use forebay_proto::fleet::{Member, check_address};
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
@@ -15,7 +16,7 @@ use wire::change::Change;
 use wire::command::Action;
 use wire::outcome::Outcome;
 
-use super::{Applied, Effect, FEATURE_LEVEL, Fleet};
+use super::{Applied, Effect, Fleet};
 use crate::bug::{Bug, on};
 use crate::node::Members;
 use crate::probe::{Probe, hit};
@@ -24,7 +25,8 @@ use crate::probe::{Probe, hit};
 pub const MEMBERS_LEVEL: u32 = 2;
 
 /// The feature level of the version that first understood this command.
-pub(super) const fn level_of(action: &Action) -> u32 {
+#[must_use]
+pub const fn level_of(action: &Action) -> u32 {
     match action {
         Action::ChangeMembers(_) | Action::RaiseFeatureLevel(_) => MEMBERS_LEVEL,
         Action::Register(_)
@@ -38,12 +40,20 @@ pub(super) const fn level_of(action: &Action) -> u32 {
     }
 }
 
+/// The feature level that this command needs with what is in it.
+fn needed(action: &Action) -> u32 {
+    match action {
+        Action::ApplyConfig(apply) => Config::level_of(&apply.config),
+        action => level_of(action),
+    }
+}
+
 /// Why a command must not even be proposed in a cell of this feature level: a node that does not
 /// know it would refuse it in other words than one that does, and their states would differ.
 /// Raising the level is left to whoever asked everyone.
 #[must_use]
 pub fn too_new(action: &Action, level: u32) -> Option<Refusal> {
-    let needed = level_of(action);
+    let needed = needed(action);
     let raises = matches!(action, Action::RaiseFeatureLevel(_));
     if needed <= level || raises || on(Bug::FeatureNotGated) {
         return None;
@@ -147,9 +157,9 @@ impl Fleet {
         &mut self,
         command: &wire::RaiseFeatureLevel,
     ) -> Result<Effect, Refusal> {
-        if command.to > FEATURE_LEVEL {
+        if command.to > self.knows {
             // Whoever proposed this counted this node among those that know it.
-            let problem = format!("is {}, this node knows {FEATURE_LEVEL}", command.to);
+            let problem = format!("is {}, this node knows {}", command.to, self.knows);
             return Err(Refusal::invalid("raise_feature_level.to", problem));
         }
         if command.to <= self.feature_level {

@@ -35,11 +35,11 @@ use bytes::Bytes;
 use forebay_proto::fleet::Member;
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, Millis, Revision};
+use forebay_proto::{ClusterId, FEATURE_LEVEL, Millis, Revision};
 use wire::change::Change;
 use wire::command::Action;
 
-pub use members::{MEMBERS_LEVEL, too_new};
+pub use members::{MEMBERS_LEVEL, level_of, too_new};
 pub use snapshot::RestoreError;
 pub use workers::Worker;
 
@@ -59,8 +59,9 @@ pub const EVIDENCE_LIMIT: Millis = Millis(10_000);
 /// A process that renewed more recently than this is alive: its name cannot be taken silently.
 pub const LIVE_WITHIN: Millis = Millis(10_000);
 
-/// Newest replicated feature that this build understands.
-pub const FEATURE_LEVEL: u32 = 2;
+/// The feature level of a cell whose founder did not say another one: versions that did not ask for it
+/// began with this one.
+pub const FOUNDING_LEVEL: u32 = 2;
 
 /// The agreed state of one cell.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,7 +129,7 @@ impl Fleet {
             cluster_id,
             cell_time: Millis(0),
             revision: Revision(0),
-            feature_level: FEATURE_LEVEL,
+            feature_level: FOUNDING_LEVEL,
             newest_worker: 0,
             workers: BTreeMap::new(),
             newest_member: newest(&members),
@@ -143,7 +144,7 @@ impl Fleet {
         }
     }
 
-    /// The same at an older feature level, as a cell that was founded by an older version is.
+    /// The same at another feature level.
     #[must_use]
     pub fn with_feature_level(mut self, level: u32) -> Self {
         self.feature_level = level;

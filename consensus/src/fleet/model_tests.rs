@@ -112,7 +112,7 @@ proptest! {
                 prop_assert!(worker.incarnation >= *newest, "an incarnation went back");
                 *newest = worker.incarnation;
                 prop_assert!(worker.acknowledged_revision <= worker.desired_revision);
-                prop_assert!(fleet.config.document.pool(&worker.spec.pool).is_some());
+                prop_assert!(fleet.config.pools.contains(&worker.spec.pool));
             }
             let guarded = line.starts_with("set") || line.starts_with("remove");
             if guarded && !line.ends_with("override") {

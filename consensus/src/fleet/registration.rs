@@ -9,13 +9,13 @@ use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::ids::check_name;
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{Incarnation, Millis, Revision, WorkerId};
+use forebay_proto::{FEATURE_LEVEL, Incarnation, Millis, Revision, WorkerId};
 use wire::change::Change;
 use wire::{Desired, Observed};
 
 use super::proposal::fresh;
 use super::workers::{Worker, incarnation};
-use super::{Effect, FEATURE_LEVEL, Fleet, LIVE_WITHIN, MAX_WORKERS};
+use super::{Effect, Fleet, LIVE_WITHIN, MAX_WORKERS};
 use crate::bug::{Bug, on};
 
 /// A registration that is well-formed and fits the configuration.
@@ -37,7 +37,7 @@ impl Fleet {
     ) -> Result<Effect, Refusal> {
         let renewed_ms_ago = fresh(evidence)?.renewed_ms_ago;
         let asked = Registration::read(command)?;
-        if self.config.document.pool(&asked.spec.pool).is_none() {
+        if !self.config.pools.contains(&asked.spec.pool) {
             return Err(Refusal::UnknownPool {
                 pool: asked.spec.pool,
             });

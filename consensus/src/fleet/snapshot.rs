@@ -4,11 +4,10 @@
 //! own with every map in key order, so equal states give equal bytes.
 
 use bytes::Bytes;
-use forebay_proto::config::Config;
 use forebay_proto::fleet::{Member, WorkerSpec};
 use forebay_proto::ids::{ClientId, Incarnation};
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, Millis, Revision, WorkerId};
+use forebay_proto::{ClusterId, FEATURE_LEVEL, Millis, Revision, WorkerId};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
@@ -16,7 +15,7 @@ use super::audit::{Broken, Chain};
 use super::config::Agreed;
 use super::keys::MAX_KEYS;
 use super::sessions::{MAX_SESSIONS, Session, Sessions};
-use super::{FEATURE_LEVEL, Fleet, MAX_WORKERS, Worker};
+use super::{Fleet, MAX_WORKERS, Worker};
 use crate::bug::{Bug, on};
 
 const MAGIC: &[u8; 8] = b"FBYFLEET";
@@ -201,11 +200,12 @@ impl Fleet {
             changing: false,
             knows: FEATURE_LEVEL,
             members,
-            config: Agreed {
-                document: Config::from_wire(&facts.config).map_err(malformed)?,
-                bytes: facts.config,
-                revision: Revision(facts.config_revision),
-            },
+            config: Agreed::stored(
+                facts.config,
+                Revision(facts.config_revision),
+                body.feature_level,
+            )
+            .map_err(malformed)?,
             correlated: facts.correlated_expiry.into_iter().collect(),
             keys: keys(facts.keys.unwrap_or_default())?,
             sessions: Sessions::restore(sessions.collect::<Result<Vec<_>, _>>()?),

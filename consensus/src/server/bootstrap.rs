@@ -6,11 +6,11 @@ use forebay_proto::fleet::Member;
 use forebay_proto::ids::check_name;
 use forebay_proto::wire::control::{self, failure::Failure};
 use forebay_proto::wire::fleet;
-use forebay_proto::{ClusterId, NodeId};
+use forebay_proto::{ClusterId, FEATURE_LEVEL, NodeId};
 
 use super::BOOTSTRAP_AFTER;
 use super::lifecycle::{Phase, Shared, run_member};
-use crate::fleet::Fleet;
+use crate::fleet::{FOUNDING_LEVEL, Fleet};
 use crate::node::{Members, Snapshot};
 use crate::replica::StopReason;
 use crate::store::{ClusterFile, MemberRecord, Uninitialised};
@@ -55,7 +55,16 @@ pub(crate) async fn bootstrap(
         )));
     }
     check_distinct(&members)?;
-    let snapshot = first_snapshot(cluster_id, &members).map_err(|error| bad(error.to_string()))?;
+    let level = request.feature_level.unwrap_or(0).max(FOUNDING_LEVEL);
+    if level > FEATURE_LEVEL {
+        let problem = format!(
+            "{} understands feature level {FEATURE_LEVEL}, not {level}",
+            shared.name
+        );
+        return Err(bad(problem));
+    }
+    let snapshot = first_snapshot(cluster_id, &members, level);
+    let snapshot = snapshot.map_err(|error| bad(error.to_string()))?;
     let file = ClusterFile::new(cluster_id, own, shared.name.clone(), members);
     begin(shared, waiting.take(), file, &snapshot)?;
     Ok(control::Bootstrapped {
@@ -202,10 +211,11 @@ fn already(
 fn first_snapshot(
     cluster_id: ClusterId,
     members: &[MemberRecord],
+    level: u32,
 ) -> Result<Snapshot, crate::node::MembersError> {
     let voters: Vec<NodeId> = members.iter().map(|member| member.id).collect();
     let facts = members.iter().map(super::lifecycle::member).collect();
-    let fleet = Fleet::bootstrap(cluster_id, facts);
+    let fleet = Fleet::bootstrap(cluster_id, facts).with_feature_level(level);
     Ok(Snapshot::bootstrap(
         Members::new(voters, [])?,
         fleet.snapshot().into(),

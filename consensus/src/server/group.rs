@@ -7,10 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forebay_proto::fleet::Member;
-use forebay_proto::{ClusterId, NodeId};
+use forebay_proto::{ClusterId, FEATURE_LEVEL, NodeId};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 
@@ -22,6 +22,9 @@ const MAX_WAITING: usize = 1_024;
 /// Of them, places that only snapshots may take: one that is lost without a report leaves its peer
 /// without any message for ever, and Raft makes no second one before the report.
 const KEPT_FOR_SNAPSHOTS: usize = 4;
+
+/// A member that was silent for longer may come back as an older version.
+const PRESENT: Duration = Duration::from_secs(3);
 
 /// The peers of one member. Cheap to clone.
 #[derive(Clone)]
@@ -56,6 +59,8 @@ struct Peer {
     /// link is that sign. Without it the first votes of the next election would be lost.
     boot: watch::Sender<u64>,
     heard: Heard,
+    /// The newest feature that this start of it understands.
+    level: u32,
 }
 
 /// When a message of a peer came last.
@@ -186,10 +191,25 @@ impl Group {
     }
 
     /// How long ago a message of this peer came.
-    pub(crate) fn heard_ago(&self, peer: NodeId) -> Option<std::time::Duration> {
+    pub(crate) fn heard_ago(&self, peer: NodeId) -> Option<Duration> {
         let state = self.0.state.lock();
         let heard = *state.peers.get(&peer)?.heard.lock();
         heard.map(|heard| heard.elapsed())
+    }
+
+    /// The least feature level that a member understands; 0 while one of them is not there to say it.
+    pub(crate) fn feature_level(&self) -> u32 {
+        let state = self.0.state.lock();
+        let others = state.members.iter().filter(|one| one.id != self.0.own);
+        let levels = others.map(|one| {
+            let peer = state.peers.get(&one.id);
+            let present = peer.filter(|peer| {
+                let heard = *peer.heard.lock();
+                heard.is_some_and(|heard| heard.elapsed() < PRESENT)
+            });
+            present.map_or(0, |peer| peer.level)
+        });
+        levels.min().unwrap_or(FEATURE_LEVEL).min(FEATURE_LEVEL)
     }
 
     /// The member or guest that the one who has dialled must be. `says` is what it says of itself, with
@@ -223,9 +243,10 @@ impl Group {
     }
 
     /// Notes that this start of a peer has dialled; `None` if it has just gone.
-    pub(crate) fn called(&self, peer: NodeId, boot: u64) -> Option<Caller> {
-        let state = self.0.state.lock();
-        let peer_state = state.peers.get(&peer)?;
+    pub(crate) fn called(&self, peer: NodeId, boot: u64, level: u32) -> Option<Caller> {
+        let mut state = self.0.state.lock();
+        let peer_state = state.peers.get_mut(&peer)?;
+        peer_state.level = level;
         peer_state.boot.send_replace(boot);
         Some(Caller {
             id: peer,
@@ -251,6 +272,7 @@ impl Peer {
             waiting: Some(waiting),
             boot: watch::Sender::new(0),
             heard: Heard::default(),
+            level: 0,
         }
     }
 }
@@ -310,13 +332,27 @@ mod tests {
         assert_eq!(names(&group), ["c2"]);
         group.follow(&[member(1), member(2), member(3)], NodeId(3));
         assert_eq!(names(&group), ["c3"]);
-        let gone = group.called(NodeId(2), 7).unwrap().belongs;
+        let gone = group.called(NodeId(2), 7, 1).unwrap().belongs;
         group.follow(&[member(1), member(3)], NodeId(3));
         assert!(names(&group).is_empty() && group.has_own());
         assert!(gone.has_changed().is_err(), "its links are told to end");
-        assert!(group.called(NodeId(2), 8).is_none());
+        assert!(group.called(NodeId(2), 8, 1).is_none());
         group.follow(&[member(3)], NodeId(3));
         assert!(!group.has_own());
+    }
+
+    #[test]
+    fn the_members_understand_what_each_of_them_said_since_it_was_heard_last() {
+        let group = group();
+        assert_eq!(group.feature_level(), 0, "c2 has not said anything");
+        let caller = group.called(NodeId(2), 7, 2).unwrap();
+        assert_eq!(group.feature_level(), 0, "it has not been heard");
+        *caller.heard.lock() = Some(Instant::now());
+        assert_eq!(group.feature_level(), 2);
+        group.called(NodeId(2), 8, FEATURE_LEVEL + 1).unwrap();
+        assert_eq!(group.feature_level(), FEATURE_LEVEL);
+        *caller.heard.lock() = Instant::now().checked_sub(PRESENT);
+        assert_eq!(group.feature_level(), 0, "it may come back as another");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use prost::Message;
 use tokio::sync::watch;
 use wire::command::Action;
 
+use super::group::Group;
 use super::publish::Publisher;
 use crate::fleet::Applied;
 use crate::fleet::lease::{Leases, RenewError};
@@ -38,6 +39,7 @@ struct Inner {
     started: Instant,
     replica: ReplicaHandle<Applied>,
     published: Arc<Publisher>,
+    group: Group,
     reign: Mutex<Reign>,
     /// The term of the reign, for those who wait for it to begin.
     reigns: watch::Sender<Option<u64>>,
@@ -58,12 +60,14 @@ impl Leader {
         started: Instant,
         replica: ReplicaHandle<Applied>,
         published: Arc<Publisher>,
+        group: Group,
         pace: u32,
     ) -> Self {
         Self(Arc::new(Inner {
             started,
             replica,
             published,
+            group,
             reign: Mutex::default(),
             reigns: watch::Sender::new(None),
             observing: Mutex::default(),
@@ -87,6 +91,16 @@ impl Leader {
     #[must_use]
     pub fn facts(&self) -> Arc<wire::Facts> {
         self.0.published.facts()
+    }
+
+    /// The least feature level that a member understands; 0 while one of them is not there to say it.
+    #[must_use]
+    pub fn members_level(&self) -> u32 {
+        if self.0.replica.status().borrow().members.is_joint() {
+            // Who is on the way out applies what is agreed until the others have left it.
+            return 0;
+        }
+        self.0.group.feature_level()
     }
 
     /// Looks at the leases. They mean nothing unless this node leads.

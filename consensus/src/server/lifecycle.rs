@@ -194,6 +194,7 @@ pub(crate) fn run_member(
         shared.started,
         replica.clone(),
         published.clone(),
+        group.clone(),
         settings.pace,
     );
     tokio::spawn(leader.clone().follow());

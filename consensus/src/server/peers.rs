@@ -320,7 +320,9 @@ fn admit(running: &Running, link: &Link) -> Option<Caller> {
         link.close(Code::Identity, &problem);
         return None;
     }
-    running.group.called(known.id, hello.boot)
+    running
+        .group
+        .called(known.id, hello.boot, hello.feature_level)
 }
 
 /// A peer's place in the group has ended, or is another one.

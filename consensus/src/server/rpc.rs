@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use forebay_link::{FEATURE_LEVEL, FrameReceiver, FrameSender, Link};
+use forebay_link::{FrameReceiver, FrameSender, Link};
 use forebay_proto::fleet::Member;
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::rpc::Rpc;
@@ -434,7 +434,7 @@ pub(crate) fn status(shared: &Shared) -> control::NodeStatus {
         name: shared.name.clone(),
         store_id: shared.store_id.to_wire(),
         build: concat!("forebay/", env!("CARGO_PKG_VERSION")).into(),
-        feature_level: FEATURE_LEVEL,
+        feature_level: forebay_proto::FEATURE_LEVEL,
         problem: shared.problem.lock().clone(),
         role: "uninitialised".into(),
         ..control::NodeStatus::default()

@@ -209,6 +209,7 @@ impl Cell {
                     Request::Bootstrap(control::Bootstrap {
                         cluster_id,
                         members,
+                        feature_level: None,
                     }),
                 )
             })
@@ -422,6 +423,7 @@ fn a_member_with_a_wiped_disk_takes_no_part_and_says_why() {
         let request = control::Bootstrap {
             cluster_id,
             members,
+            feature_level: None,
         };
         let refused = cell.ask(node, Request::Bootstrap(request));
         assert!(

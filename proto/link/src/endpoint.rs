@@ -20,7 +20,7 @@ use crate::credentials::{Credentials, CredentialsError, peer_identity};
 use crate::link::{Alpn, Link, LinkClosed, printable};
 use crate::stream::{FrameReceiver, FrameSender};
 use crate::verify::{ClientVerifier, ServerVerifier};
-use crate::{Code, FEATURE_LEVEL, PROTOCOL};
+use crate::{Code, PROTOCOL};
 
 /// Streams that a peer may have open at once.
 const MAX_STREAMS: u32 = 1_024;
@@ -213,7 +213,7 @@ impl Endpoint {
             hello: Mutex::new(Hello {
                 min: *PROTOCOL.start(),
                 max: *PROTOCOL.end(),
-                feature_level: FEATURE_LEVEL,
+                feature_level: forebay_proto::FEATURE_LEVEL,
                 build: concat!("forebay/", env!("CARGO_PKG_VERSION")).into(),
                 boot: rand::random(),
                 ..Hello::default()

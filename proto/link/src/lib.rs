@@ -24,9 +24,6 @@ pub use stream::{FrameReceiver, FrameSender, RecvError, SendError};
 /// Newest and oldest protocol version this build speaks.
 pub const PROTOCOL: std::ops::RangeInclusive<u32> = 1..=1;
 
-/// Newest replicated feature this build understands.
-pub const FEATURE_LEVEL: u32 = 1;
-
 /// Why a connection or a stream was ended on purpose; travels as the QUIC application code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]

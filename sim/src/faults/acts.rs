@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use forebay_proto::FEATURE_LEVEL;
 use rand::Rng as _;
 
 use super::net::{Trouble, TroubleKind};
@@ -119,7 +120,7 @@ impl World {
             Kind::Upgrade { node } => {
                 let node = self.running(node)?;
                 self.crash(node, false);
-                self.hosts.get_mut(&node)?.is_old = false;
+                self.hosts.get_mut(&node)?.knows = FEATURE_LEVEL;
                 self.at(self.now_us + RESTART_US, Event::Start(node));
             }
         }
@@ -187,8 +188,8 @@ impl World {
             });
             host.full_until = now;
             host.paused_until = host.paused_until.min(now);
-            let was_old = std::mem::take(&mut host.is_old);
-            if host.process.is_none() || was_old {
+            let knew = std::mem::replace(&mut host.knows, FEATURE_LEVEL);
+            if host.process.is_none() || knew < FEATURE_LEVEL {
                 back.push(*id);
             }
         }

@@ -15,11 +15,11 @@ use forebay_consensus::node::MembersChange;
 use forebay_control_client::core::error::NodeError;
 use forebay_control_client::core::plan::{self, Plan};
 use forebay_control_client::core::roster::Roster;
-use forebay_proto::config::{Config, Pool};
+use forebay_proto::config::{Config, POLICIES, Pool};
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::control;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{Identity, Incarnation, NodeId, Now, Revision, Role};
+use forebay_proto::{FEATURE_LEVEL, Identity, Incarnation, NodeId, Now, Revision, Role};
 use prost::Message as _;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -575,7 +575,7 @@ fn renewal(
                 incarnation: incarnation.map(Incarnation::to_wire),
                 applied_revision: revision,
                 observed,
-                feature_level: 2,
+                feature_level: FEATURE_LEVEL,
             },
         },
         calls: Vec::new(),
@@ -598,10 +598,14 @@ fn hex(bytes: &[u8]) -> String {
 
 /// A configuration whose value is the limit of the one pool's queue.
 fn configuration(value: u64) -> Bytes {
-    let pool = Pool {
+    let mut pool = Pool {
         queue_limit: u32::try_from(value).unwrap_or(u32::MAX),
         ..Pool::named("default")
     };
+    if value.is_multiple_of(4) {
+        // What no older version knows.
+        pool.policy = POLICIES[POLICIES.len() - 1].into();
+    }
     Config { pools: vec![pool] }.to_wire()
 }
 

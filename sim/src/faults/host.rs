@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forebay_consensus::fleet::reign::{self, Asked, Reign};
-use forebay_consensus::fleet::{Applied, FEATURE_LEVEL, Fleet, too_new};
+use forebay_consensus::fleet::{Applied, Fleet, level_of, too_new};
 use forebay_consensus::node::{
     Members, MembersChange, Message, Restored, Role, Snapshot, SnapshotReport,
 };
@@ -26,7 +26,9 @@ use forebay_consensus::store::{
 use forebay_controller::{Action, Controller};
 use forebay_proto::wire::control;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{Identity, Incarnation, Millis, NodeId, Now, Revision, WorkerId};
+use forebay_proto::{
+    FEATURE_LEVEL, Identity, Incarnation, Millis, NodeId, Now, Revision, WorkerId,
+};
 use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::oneshot;
@@ -42,6 +44,8 @@ const MAX_INPUTS_PER_TURN: usize = 1_024;
 const MAX_CATCH_UP_TICKS: u32 = 4;
 /// What a wall clock says when the world begins.
 pub(super) const WALL_CLOCK: Millis = Millis(1_800_000_000_000);
+/// As the server does: a member that was silent for longer may come back as an older version.
+const PRESENT: Duration = Duration::from_secs(3);
 const HEARTBEAT: Duration = Duration::from_millis(250);
 const CONTROLLER_EVERY: Duration = Duration::from_millis(500);
 
@@ -64,8 +68,8 @@ pub(super) struct Host {
     pub(super) rotten: bool,
     /// Why its disk cannot be used any more.
     pub(super) refused: Option<String>,
-    /// It runs the version before.
-    pub(super) is_old: bool,
+    /// The newest feature that the version on it understands.
+    pub(super) knows: u32,
     /// Not in the group any more.
     pub(super) removed: bool,
     /// The group as its process has it, and the one before if it changed in this turn.
@@ -86,10 +90,19 @@ pub(super) struct Clock {
 /// What waits for a process.
 #[allow(clippy::large_enum_variant)] // few at a time, and moved at once
 pub(super) enum Incoming {
-    Raft { from: NodeId, message: Box<Message> },
+    Raft {
+        from: NodeId,
+        /// The newest feature that the sender understands.
+        level: u32,
+        message: Box<Message>,
+    },
     Unreachable(NodeId),
     Snapshot(NodeId, SnapshotReport),
-    Ask { party: Party, number: u64, ask: Ask },
+    Ask {
+        party: Party,
+        number: u64,
+        ask: Ask,
+    },
 }
 
 /// What happened in a process, for the checks.
@@ -117,6 +130,10 @@ pub(super) struct Batch {
 pub(super) struct Process {
     pub(super) core: Core<Fleet>,
     pub(super) reign: Reign,
+    /// The newest feature that it understands.
+    knows: u32,
+    /// When a member was heard last, and which feature it understood.
+    heard: BTreeMap<NodeId, (Now, u32)>,
     election: Option<(u64, u64)>,
     pub(super) publisher: Arc<Publisher>,
     controller: Controller,
@@ -270,7 +287,7 @@ impl Host {
             ..ReplicaOptions::default()
         };
         let machine = Fleet::bootstrap(cluster.cluster_id, Vec::new());
-        let machine = machine.as_build_of(if self.is_old { 1 } else { FEATURE_LEVEL });
+        let machine = machine.as_build_of(self.knows);
         let memory = restored.clone();
         let core = Core::new(
             options,
@@ -287,6 +304,8 @@ impl Host {
         self.process = Some(Process {
             core,
             reign: Reign::default(),
+            knows: self.knows,
+            heard: BTreeMap::new(),
             election: None,
             publisher,
             controller: Controller::default(),
@@ -392,7 +411,12 @@ fn batch(
 impl Process {
     fn take(&mut self, now: Now, input: Incoming, turned: &mut Turned) {
         match input {
-            Incoming::Raft { from, message } => {
+            Incoming::Raft {
+                from,
+                level,
+                message,
+            } => {
+                self.heard.insert(from, (now, level));
                 self.core.take(now, Input::Step { from, message });
             }
             Incoming::Unreachable(peer) => self.core.take(now, Input::Unreachable(peer)),
@@ -415,7 +439,7 @@ impl Process {
                 let action = wire::Command::decode(asked.command.clone()).ok();
                 let action = action.and_then(|command| command.action);
                 if self.reign.term().is_some()
-                    && action.is_some_and(|action| too_new(&action, level).is_some())
+                    && action.is_some_and(|action| self.refuses(&action, level))
                 {
                     return Some(Answer::Refused);
                 }
@@ -455,6 +479,32 @@ impl Process {
             }
             Ask::Renew { who, renew } => Some(self.renew(now, &who, &renew)),
         }
+    }
+
+    /// Whether a leader of this version proposes no such command in a cell of this feature level.
+    fn refuses(&self, action: &command::Action, level: u32) -> bool {
+        if self.knows < FEATURE_LEVEL {
+            // It looks at nothing that it does not know.
+            return level_of(action) > self.knows;
+        }
+        too_new(action, level).is_some()
+    }
+
+    /// The least feature level that a member understands, as [`Controller::step`] wants it.
+    fn members_level(&self, now: Now, facts: &wire::Facts) -> u32 {
+        let status = self.core.status();
+        if status.members.is_joint() {
+            return 0;
+        }
+        // It matters while this node leads.
+        let own = status.leader;
+        let others = facts.members.iter();
+        let others = others.filter(|one| own != Some(NodeId(one.id)));
+        let levels = others.map(|one| match self.heard.get(&NodeId(one.id)) {
+            Some((at, level)) if now.since(*at) < PRESENT => *level,
+            Some(_) | None => 0,
+        });
+        levels.min().unwrap_or(self.knows).min(self.knows)
     }
 
     fn not_leader(&self) -> Answer {
@@ -639,9 +689,10 @@ impl Process {
         if leads && !self.own.is_empty() {
             return;
         }
+        let members_level = self.members_level(now, &facts);
         let actions = self
             .controller
-            .step(now, leads, self.reign.leases(), &facts);
+            .step(now, leads, self.reign.leases(), &facts, members_level);
         for action in actions {
             let (action, reason) = match action {
                 Action::Expire(expire) => {
@@ -660,6 +711,11 @@ impl Process {
                         key: Bytes::from_static(b"0123456789abcdef"),
                     };
                     (command::Action::RotateKey(rotate), "the first key")
+                }
+                Action::RaiseFeatureLevel(to) => {
+                    let raise = wire::RaiseFeatureLevel { to };
+                    let action = command::Action::RaiseFeatureLevel(raise);
+                    (action, "everyone understands it")
                 }
             };
             let proposed = self.propose_own(now, action, reason);

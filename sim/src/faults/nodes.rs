@@ -188,7 +188,13 @@ impl World {
                 Event::Told(from, Incoming::Snapshot(to, report)),
             );
         }
-        self.enqueue(to, Incoming::Raft { from, message });
+        let level = self.hosts.get(&from).map_or(0, |host| host.knows);
+        let raft = Incoming::Raft {
+            from,
+            level,
+            message,
+        };
+        self.enqueue(to, raft);
     }
 
     /// What a turn led to leaves the node, and the checks look at it.

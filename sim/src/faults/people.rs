@@ -119,11 +119,6 @@ impl World {
 
     /// What the admin does next.
     fn churn(&mut self) -> (Option<(Action, Option<MembersChange>)>, Option<NodeId>) {
-        let old = self.hosts.values().any(|host| host.is_old && !host.removed);
-        if self.feature_level < 2 && !old && self.rng.random_bool(0.5) {
-            let raise = wire::RaiseFeatureLevel { to: 2 };
-            return (Some((Action::RaiseFeatureLevel(raise), None)), None);
-        }
         if !self.params.churn || self.rng.random_bool(0.5) {
             return (None, None);
         }

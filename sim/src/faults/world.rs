@@ -10,7 +10,7 @@ use forebay_control_client::core::watch::Watch;
 use forebay_proto::fleet::Member;
 use forebay_proto::wire::control;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, NodeId, Now, StoreId};
+use forebay_proto::{ClusterId, FEATURE_LEVEL, NodeId, Now, StoreId};
 use prost::Message as _;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -146,7 +146,11 @@ impl World {
             history: History::default(),
             checks: Checks::default(),
             members: Vec::new(),
-            feature_level: if params.mixed { 1 } else { 2 },
+            feature_level: if params.mixed {
+                rng.random_range(1..FEATURE_LEVEL)
+            } else {
+                FEATURE_LEVEL
+            },
             newest_member: NodeId(u64::from(params.nodes)),
             injected: BTreeMap::new(),
             joint_trap: None,
@@ -178,7 +182,9 @@ impl World {
         let snapshot = Snapshot::bootstrap(group, Bytes::from(fleet.snapshot()));
         for one in &records {
             let mut host = self.host(one.id);
-            host.is_old = self.params.mixed && self.rng.random_bool(0.5);
+            if self.params.mixed && self.rng.random_bool(0.5) {
+                host.knows = self.feature_level;
+            }
             let file = host::cluster_file(CLUSTER, one.id, &one.name, records.clone());
             host::found(&self.params, &host.disk, file, &snapshot)
                 .expect("an empty disk without faults takes a bootstrap");
@@ -271,7 +277,7 @@ impl World {
             full_until: 0,
             rotten: false,
             refused: None,
-            is_old: false,
+            knows: FEATURE_LEVEL,
             removed: false,
             group: None,
             group_before: None,
@@ -470,6 +476,12 @@ impl World {
             .map(|(party, _)| format!("{party:?}"))
             .collect();
         let idle = self.idle_balancers();
+        let members = self.members.iter();
+        let whole = members.map(|member| self.hosts.get(&NodeId(member.id)));
+        let whole = whole
+            .into_iter()
+            .flatten()
+            .all(|host| host.process.is_some());
         Liveness::check(&Rest {
             nodes,
             stuck,
@@ -480,7 +492,7 @@ impl World {
                 .map(|party| (*party, self.checks.watchers.revision(*party)))
                 .collect(),
             idle,
-            feature_level: self.params.mixed.then_some(self.feature_level),
+            feature_level: (self.params.mixed && whole).then_some(self.feature_level),
         })
     }
 }

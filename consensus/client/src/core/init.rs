@@ -80,6 +80,8 @@ pub struct Founding {
     pub cluster_id: ClusterId,
     /// Its members, numbered in the order they were given.
     pub members: Vec<Member>,
+    /// The least feature level that any of them understands.
+    pub feature_level: u32,
     /// Addresses that have yet to take their place, to be asked one after the other. Every `init` of
     /// these nodes has the same order, so that of two at once one fails at its first node, having
     /// changed nothing, instead of each taking some.
@@ -151,8 +153,10 @@ pub fn plan(drawn: ClusterId, probed: &[Probed]) -> Result<Founding, InitError> 
             cluster: id.to_string(),
         });
     }
+    let levels = statuses.iter().map(|(_, status)| status.feature_level);
     Ok(Founding {
         cluster_id: cluster_id.unwrap_or(drawn),
+        feature_level: levels.min().unwrap_or(0),
         members,
         missing,
     })
@@ -185,6 +189,7 @@ mod tests {
         let status = wire::NodeStatus {
             name: format!("c{number}"),
             store_id: StoreId([number; 16]).to_wire(),
+            feature_level: u32::from(number),
             ..Default::default()
         };
         (format!("h{number}:7400"), Ok(status))
@@ -212,6 +217,7 @@ mod tests {
         assert_eq!(ids, [(1, "c1"), (2, "c2"), (3, "c3")]);
         assert_eq!(founding.cluster_id, DRAWN);
         assert_eq!(founding.missing.len(), 3);
+        assert_eq!(founding.feature_level, 1, "c1 understands no more");
         assert_eq!(plan(DRAWN, &three()[..1]).unwrap().members.len(), 1);
     }
 

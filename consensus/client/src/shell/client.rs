@@ -214,11 +214,13 @@ impl ControlClient {
         address: &str,
         cluster_id: ClusterId,
         members: &[forebay_proto::fleet::Member],
+        feature_level: u32,
         deadline: Duration,
     ) -> Result<NodeId, NodeError> {
         let ask = Ask::Bootstrap(wire::Bootstrap {
             cluster_id: cluster_id.to_wire(),
             members: members.iter().map(|member| member.to_wire()).collect(),
+            feature_level: Some(feature_level),
         });
         match self.ask(address, ask, deadline).await? {
             Response::Bootstrapped(done) => Ok(NodeId(done.node_id)),

@@ -35,9 +35,10 @@ impl ControlClient {
         let probed = self.probe(self.given(), deadline).await;
         let founding = plan(drawn, &probed)?;
         let (cluster_id, members) = (founding.cluster_id, founding.members);
+        let level = founding.feature_level;
         for address in founding.missing {
             match self
-                .bootstrap(&address, cluster_id, &members, deadline)
+                .bootstrap(&address, cluster_id, &members, level, deadline)
                 .await
             {
                 Ok(_) => {}

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use forebay_link::{Backoff, FEATURE_LEVEL};
+use forebay_link::Backoff;
 use forebay_proto::wire::control as wire;
 use forebay_proto::wire::fleet::Observed;
 use forebay_proto::{Incarnation, Revision};
@@ -82,7 +82,7 @@ async fn renew(
             incarnation: said.incarnation.map(Incarnation::to_wire),
             applied_revision: said.applied_revision.0,
             observed: said.observed.into(),
-            feature_level: FEATURE_LEVEL,
+            feature_level: forebay_proto::FEATURE_LEVEL,
         };
         let pause = match client.renew(renew, PATIENCE).await {
             Ok(renewed) => {

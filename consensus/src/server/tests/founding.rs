@@ -57,6 +57,7 @@ fn a_wrong_init_is_refused_and_leaves_the_disk_fit_for_a_right_one() {
             Request::Bootstrap(control::Bootstrap {
                 cluster_id,
                 members,
+                feature_level: None,
             }),
         );
         assert!(is_bad_request(&refused), "{refused:?}");
@@ -95,6 +96,7 @@ fn a_disk_that_fails_at_init_ends_the_node_with_the_reason() {
         let request = control::Bootstrap {
             cluster_id: vec![1; 16].into(),
             members: vec![member],
+            feature_level: None,
         };
         let failed = super::super::bootstrap::bootstrap(&node.shared, &request).await;
         assert!(matches!(failed, Err(Failure::Stopped(_))), "{failed:?}");
@@ -131,6 +133,7 @@ fn a_disk_that_fails_at_work_ends_the_node_with_the_reason() {
         let request = control::Bootstrap {
             cluster_id: vec![1; 16].into(),
             members: vec![member],
+            feature_level: None,
         };
         let founded = super::super::bootstrap::bootstrap(&node.shared, &request).await;
         assert!(founded.is_ok(), "{founded:?}");

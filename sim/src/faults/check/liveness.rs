@@ -1,7 +1,7 @@
 //! After the faults end, the group elects a leader, everyone converges, and everyone who asks gets an
 //! answer (F2).
 
-use forebay_proto::NodeId;
+use forebay_proto::{FEATURE_LEVEL, NodeId};
 
 use super::super::party::Party;
 use super::{Held, Violation};
@@ -71,7 +71,9 @@ impl Liveness {
             ));
         }
         match rest.feature_level {
-            Some(level) if level < 2 => broken(format!("the feature level stays at {level}")),
+            Some(level) if level < FEATURE_LEVEL => {
+                broken(format!("the feature level stays at {level}"))
+            }
             _ => Ok(()),
         }
     }
