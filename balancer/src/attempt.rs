@@ -29,6 +29,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) enum Ended {
     /// All was passed on.
     Complete,
+    /// Not started: the worker has more before it than was thought, and said what.
+    Stale,
     /// Not started; `for_good`: this worker is not to be asked again.
     Refused { for_good: bool },
     /// Failed before the first byte.
@@ -253,6 +255,7 @@ impl Answer<'_> {
             Kind::Accepted if !self.taken => {
                 let accepted: work::Accepted = frame.decode().map_err(|_| broken())?;
                 self.taken = true;
+                self.exchange.shared.dispatch().asking.placed(false);
                 self.placement.accepted(accepted.report_seq);
                 self.hear(accepted.load.as_ref());
                 self.accepted.notify_one();
@@ -411,6 +414,7 @@ impl Answer<'_> {
 fn refusal(reason: work::RefusalReason) -> Ended {
     use work::RefusalReason as Reason;
     match reason {
+        Reason::RefusalStaleView => Ended::Stale,
         Reason::RefusalWrongModel => Ended::Refused { for_good: true },
         Reason::RefusalInvalid => Ended::Hopeless(died()),
         Reason::RefusalUnspecified
@@ -419,7 +423,6 @@ fn refusal(reason: work::RefusalReason) -> Ended {
         | Reason::RefusalCordoned
         | Reason::RefusalDraining
         | Reason::RefusalFull
-        | Reason::RefusalStaleView
         | Reason::RefusalDeadline
         | Reason::RefusalBodyBudget => Ended::Refused { for_good: false },
     }

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::attempt::{Ended, Sink};
 use crate::body::Read;
-use crate::core::dispatch::{Ask, Sought, Ticket};
+use crate::core::dispatch::{Answer, Ask, Sought, Ticket};
 use crate::core::error::{ApiError, Code};
 use crate::core::head::Head;
 use crate::core::limits::Running;
@@ -107,11 +107,13 @@ impl Exchange {
             failed: Vec::new(),
             refused: Vec::new(),
             sought: Arc::default(),
+            answers: Vec::new(),
         };
         self.budget(|budget| budget.admit());
         let mut must_queue = false;
         loop {
             self.tracked.phase(Phase::Queued);
+            let mut stale = false;
             line.sought = Arc::new(prompt::seek(self));
             let placement = self.place(&mut line).await?;
             let (worker, incarnation) = (placement.worker.clone(), placement.choice.incarnation);
@@ -132,6 +134,12 @@ impl Exchange {
                 Ended::Hopeless(error) => {
                     self.shared.metrics.placed(&worker, Outcome::Failed);
                     return Err(error);
+                }
+                Ended::Stale => {
+                    self.shared.metrics.placed(&worker, Outcome::Refused);
+                    self.shared.dispatch().asking.placed(true);
+                    stale = true;
+                    (Failure::NotStarted, full().after(self.likely_wait()))
                 }
                 Ended::Refused { for_good } => {
                     self.shared.metrics.placed(&worker, Outcome::Refused);
@@ -154,6 +162,11 @@ impl Exchange {
                 Next::Again { must_queue: now } => must_queue = now,
                 Next::GiveUp => return Err(error),
             }
+            line.answers = if stale {
+                self.ask_around(&line.ask(self, true)).await
+            } else {
+                Vec::new()
+            };
             self.shared.metrics.retries.inc();
         }
     }
@@ -170,6 +183,8 @@ impl Exchange {
             self.shared.metrics.decided(began.elapsed());
             return Ok(placement);
         }
+        // What was said is old before there is room.
+        line.answers.clear();
         let _queued = Queued::new(&self.shared);
         let queue_limit = self.pool.queue_limit;
         if !line.refused.is_empty() {
@@ -246,6 +261,8 @@ struct Line {
     failed: Vec<Incarnation>,
     refused: Vec<Incarnation>,
     sought: Arc<Sought>,
+    /// Of those that were asked after the last refusal.
+    answers: Vec<Answer>,
 }
 
 impl Line {
@@ -259,6 +276,7 @@ impl Line {
             pool: exchange.pool_name.clone(),
             model: exchange.model.clone(),
             tried,
+            answers: self.answers.clone(),
             sought: self.sought.clone(),
         }
     }

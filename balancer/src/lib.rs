@@ -8,6 +8,7 @@
 //! [`run`] is the process. [`serve`] is the same without a control plane: facts are handed in.
 
 mod admin;
+mod asking;
 mod attempt;
 mod body;
 mod connection;

@@ -160,6 +160,11 @@ impl Keeper {
                             self.shared.hear(&report, incarnation.worker);
                         }
                     }
+                    Ok(frame) if frame.kind == Kind::Quote => {
+                        if let Ok(quote) = frame.decode::<work::Quote>() {
+                            self.shared.quoted(&quote, incarnation.worker);
+                        }
+                    }
                     Ok(_) => {}
                     Err(closed) => break closed,
                 }

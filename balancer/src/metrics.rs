@@ -62,6 +62,8 @@ pub(crate) struct Metrics {
     predicted_tokens: Counter,
     reported_tokens: Counter,
     pub(crate) resyncs: Counter,
+    questions: Counter,
+    quotes: Counter,
     pub(crate) resident: Number,
     pub(crate) inflight: Number,
     pub(crate) bookings: Number,
@@ -115,6 +117,12 @@ impl Metrics {
                 "Streams of residency that had to begin anew",
                 &self.resyncs,
             ),
+            (
+                "questions",
+                "Questions to workers after a placement was refused because the view was too old",
+                &self.questions,
+            ),
+            ("quotes", "Answers to them that came in time", &self.quotes),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -171,6 +179,11 @@ impl Metrics {
             self.predicted_tokens.inc_by(predicted.into());
             self.reported_tokens.inc_by(cached.into());
         }
+    }
+
+    pub(crate) fn asked(&self, questions: usize, quotes: usize) {
+        self.questions.inc_by(questions as u64);
+        self.quotes.inc_by(quotes as u64);
     }
 
     pub(crate) fn first_byte(&self, after: Duration) {

@@ -17,6 +17,7 @@ use rand::rngs::StdRng;
 use tokio::sync::oneshot;
 
 use crate::Settings;
+use crate::asking::Questions;
 use crate::core::auth::Keys;
 use crate::core::dispatch::{Dispatch, Placed};
 use crate::core::lengths::Lengths;
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     /// Who holds which chunk; never locked together with the view.
     pub(crate) index: RwLock<PrefixIndex>,
     pub(crate) lengths: Mutex<Lengths>,
+    pub(crate) questions: Questions,
     facts: RwLock<Option<Arc<Facts>>>,
     requests: DashMap<u64, Arc<About>>,
     next_request: AtomicU64,
@@ -88,6 +90,7 @@ impl Shared {
             dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng(), receipts)),
             index: RwLock::default(),
             lengths: Mutex::default(),
+            questions: Questions::default(),
             facts: RwLock::new(None),
             requests: DashMap::with_shard_amount(SHARDS),
             next_request: AtomicU64::new(0),

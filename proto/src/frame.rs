@@ -87,6 +87,10 @@ kinds! {
     ResidencySnapshot = 0x3a, max 256 << 10;
     /// What changed.
     ResidencyDelta = 0x3b, max 256 << 10;
+    /// What would such a request meet? A datagram.
+    Question = 0x3c, max 1_100;
+    /// The answer to a question, a datagram.
+    Quote = 0x3d, max 1 << 10;
 }
 
 /// One frame. Its payload may be text, so `Debug` shows its size only.

@@ -4,6 +4,7 @@
 //! No clock, randomness, socket or task: `now` and the generator are arguments, so that the
 //! simulator runs the same code.
 
+pub mod asking;
 pub mod fingerprint;
 pub mod index;
 pub mod json;

@@ -106,9 +106,9 @@ impl View {
         for place in self.serving(request.model) {
             let bound = &self.bounds[*place];
             let silent = at.ms > bound.suspect_after_ms;
-            if bound.access != Access::Open || silent || request.was_tried(bound.worker) {
+            if bound.access != Access::Open || silent || request.excludes(bound.worker) {
                 let full = bound.access == Access::Full && !silent;
-                field.full |= full && !request.was_tried(bound.worker);
+                field.full |= full && !request.excludes(bound.worker);
                 continue;
             }
             field.candidates += 1;

@@ -1,6 +1,6 @@
 //! The choice of a worker: the best by a pool's policy among those that may serve the request.
 
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
 use std::time::Duration;
 
 use forebay_proto::{Incarnation, Now, WorkerId};
@@ -145,6 +145,36 @@ impl View {
         decided.map(|(decided, _)| self.choice(now, request, policy, &decided))
     }
 
+    /// The workers that suit a request best, the best first: whom to ask, where the view alone is too old
+    /// to say.
+    pub fn best(
+        &mut self,
+        now: Now,
+        request: &Request<'_>,
+        policy: &dyn Policy,
+        count: usize,
+        rng: &mut impl Rng,
+    ) -> Vec<WorkerId> {
+        let (now, draws) = (self.tell(now), Draws::of(rng));
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.ranked.clear();
+        self.score_all(now, request, policy, &draws, &mut scratch);
+        let key = request.conversation.unwrap_or(draws.ties);
+        // Equals in an order of this request's own: all balancers would ask the same ones.
+        let place = |one: &Ranked| Reverse(rendezvous(key, one.worker));
+        let by_score =
+            |one: &Ranked, other: &Ranked| compared(one, other).then(place(one).cmp(&place(other)));
+        scratch.ranked.sort_unstable_by(by_score);
+        let best = scratch
+            .ranked
+            .iter()
+            .take(count)
+            .map(|one| one.worker)
+            .collect();
+        self.scratch = scratch;
+        best
+    }
+
     /// The shortest wait for a slot among workers that serve a model; `None`: none can be reached.
     #[must_use]
     pub fn least_wait(&self, model: &str) -> Option<Duration> {
@@ -157,6 +187,19 @@ impl View {
     pub fn has_capacity(&self, model: &str, tried: &[WorkerId]) -> bool {
         self.reachable(model)
             .any(|standing| !tried.contains(&standing.worker))
+    }
+
+    /// Whether none of the only ones that a request may have takes anything now.
+    #[must_use]
+    pub fn is_closed(&self, now: Now, request: &Request<'_>) -> bool {
+        let moment = Moment::of(now);
+        let mut serving = self.serving(request.model).iter();
+        !request.only.is_empty()
+            && !serving.any(|place| {
+                let standing = &self.standings[*place];
+                let open = standing.access == Access::Open && !standing.suspect(moment);
+                open && !request.excludes(standing.worker)
+            })
     }
 
     fn reachable(&self, model: &str) -> impl Iterator<Item = &Standing> {
@@ -213,7 +256,7 @@ impl View {
         scratch.places.clear();
         for place in self.serving(request.model) {
             let standing = &self.standings[*place];
-            let out = standing.suspect(moment) || request.was_tried(standing.worker);
+            let out = standing.suspect(moment) || request.excludes(standing.worker);
             match standing.access {
                 Access::Open if !out => {
                     let cached = held.by(standing.worker);
@@ -258,7 +301,7 @@ impl View {
         places.extend(self.serving(request.model).iter().filter(|place| {
             let standing = &self.standings[**place];
             let open = matches!(standing.access, Access::Open | Access::Full);
-            open && standing.suspect(moment) && !request.was_tried(standing.worker)
+            open && standing.suspect(moment) && !request.excludes(standing.worker)
         }));
         let silent = places.len();
         let two = draws.policy.map(|draw| draw as usize % silent.max(1));

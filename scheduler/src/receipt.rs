@@ -207,7 +207,7 @@ impl View {
             match standing.access {
                 Access::Unreachable => filtered.unreachable += 1,
                 Access::Closed => filtered.closed += 1,
-                Access::Open | Access::Full if request.was_tried(standing.worker) => {
+                Access::Open | Access::Full if request.excludes(standing.worker) => {
                     filtered.tried += 1;
                 }
                 Access::Open | Access::Full if standing.suspect(moment) => filtered.suspect += 1,
@@ -303,6 +303,7 @@ impl Asked {
         Request {
             model: &self.model,
             tried: &self.tried,
+            only: &[],
             prompt_tokens: self.prompt_tokens,
             targets: Targets {
                 ttft_ms: self.ttft_ms.unwrap_or(f64::INFINITY),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use forebay_scheduler::policy;
-use forebay_sim::fleet::{Order, Outcome, Setup, Spread, Workload, fluid, run};
+use forebay_sim::fleet::{Check, Order, Outcome, Reports, Setup, Spread, Workload, fluid, run};
 use forebay_sim::trace::{Options, SAMPLES, Trace};
 
 /// Shares of the fluid bound: an engine has room left, or has hardly any.
@@ -16,6 +16,22 @@ const FULL: f64 = 0.9;
 /// The head of the shipped sample.
 fn sample() -> Workload {
     Workload::new(&Trace::sample(Some(200)).unwrap())
+}
+
+/// A thousand requests of the sample's lengths that have nothing in common.
+fn thousand() -> Workload {
+    use std::fmt::Write as _;
+    let sample = Trace::sample(None).unwrap();
+    let mut lines = String::new();
+    for request in sample.requests.iter().cycle().take(1_000) {
+        let (input, output) = (request.input_tokens, request.output_tokens);
+        writeln!(
+            lines,
+            r#"{{"timestamp": 0, "input_length": {input}, "output_length": {output}, "hash_ids": []}}"#
+        )
+        .unwrap();
+    }
+    Workload::new(&Trace::from_bytes(lines.as_bytes(), Options::default()).unwrap())
 }
 
 /// A small fleet with a policy and the order that belongs to it, in which these faults happen.
@@ -73,7 +89,7 @@ fn equal_arguments_give_equal_outcomes_to_the_bit() {
         let faults = fleet(name, &["crash:1@20+15", "slow:2@10*0.5", "drain:3@30+20"]);
         let stale = Setup {
             balancers: 8,
-            staleness: Duration::from_millis(250),
+            reports: Reports::Every(Duration::from_millis(250)),
             report_loss: 0.1,
             speed_spread: 0.2,
             ..faults.clone()
@@ -163,5 +179,63 @@ fn at_a_high_load_forebay_keeps_targets_that_the_usual_rules_miss() {
             ours > least + 0.15 && ours > turns + 0.15,
             "{share}: {ours}, {least}, {turns}"
         );
+    }
+}
+
+#[test]
+fn a_thousand_requests_at_one_instant_are_spread_by_eight_balancers_that_know_nothing_of_each_other()
+ {
+    let load = thousand();
+    for reports in [
+        Reports::Every(Duration::from_millis(250)),
+        Reports::Deployed,
+    ] {
+        let setup = Setup {
+            workers: 8,
+            balancers: 8,
+            reports,
+            ..fleet("forebay", &[])
+        };
+        let outcome = run(&load, &setup, 1e9, 1);
+        assert_eq!(outcome.failed, 0);
+        let busiest = outcome.max_over_mean;
+        assert!(busiest <= 1.3, "{busiest} with {reports:?}");
+        let blind = Setup {
+            check: Check::Nothing,
+            ..setup
+        };
+        let blind = run(&load, &blind, 1e9, 1).max_over_mean;
+        assert!(
+            blind > busiest,
+            "{blind} without a check, {busiest} with it"
+        );
+    }
+}
+
+#[test]
+fn eight_balancers_with_old_reports_place_nearly_as_well_as_one_that_sees_all() {
+    let load = sample();
+    let with = |balancers, reports, check| {
+        let setup = Setup {
+            balancers,
+            reports,
+            check,
+            ..fleet("forebay", &[])
+        };
+        let seeds = 1..=3;
+        let kept = seeds.map(|seed| at(&load, &setup, FULL, seed).attainment());
+        kept.sum::<f64>() / 3.0
+    };
+    let fresh = with(1, Reports::Fresh, Check::Ask);
+    let old = Reports::Every(Duration::from_millis(250));
+    for (reports, check) in [
+        (old, Check::Veto),
+        (old, Check::Ask),
+        (old, Check::AskFirst),
+        (old, Check::Reserve),
+        (Reports::Deployed, Check::Ask),
+    ] {
+        let kept = with(8, reports, check);
+        assert!(kept > fresh - 0.02, "{kept}, not {fresh}: {check:?}");
     }
 }

@@ -92,7 +92,8 @@ impl Pair {
     fn pass(&mut self, until: Now) {
         loop {
             let agent = self.core.next_deadline();
-            let next = self.engine.next_deadline().map_or(agent, |e| e.min(agent));
+            let next = agent.into_iter().chain(self.engine.next_deadline()).min();
+            let next = next.unwrap_or(until);
             let now = next.min(until);
             let mut events = Vec::new();
             self.engine.advance(now, &mut events);
@@ -100,7 +101,6 @@ impl Pair {
                 self.event(event);
             }
             self.core.expire(now);
-            let _ = self.core.take_report(now);
             self.effects(now);
             self.waiting = self.waiting.max(self.engine.waiting());
             if next >= until {

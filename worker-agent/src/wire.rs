@@ -9,7 +9,7 @@ use forebay_scheduler::Load;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::residency::Cursor;
 
-use crate::core::{Admitted, End, Ending, Offer, Prompt, RefusalReason, Refused};
+use crate::core::{Admitted, End, Ending, Offer, Prompt, Question, Quote, RefusalReason, Refused};
 
 /// What may be asked of an engine.
 const PATHS: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
@@ -61,6 +61,25 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
 /// Absent: nothing was.
 fn promised(ms: Option<u32>) -> f64 {
     ms.map_or(f64::INFINITY, f64::from)
+}
+
+/// A question, and its number.
+pub(crate) fn question(frame: &Frame) -> Option<(u64, Question)> {
+    let asked: work::Question = frame.decode().ok()?;
+    let question = Question {
+        chunks: asked.chunks,
+        prompt_tokens: asked.prompt_tokens,
+    };
+    Some((asked.id, question))
+}
+
+pub(crate) fn quote(id: u64, quote: &Quote) -> Frame {
+    let quote = work::Quote {
+        id,
+        cached_tokens: quote.cached_tokens,
+        load: Some(quote.load.to_wire()),
+    };
+    Frame::message(Kind::Quote, &quote)
 }
 
 /// What a balancer that wants to follow the cache holds of it: nothing, perhaps. `None`: no such

@@ -17,7 +17,7 @@ use forebay_link::{Code, RecvError};
 use forebay_proto::Revision;
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::fleet::Desired;
-use forebay_proto::wire::work::{End, RefusalReason};
+use forebay_proto::wire::work::{End, Question, Quote, RefusalReason};
 use forebay_scheduler::{Acceptance, Load};
 use tokio::time::{Instant, timeout};
 
@@ -186,6 +186,37 @@ async fn every_refusal_comes_before_the_body_and_says_why() {
     agent.work.apply(Desired::Draining, Revision(11));
     let load = check(R::RefusalDraining, &|_| {}).await;
     assert_eq!((load.running, load.queued), (1, 0));
+}
+
+#[tokio::test]
+async fn a_question_is_answered_by_datagram_and_what_is_no_question_is_passed_over() {
+    let (_engine, agent) = world(4, 4).await;
+    let balancer = agent.balancer("b1").await;
+    let mut place = chat(true, 1_000);
+    place.chunks = vec![1, 2, 3, 4];
+    (place.prompt_bytes, place.chunk_bytes, place.prompt_tokens) = (1_024, 256, 400);
+    let _running = balancer.place(&place).await;
+    balancer
+        .link
+        .send_datagram(&Frame::new(Kind::Question, Bytes::from_static(b"\xff")));
+    let question = Question {
+        id: 7,
+        prompt_tokens: 500,
+        chunks: vec![2, 3, 99],
+    };
+    let asked = Frame::message(Kind::Question, &question);
+    assert!(balancer.link.send_datagram(&asked));
+    let quote = async {
+        loop {
+            let frame = balancer.link.read_datagram().await.unwrap();
+            if frame.kind == Kind::Quote {
+                return frame.decode::<Quote>().unwrap();
+            }
+        }
+    };
+    let quote = tokio::time::timeout(PATIENCE, quote).await.unwrap();
+    assert_eq!((quote.id, quote.cached_tokens), (7, 300));
+    assert_eq!(quote.load.unwrap().running, 1);
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
+use forebay_scheduler::asking::Asking;
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Policy, Request};
@@ -34,6 +35,9 @@ pub(crate) struct Placed<L> {
     pub(crate) worker: Arc<str>,
 }
 
+/// A worker, and how many tokens of the prompt it has by its own word.
+pub(crate) type Answer = (WorkerId, u32);
+
 /// What a request asks for.
 #[derive(Clone)]
 pub(crate) struct Ask {
@@ -42,6 +46,8 @@ pub(crate) struct Ask {
     pub(crate) model: Arc<str>,
     /// Starts of workers that are not to be asked again.
     pub(crate) tried: Vec<Incarnation>,
+    /// What workers that were asked said; where there are any, they are preferred.
+    pub(crate) answers: Vec<Answer>,
     pub(crate) sought: Arc<Sought>,
 }
 
@@ -74,6 +80,37 @@ impl Default for Sought {
     }
 }
 
+impl Sought {
+    fn request<'a>(&'a self, model: &'a str, tried: &'a [WorkerId], turn: u64) -> Request<'a> {
+        Request {
+            tried,
+            prompt_tokens: self.prompt_tokens,
+            targets: self.targets,
+            hits: &self.hits,
+            conversation: self.conversation,
+            head: self.head,
+            turn,
+            ..Request::of(model)
+        }
+    }
+
+    /// The hits with what workers themselves said; none: nobody said anything.
+    fn corrected(&self, answers: &[Answer]) -> Option<Vec<Hit>> {
+        if answers.is_empty() {
+            return None;
+        }
+        let said = |hit: &&Hit| answers.iter().all(|(worker, _)| *worker != hit.worker);
+        let mut hits: Vec<Hit> = self.hits.iter().filter(said).copied().collect();
+        hits.extend(answers.iter().map(|(worker, tokens)| Hit {
+            worker: *worker,
+            chunks: 0,
+            tokens: *tokens,
+        }));
+        hits.sort_unstable_by_key(|hit| hit.worker);
+        Some(hits)
+    }
+}
+
 struct Waiter<W> {
     ask: Ask,
     wake: W,
@@ -100,6 +137,7 @@ pub(crate) struct Dispatch<L, W> {
     turns: BTreeMap<Arc<str>, u64>,
     facts_revision: Revision,
     pub(crate) receipts: Receipts,
+    pub(crate) asking: Asking,
     rng: StdRng,
 }
 
@@ -114,6 +152,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             turns: BTreeMap::new(),
             facts_revision: Revision::default(),
             receipts,
+            asking: Asking::default(),
             rng,
         }
     }
@@ -228,6 +267,19 @@ impl<L: Clone, W> Dispatch<L, W> {
         self.book(now, ask)
     }
 
+    /// The workers that seem best, to be asked.
+    pub(crate) fn best(&mut self, now: Now, ask: &Ask) -> Vec<(WorkerId, L)> {
+        let tried = self.tried(ask);
+        let sought = &*ask.sought;
+        let request = sought.request(&ask.model, &tried, 0);
+        let count = self.asking.width();
+        let best = self
+            .view
+            .best(now, &request, sought.policy, count, &mut self.rng);
+        let link = |worker: WorkerId| Some((worker, self.links.get(&worker)?.link.clone()));
+        best.into_iter().filter_map(link).collect()
+    }
+
     /// Lets the request wait, or says that `limit` others do.
     pub(crate) fn enqueue(&mut self, ask: Ask, wake: W, limit: u32) -> bool {
         let queue = self.queues.entry(ask.pool.clone()).or_default();
@@ -306,16 +358,16 @@ impl<L: Clone, W> Dispatch<L, W> {
             // Balancers that start together do not all begin with the same worker.
             None => u64::from(self.rng.random::<u32>()),
         };
-        let request = Request {
-            model: &ask.model,
-            tried: &tried,
-            prompt_tokens: sought.prompt_tokens,
-            targets: sought.targets,
-            hits: &sought.hits,
-            conversation: sought.conversation,
-            head: sought.head,
-            turn,
-        };
+        let answered: Vec<WorkerId> = ask.answers.iter().map(|(worker, _)| *worker).collect();
+        let mut request = sought.request(&ask.model, &tried, turn);
+        let hits = sought.corrected(&ask.answers);
+        if let Some(hits) = &hits {
+            request.hits = hits;
+            request.only = &answered;
+        }
+        if self.view.is_closed(now, &request) {
+            request.only = &[];
+        }
         let choice = if self.receipts.are_kept() {
             let versions = Versions {
                 facts_revision: self.facts_revision,

@@ -99,6 +99,7 @@ impl World {
             pool: "default".into(),
             model: model.into(),
             tried: tried.to_vec(),
+            answers: Vec::new(),
             sought: Arc::default(),
         }
     }
@@ -118,6 +119,45 @@ impl World {
         let matched = self.dispatch.matches(NOW);
         matched.into_iter().map(|(name, _)| name).collect()
     }
+}
+
+#[test]
+fn who_answered_is_preferred_as_long_as_it_takes_anything() {
+    let mut world = World::new(&["m", "m", "m"]);
+    let mut ask = world.ask("m", &[]);
+    let mut best = world.dispatch.best(NOW, &ask);
+    best.sort_unstable();
+    let all: Vec<_> = (0..4).map(|id| (WorkerId(id), id)).skip(1).collect();
+    assert_eq!(
+        best,
+        all[..best.len()],
+        "each that can be asked, with its link"
+    );
+    ask.answers = vec![(WorkerId(2), 100)];
+    let placed = world.dispatch.place(NOW, &ask).ok().unwrap();
+    assert_eq!(placed.link, 2);
+    // It has one slot, which is taken now.
+    let placed = world.dispatch.place(NOW, &ask).ok().unwrap();
+    assert_ne!(placed.link, 2);
+}
+
+#[test]
+fn what_a_worker_says_of_a_prompt_counts_for_more_than_the_index() {
+    let hit = |worker, tokens| Hit {
+        worker: WorkerId(worker),
+        chunks: 1,
+        tokens,
+    };
+    let sought = Sought {
+        hits: vec![hit(1, 10), hit(2, 20)],
+        ..Sought::default()
+    };
+    assert_eq!(sought.corrected(&[]), None);
+    let said = sought
+        .corrected(&[(WorkerId(3), 30), (WorkerId(2), 0)])
+        .unwrap();
+    let said: Vec<_> = said.iter().map(|hit| (hit.worker.0, hit.tokens)).collect();
+    assert_eq!(said, [(1, 10), (2, 0), (3, 30)]);
 }
 
 #[test]

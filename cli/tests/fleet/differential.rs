@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use forebay_scheduler::model::Profile;
-use forebay_sim::fleet::{self, Outcome, Setup, Spread, Workload, quantile};
+use forebay_sim::fleet::{self, Outcome, Reports, Setup, Spread, Workload, quantile};
 use forebay_sim::replay::{self, OneRequest};
 use forebay_sim::trace::{BlockRun, Trace};
 use rand::rngs::StdRng;
@@ -136,7 +136,7 @@ fn simulated(trace: Trace) -> Figures {
     let load = Workload::new(&in_engine_blocks(trace));
     let setup = Setup {
         workers: WORKERS,
-        staleness: STALENESS,
+        reports: Reports::Every(STALENESS),
         profile: Profile::default().at_speed(ENGINE_SPEED),
         kv_tokens: KV_TOKENS,
         // The arrivals are those of the trace.

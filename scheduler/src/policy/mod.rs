@@ -44,6 +44,8 @@ pub struct Request<'a> {
     pub model: &'a str,
     /// Workers that are not to be asked again.
     pub tried: &'a [WorkerId],
+    /// The only ones that may be; empty: anyone.
+    pub only: &'a [WorkerId],
     /// Length of the prompt, as far as it is known.
     pub prompt_tokens: f64,
     /// What was promised.
@@ -65,6 +67,7 @@ impl<'a> Request<'a> {
         Self {
             model,
             tried: &[],
+            only: &[],
             prompt_tokens: 0.0,
             targets: Targets::NONE,
             hits: &[],
@@ -74,8 +77,10 @@ impl<'a> Request<'a> {
         }
     }
 
-    pub(crate) fn was_tried(&self, worker: WorkerId) -> bool {
-        !self.tried.is_empty() && self.tried.contains(&worker)
+    /// Whether this worker is out of the question.
+    pub(crate) fn excludes(&self, worker: WorkerId) -> bool {
+        let tried = !self.tried.is_empty() && self.tried.contains(&worker);
+        tried || (!self.only.is_empty() && !self.only.contains(&worker))
     }
 }
 

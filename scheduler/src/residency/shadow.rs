@@ -121,6 +121,12 @@ impl Shadow {
         hit
     }
 
+    /// Tokens up to the end of this chunk, if it is resident.
+    #[must_use]
+    pub fn tokens_to(&self, chunk: u64) -> Option<u32> {
+        self.entries.get(&chunk).map(|entry| entry.tokens)
+    }
+
     /// A prompt was taken: its chunks are in use until [`Shadow::finished`] or [`Shadow::abandoned`].
     /// Returns how many of them; fewer than all where no more fit the shadow.
     pub fn taken(&mut self, chunks: &[u64], spread: &Spread) -> usize {

@@ -107,6 +107,7 @@ impl World {
         Request {
             model: "m",
             tried: &self.tried,
+            only: &[],
             prompt_tokens: self.prompt_tokens,
             targets: self.targets,
             hits: &self.hits,

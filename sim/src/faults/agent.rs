@@ -6,7 +6,7 @@ use std::sync::Arc;
 use forebay_control_client::Facts;
 use forebay_proto::wire::fleet::Observed;
 use forebay_proto::{Incarnation, Now, Revision};
-use forebay_worker_agent::core::{Core, PlacementId, Settings, Standing, standing};
+use forebay_worker_agent::core::{Cadence, Core, PlacementId, Settings, Standing, standing};
 use rand::Rng as _;
 use rand::rngs::StdRng;
 
@@ -36,6 +36,8 @@ pub(super) struct Agent {
     pub(super) superseded: bool,
     /// Once it knows which incarnation it is.
     pub(super) core: Option<Core>,
+    /// To all balancers alike.
+    pub(super) reports: Cadence,
     /// Counts its cores: what was meant for an earlier one is not for this one.
     pub(super) life: u64,
     /// Who waits for these: balancer, and its number of the placement.
@@ -52,6 +54,7 @@ impl Agent {
             registered: None,
             superseded: false,
             core: None,
+            reports: Cadence::default(),
             life: 0,
             placed: BTreeMap::new(),
         }

@@ -428,7 +428,8 @@ impl World {
         let mut report = None;
         if let Some(core) = &mut agent.core {
             core.expire(now);
-            report = core.take_report(now);
+            agent.reports.used(now);
+            report = core.report(now, &mut agent.reports);
         }
         self.at(
             self.now_us + AGENT_EVERY_US,

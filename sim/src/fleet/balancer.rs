@@ -7,6 +7,7 @@ use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::wire::work::ResidencyDelta;
 use forebay_proto::{Incarnation, Now, WorkerId};
+use forebay_scheduler::asking::Asking;
 use forebay_scheduler::index::{Hit, PrefixIndex};
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{Policy, Request};
@@ -33,11 +34,15 @@ struct Follow {
     seq: u64,
 }
 
+/// A worker, and what it holds of a prompt by its own word.
+pub(super) type Answer = (WorkerId, u32);
+
 pub(super) struct Balancer {
     view: View,
     index: PrefixIndex,
     follows: Vec<Follow>,
     hits: Vec<Hit>,
+    pub(super) asking: Asking,
     turn: u64,
     rng: StdRng,
 }
@@ -51,6 +56,7 @@ impl Balancer {
             index: PrefixIndex::default(),
             follows: Vec::new(),
             hits: Vec::new(),
+            asking: Asking::default(),
             turn: seed,
             rng: StdRng::seed_from_u64(seed),
         };
@@ -124,24 +130,56 @@ impl Balancer {
         self.view.report(now, load);
     }
 
-    /// Decides where a job goes, and books it there.
+    /// The workers to ask about a job, at most so many.
+    pub(super) fn best(
+        &mut self,
+        now: Now,
+        job: &Job,
+        targets: Targets,
+        policy: &dyn Policy,
+        count: usize,
+    ) -> Vec<WorkerId> {
+        self.look_up(job, &[]);
+        let Self {
+            view,
+            index,
+            hits,
+            rng,
+            ..
+        } = self;
+        let conversation = index.conversation(&job.blocks, self.follows.len());
+        let request = request(job, targets, hits, conversation, self.turn);
+        view.best(now, &request, policy, count, rng)
+    }
+
+    fn look_up(&mut self, job: &Job, answers: &[Answer]) {
+        self.index.hits(&job.blocks, &mut self.hits);
+        for (worker, cached_tokens) in answers {
+            self.hits.retain(|hit| hit.worker != *worker);
+            self.hits.push(Hit {
+                worker: *worker,
+                chunks: 0,
+                tokens: *cached_tokens,
+            });
+        }
+        self.hits.sort_unstable_by_key(|hit| hit.worker);
+    }
+
+    /// Decides where a job goes, among those who answered if anyone did, and books it there.
     pub(super) fn place(
         &mut self,
         now: Now,
         job: &Job,
         targets: Targets,
         policy: &dyn Policy,
+        answers: &[Answer],
     ) -> Result<(Choice, BookingId), NoChoice> {
-        self.index.hits(&job.blocks, &mut self.hits);
-        self.hits.sort_unstable_by_key(|hit| hit.worker);
+        self.look_up(job, answers);
+        let only: Vec<WorkerId> = answers.iter().map(|(worker, _)| *worker).collect();
+        let conversation = self.index.conversation(&job.blocks, self.follows.len());
         let request = Request {
-            targets,
-            prompt_tokens: f64::from(job.prompt_tokens),
-            hits: &self.hits,
-            conversation: self.index.conversation(&job.blocks, self.follows.len()),
-            head: job.blocks.first().copied().unwrap_or_default(),
-            turn: self.turn,
-            ..Request::of(MODEL)
+            only: &only,
+            ..request(job, targets, &self.hits, conversation, self.turn)
         };
         let choice = self.view.pick(now, &request, policy, &mut self.rng)?;
         self.turn += 1;
@@ -177,6 +215,24 @@ impl Follow {
             cursor: None,
             seq: 0,
         }
+    }
+}
+
+fn request<'a>(
+    job: &Job,
+    targets: Targets,
+    hits: &'a [Hit],
+    conversation: Option<u64>,
+    turn: u64,
+) -> Request<'a> {
+    Request {
+        targets,
+        prompt_tokens: f64::from(job.prompt_tokens),
+        hits,
+        conversation,
+        head: job.blocks.first().copied().unwrap_or_default(),
+        turn,
+        ..Request::of(MODEL)
     }
 }
 

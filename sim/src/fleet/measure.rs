@@ -16,6 +16,14 @@ pub(super) struct Life {
     pub(super) done: Option<Now>,
 }
 
+/// What went to and fro between balancers and workers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Told {
+    pub(super) refusals: u64,
+    pub(super) questions: u64,
+    pub(super) unseen: f64,
+}
+
 /// What a run was like.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
@@ -37,6 +45,10 @@ pub struct Outcome {
     pub busy: f64,
     /// Placements that an agent refused.
     pub refusals: u64,
+    /// Questions that balancers sent.
+    pub questions: u64,
+    /// Requests that a worker had taken, when one was placed there, and its balancer had not heard of.
+    pub unseen: f64,
     /// Prompt tokens that were computed again after a pre-emption.
     pub recomputed_tokens: u64,
     /// From the first arrival to the last answer.
@@ -49,11 +61,13 @@ impl Outcome {
         load: &Workload,
         lives: &[Life],
         counts: &[Counts],
-        refusals: u64,
+        told: Told,
     ) -> Self {
         let mut outcome = Self {
             offered: lives.len(),
-            refusals,
+            refusals: told.refusals,
+            questions: told.questions,
+            unseen: told.unseen,
             ..Self::default()
         };
         let ms = |from: Now, to: Now| to.since(from).as_secs_f64() * 1e3;

@@ -78,6 +78,44 @@ pub enum Order {
     Slack,
 }
 
+/// How balancers learn how workers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reports {
+    /// Every decision sees the workers as they are.
+    Fresh,
+    /// Reports come so often, whatever happens.
+    Every(Duration),
+    /// As agents send them: soon after a change to those who used the worker lately, and else now and then.
+    Deployed,
+}
+
+impl Reports {
+    /// So often; zero: always fresh.
+    #[must_use]
+    pub const fn every(interval: Duration) -> Self {
+        if interval.is_zero() {
+            Self::Fresh
+        } else {
+            Self::Every(interval)
+        }
+    }
+}
+
+/// What stands between a placement and an old view, where the policy predicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing: a worker takes what it is given.
+    Nothing,
+    /// The agent refuses what would come much later than the balancer expects.
+    Veto,
+    /// And after a refusal the balancer asks the best few before it places again.
+    Ask,
+    /// The balancer asks the best few before each placement, and nobody refuses.
+    AskFirst,
+    /// And a worker that is asked keeps a place for 10 ms.
+    Reserve,
+}
+
 /// A fleet and how it is run.
 #[derive(Clone)]
 pub struct Setup {
@@ -89,8 +127,10 @@ pub struct Setup {
     pub workers: u32,
     /// Balancers, at least one.
     pub balancers: u16,
-    /// Reports come so often; zero: every decision sees the workers as they are.
-    pub staleness: Duration,
+    /// How balancers learn how workers are.
+    pub reports: Reports,
+    /// What stands between a placement and an old view.
+    pub check: Check,
     /// Share of the reports that are lost.
     pub report_loss: f64,
     /// How fast an engine is.
@@ -116,7 +156,8 @@ impl Default for Setup {
             order: Order::Slack,
             workers: 8,
             balancers: 1,
-            staleness: Duration::ZERO,
+            reports: Reports::Fresh,
+            check: Check::Ask,
             report_loss: 0.0,
             profile: Profile::default(),
             speed_spread: 0.0,

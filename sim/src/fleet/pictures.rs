@@ -11,8 +11,8 @@ use serde::Serialize;
 use super::study::figures;
 use super::threads::each;
 use super::{
-    Contender, Figures, Found, Order, Outcome, Result, SHARES, Setup, Workload, fluid, quantile,
-    run, search,
+    Contender, Figures, Found, Order, Outcome, Reports, Result, SHARES, Setup, Workload, fluid,
+    quantile, run, search,
 };
 
 /// Balancers of the grid.
@@ -240,7 +240,7 @@ impl Bench<'_> {
         let of: Vec<usize> = [Some(0), rival(results)].into_iter().flatten().collect();
         let cell = |contender: usize, balancers: u16, staleness: u64| Setup {
             balancers,
-            staleness: Duration::from_millis(staleness),
+            reports: Reports::every(Duration::from_millis(staleness)),
             ..self.with(&contenders[contender])
         };
         let mut runs = Vec::new();
@@ -267,7 +267,7 @@ impl Bench<'_> {
     fn fresh(&self, contender: &Contender, bound: f64) -> f64 {
         let setup = Setup {
             balancers: 1,
-            staleness: Duration::ZERO,
+            reports: Reports::Fresh,
             ..self.with(contender)
         };
         let rates = each(self.seeds.len(), self.threads, |seed| {

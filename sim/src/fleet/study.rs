@@ -73,6 +73,10 @@ pub struct Figures {
     pub busy: f64,
     /// Placements that agents refused, for each request.
     pub refusals: f64,
+    /// Questions that balancers sent, for each request.
+    pub questions: f64,
+    /// Requests that a worker had taken, when one was placed there, and its balancer had not heard of.
+    pub unseen_arrivals: f64,
     /// Requests that were not answered to their end.
     pub failed: f64,
 }
@@ -189,6 +193,8 @@ pub(super) fn figures<'a>(found: impl Iterator<Item = &'a Found>) -> Figures {
         sum.max_over_mean += outcome.max_over_mean;
         sum.busy += outcome.busy;
         sum.refusals += outcome.refusals as f64 / outcome.offered.max(1) as f64;
+        sum.questions += outcome.questions as f64 / outcome.offered.max(1) as f64;
+        sum.unseen_arrivals += outcome.unseen;
         sum.failed += outcome.failed as f64;
     }
     let all = [
@@ -201,6 +207,8 @@ pub(super) fn figures<'a>(found: impl Iterator<Item = &'a Found>) -> Figures {
         &mut sum.max_over_mean,
         &mut sum.busy,
         &mut sum.refusals,
+        &mut sum.questions,
+        &mut sum.unseen_arrivals,
         &mut sum.failed,
     ];
     for one in all {

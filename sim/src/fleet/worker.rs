@@ -6,9 +6,9 @@ use std::time::Duration;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::Load;
-use forebay_scheduler::model::{Profile, Targets};
+use forebay_scheduler::model::{Profile, Targets, attention_pairs};
 use forebay_worker_agent::core::{
-    Core, Effect, End, Offer, PlacementId, Prompt, Settings, Unstarted, Usage,
+    Core, Effect, End, Offer, PlacementId, Prompt, Question, Quote, Settings, Unstarted, Usage,
 };
 
 use super::MODEL;
@@ -74,6 +74,15 @@ pub(super) struct Worker {
     /// The wake that counts; others are old.
     pub(super) wake: Option<Now>,
     pub(super) alive: bool,
+    /// Places that are kept for those who asked.
+    kept: Vec<Kept>,
+}
+
+struct Kept {
+    job: u32,
+    until: Now,
+    tokens: f64,
+    pairs: f64,
 }
 
 impl Worker {
@@ -94,6 +103,7 @@ impl Worker {
             before: Counts::default(),
             wake: None,
             alive: true,
+            kept: Vec::new(),
         }
     }
 
@@ -144,6 +154,38 @@ impl Worker {
         self.engine.set_profile(self.make.engine.at_speed(speed));
     }
 
+    /// What a job would meet here, and how much of its prompt is here. With `keep`, those who ask within
+    /// that time see it as taken.
+    pub(super) fn quote(
+        &mut self,
+        now: Now,
+        number: u32,
+        job: &Job,
+        keep: Option<Duration>,
+    ) -> Quote {
+        let question = Question {
+            chunks: job.blocks.clone(),
+            prompt_tokens: job.prompt_tokens,
+        };
+        let mut quote = self.core.quote(now, &question);
+        self.kept.retain(|kept| kept.until > now);
+        for kept in &self.kept {
+            quote.load.backlog.pending_tokens += kept.tokens;
+            quote.load.backlog.pending_pairs += kept.pairs;
+        }
+        if let Some(keep) = keep {
+            let cached = f64::from(quote.cached_tokens);
+            let tokens = f64::from(job.prompt_tokens) - cached;
+            self.kept.push(Kept {
+                job: number,
+                until: now + keep,
+                tokens,
+                pairs: attention_pairs(cached, tokens),
+            });
+        }
+        quote
+    }
+
     /// A balancer offers a job. Call [`Worker::advance`] up to `now` before, and after it.
     pub(super) fn offer(
         &mut self,
@@ -152,6 +194,7 @@ impl Worker {
         job: &Job,
         offer: &Offer,
     ) -> Result<(u64, Box<Load>), Box<Load>> {
+        self.kept.retain(|kept| kept.job != number);
         let admitted = self.core.place(now, offer);
         let admitted = admitted.map_err(|refused| Box::new(refused.load))?;
         let carried = Carried {
@@ -275,7 +318,7 @@ impl Worker {
     /// When [`Worker::advance`] is due next.
     pub(super) fn next_deadline(&self) -> Option<Now> {
         let engine = self.engine.next_deadline();
-        let queue = (self.core.queued() > 0).then(|| self.core.next_deadline());
+        let queue = self.core.next_deadline().filter(|_| self.core.queued() > 0);
         engine.into_iter().chain(queue).min()
     }
 }

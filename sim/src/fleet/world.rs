@@ -1,26 +1,29 @@
 //! The world of one run: arrivals, messages that take their time, workers, and what goes wrong.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::time::Duration;
 
 use forebay_proto::wire::fleet::Desired;
-use forebay_proto::{Now, Revision};
+use forebay_proto::{Now, Revision, WorkerId};
+use forebay_scheduler::asking::PATIENCE;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::{BookingId, Load};
-use forebay_worker_agent::core::Offer;
+use forebay_worker_agent::core::{Cadence, Offer};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::arrivals::{Workload, mix};
-use super::balancer::{Balancer, News, delay};
+use super::balancer::{Answer, Balancer, News, delay};
 use super::fault::{Fault, What};
-use super::measure::{Life, Outcome};
+use super::measure::{Life, Outcome, Told};
 use super::worker::{Make, Said, Why, Worker, offer};
-use super::{Order, Setup};
+use super::{Check, Order, Reports, Setup};
 
 /// Until a balancer notices that a worker's process is gone.
 const NOTICED: Duration = Duration::from_millis(5);
+/// How long a worker that was asked keeps a place.
+const KEEP: Duration = Duration::from_millis(10);
 /// Refusals after which a worker has to queue the job.
 const MAX_REFUSALS: u8 = 2;
 
@@ -33,6 +36,12 @@ enum Event {
     Refused(u32, BookingId, Option<Box<Load>>),
     Over(u32, BookingId, Why, u64, Box<Load>),
     Lost(u32, BookingId),
+    /// A question reaches a worker.
+    Asked(u32, u32, u32),
+    /// An answer reaches a balancer.
+    Answered(u32, u32, Answer, Box<Load>),
+    /// The balancer waits for no more answers.
+    Decide(u32, u32),
     Report(u16, Box<(Load, News)>),
     ReportDue(u16, u32),
     Wake(u32),
@@ -65,6 +74,21 @@ struct Place {
     worker: u32,
     booking: Option<BookingId>,
     refusals: u8,
+    /// Counts its questions.
+    question: u32,
+}
+
+/// A question that is not answered by all.
+struct Open {
+    left: usize,
+    answers: Vec<Answer>,
+}
+
+/// What a balancer is told by a worker's reports, where they follow change.
+#[derive(Clone, Copy, Default)]
+struct Pair {
+    cadence: Cadence,
+    due: Option<Now>,
 }
 
 struct World<'a> {
@@ -82,6 +106,16 @@ struct World<'a> {
     /// Jobs that are not over.
     left: usize,
     refusals: u64,
+    /// Questions that were sent.
+    asked: u64,
+    open: HashMap<u32, Open>,
+    /// By worker, then balancer.
+    pairs: Vec<Vec<Pair>>,
+    /// Placements that a worker took since a balancer heard of it last: by worker, then balancer.
+    unseen: Vec<Vec<u32>>,
+    /// Of these, those at the worker that a balancer placed on, in all.
+    missed: u64,
+    placed: u64,
     rng: StdRng,
     said: Vec<Said>,
 }
@@ -110,7 +144,12 @@ pub fn run(load: &Workload, setup: &Setup, rate: f64, seed: u64) -> Outcome {
         world.happen(event);
     }
     let counts: Vec<_> = world.workers.iter().map(Worker::counts).collect();
-    Outcome::new(setup, load, &world.lives, &counts, world.refusals)
+    let told = Told {
+        refusals: world.refusals,
+        questions: world.asked,
+        unseen: world.missed as f64 / world.placed.max(1) as f64,
+    };
+    Outcome::new(setup, load, &world.lives, &counts, told)
 }
 
 fn fits(setup: &Setup, job: &super::arrivals::Job) -> bool {
@@ -159,16 +198,25 @@ impl<'a> World<'a> {
             lives: vec![Life::default(); load.len()],
             left: load.len(),
             refusals: 0,
+            asked: 0,
+            open: HashMap::new(),
+            pairs: vec![vec![Pair::default(); setup.balancers.into()]; setup.workers as usize],
+            unseen: vec![vec![0; setup.balancers.into()]; setup.workers as usize],
+            missed: 0,
+            placed: 0,
             rng,
             said: Vec::new(),
         };
-        if !setup.staleness.is_zero() {
-            for balancer in 0..setup.balancers {
-                for worker in 0..setup.workers {
-                    let phase = setup.staleness.mul_f64(world.rng.random());
-                    let due = Event::ReportDue(balancer, worker);
-                    world.push(now + phase, due);
-                }
+        for balancer in 0..setup.balancers {
+            for worker in 0..setup.workers {
+                let phase = match setup.reports {
+                    Reports::Fresh => continue,
+                    Reports::Every(interval) => interval.mul_f64(world.rng.random()),
+                    Reports::Deployed => Duration::from_millis(250).mul_f64(world.rng.random()),
+                };
+                let due = Event::ReportDue(balancer, worker);
+                world.pairs[worker as usize][usize::from(balancer)].due = Some(now + phase);
+                world.push(now + phase, due);
             }
         }
         world
@@ -195,7 +243,12 @@ impl<'a> World<'a> {
 
     fn happen(&mut self, event: Event) {
         match event {
-            Event::Arrive(job) => self.place(job),
+            Event::Arrive(job) => self.begin(job),
+            Event::Asked(job, question, worker) => self.asked(job, question, worker),
+            Event::Answered(job, question, answer, load) => {
+                self.answered(job, question, answer, *load);
+            }
+            Event::Decide(job, question) => self.decide(job, question),
             Event::Offer(job, booking, offer) => self.offered(job, booking, &offer),
             Event::Taken(job, booking, seq, load) => {
                 let balancer = self.balancer_of(job);
@@ -216,7 +269,7 @@ impl<'a> World<'a> {
                     // Its stream broke.
                     self.left -= 1;
                 } else {
-                    self.place(job);
+                    self.begin(job);
                 }
             }
             Event::Report(balancer, message) => {
@@ -236,25 +289,110 @@ impl<'a> World<'a> {
         }
     }
 
-    fn place(&mut self, job: u32) {
+    /// A job is to be placed.
+    fn begin(&mut self, job: u32) {
+        let first = matches!(self.setup.check, Check::AskFirst | Check::Reserve);
+        if first && self.setup.policy.predicts() {
+            self.ask(job);
+        } else {
+            self.place(job, &[]);
+        }
+    }
+
+    /// Asks the best few about a job, as they seem.
+    fn ask(&mut self, job: u32) {
+        let number = self.balancer_of(job);
+        let targets = self.targets(job);
+        let what = &self.load.jobs[job as usize];
+        let balancer = &mut self.balancers[number];
+        let width = balancer.asking.width();
+        let best = balancer.best(self.now, what, targets, self.setup.policy, width);
+        if best.is_empty() {
+            return self.place(job, &[]);
+        }
+        self.places[job as usize].question += 1;
+        let question = self.places[job as usize].question;
+        let open = Open {
+            left: best.len(),
+            answers: Vec::new(),
+        };
+        self.open.insert(job, open);
+        for worker in best {
+            self.asked += 1;
+            self.send(Event::Asked(job, question, worker.0));
+        }
+        self.push(self.now + PATIENCE, Event::Decide(job, question));
+    }
+
+    fn asked(&mut self, job: u32, question: u32, worker: u32) {
+        if !self.workers[worker as usize].alive {
+            return;
+        }
+        self.advance(worker);
+        self.used(worker, job);
+        let keep = (self.setup.check == Check::Reserve).then_some(KEEP);
+        let what = &self.load.jobs[job as usize];
+        let quote = self.workers[worker as usize].quote(self.now, job, what, keep);
+        let balancer = self.balancer_of(job);
+        self.unseen[worker as usize][balancer] = 0;
+        let answer = (WorkerId(worker), quote.cached_tokens);
+        self.send(Event::Answered(job, question, answer, Box::new(quote.load)));
+    }
+
+    fn answered(&mut self, job: u32, question: u32, answer: Answer, load: Load) {
+        let number = self.balancer_of(job);
+        self.balancers[number].told(self.now, load);
+        if self.places[job as usize].question != question {
+            return;
+        }
+        let Some(open) = self.open.get_mut(&job) else {
+            return;
+        };
+        open.answers.push(answer);
+        open.left -= 1;
+        if open.left == 0 {
+            self.decide(job, question);
+        }
+    }
+
+    fn decide(&mut self, job: u32, question: u32) {
+        if self.places[job as usize].question == question
+            && let Some(open) = self.open.remove(&job)
+        {
+            self.place(job, &open.answers);
+        }
+    }
+
+    /// The balancer of this job uses a worker.
+    fn used(&mut self, worker: u32, job: u32) {
+        let balancer = self.balancer_of(job);
+        let pair = &mut self.pairs[worker as usize][balancer];
+        pair.cadence.used(self.now);
+    }
+
+    fn targets(&self, job: u32) -> Targets {
+        let what = &self.load.jobs[job as usize];
+        let arrived = self.lives[job as usize].arrived;
+        let spent_ms = self.now.since(arrived).as_secs_f64() * 1e3;
+        Targets {
+            ttft_ms: self.setup.slo.ttft_ms(what.prompt_tokens) - spent_ms,
+            tpot_ms: self.setup.slo.tpot_ms,
+        }
+    }
+
+    fn place(&mut self, job: u32, answers: &[Answer]) {
         let number = self.balancer_of(job);
         let balancer = &mut self.balancers[number];
-        if self.setup.staleness.is_zero() {
+        if self.setup.reports == Reports::Fresh {
             for worker in &mut self.workers {
                 balancer.read(self.now, worker);
             }
         }
+        let targets = self.targets(job);
+        let balancer = &mut self.balancers[number];
         let what = &self.load.jobs[job as usize];
-        let spent_ms = self
-            .now
-            .since(self.lives[job as usize].arrived)
-            .as_secs_f64()
-            * 1e3;
-        let targets = Targets {
-            ttft_ms: self.setup.slo.ttft_ms(what.prompt_tokens) - spent_ms,
-            tpot_ms: self.setup.slo.tpot_ms,
-        };
-        let Ok((choice, booking)) = balancer.place(self.now, what, targets, self.setup.policy)
+        let Ok((choice, booking)) =
+            balancer.place(self.now, what, targets, self.setup.policy, answers)
         else {
             self.waiting[number].push_back(job);
             return;
@@ -264,7 +402,9 @@ impl<'a> World<'a> {
         place.booking = Some(booking);
         let must_queue = place.refusals >= MAX_REFUSALS;
         let mut offer = offer(what, self.load.block_tokens, choice.incarnation);
-        offer.expected_ttft = self.setup.policy.predicts().then_some(choice.ttft);
+        let checked = matches!(self.setup.check, Check::Veto | Check::Ask);
+        let expected = checked && self.setup.policy.predicts();
+        offer.expected_ttft = expected.then_some(choice.ttft);
         offer.targets = targets;
         offer.must_queue = must_queue;
         self.send(Event::Offer(job, booking, Box::new(offer)));
@@ -276,16 +416,33 @@ impl<'a> World<'a> {
             return self.send(Event::Refused(job, booking, None));
         }
         self.advance(number);
+        self.used(number, job);
+        let balancer = self.balancer_of(job);
         let what = &self.load.jobs[job as usize];
         match self.workers[number as usize].offer(self.now, job, what, offer) {
             Ok((seq, load)) => {
                 self.advance(number);
+                self.taken(number, job);
+                self.balancers[balancer].asking.placed(false);
                 self.send(Event::Taken(job, booking, seq, load));
             }
             Err(load) => {
+                self.unseen[number as usize][balancer] = 0;
+                self.balancers[balancer].asking.placed(true);
                 self.send(Event::Refused(job, booking, Some(load)));
             }
         }
+    }
+
+    /// A worker took a job: what its balancer did not know of it counts, and the others do not know this.
+    fn taken(&mut self, worker: u32, job: u32) {
+        let balancer = self.balancer_of(job);
+        let unseen = &mut self.unseen[worker as usize];
+        self.missed += u64::from(unseen[balancer]);
+        self.placed += 1;
+        unseen.iter_mut().for_each(|one| *one += 1);
+        unseen[balancer] = 0;
+        self.follow(worker);
     }
 
     fn refused(&mut self, job: u32, booking: BookingId, load: Option<Box<Load>>) {
@@ -297,7 +454,11 @@ impl<'a> World<'a> {
         self.refusals += 1;
         self.places[job as usize].refusals += 1;
         self.places[job as usize].booking = None;
-        self.place(job);
+        if self.setup.check == Check::Ask {
+            self.ask(job);
+        } else {
+            self.begin(job);
+        }
     }
 
     fn over(&mut self, job: u32, booking: BookingId, why: Why, seq: u64, load: Load) {
@@ -307,7 +468,7 @@ impl<'a> World<'a> {
         if self.holds(job, booking) {
             match why {
                 Why::Complete => self.left -= 1,
-                Why::Unstarted => self.place(job),
+                Why::Unstarted => self.begin(job),
             }
         }
         self.let_in(number);
@@ -320,7 +481,7 @@ impl<'a> World<'a> {
             let Some(job) = self.waiting[balancer].pop_front() else {
                 return;
             };
-            self.place(job);
+            self.place(job, &[]);
             if self.waiting[balancer].len() == before {
                 self.waiting[balancer].rotate_right(1);
                 return;
@@ -329,23 +490,76 @@ impl<'a> World<'a> {
     }
 
     fn report(&mut self, balancer: u16, worker: u32) {
+        let at = usize::from(balancer);
+        let pair = &mut self.pairs[worker as usize][at];
+        if pair.due != Some(self.now) {
+            // An earlier one took its place.
+            return;
+        }
+        pair.due = None;
         if self.workers[worker as usize].alive {
             self.advance(worker);
             let from = &mut self.workers[worker as usize];
-            let news = self.balancers[usize::from(balancer)].news(from);
-            let load = from.core.load();
-            let lost = self.setup.report_loss > 0.0 && self.rng.random_bool(self.setup.report_loss);
-            if !lost || !matches!(news, News::Nothing) {
-                self.send(Event::Report(balancer, Box::new((load, news))));
+            let load = match self.setup.reports {
+                Reports::Fresh => None,
+                Reports::Every(_) => Some(from.core.load()),
+                Reports::Deployed => {
+                    let cadence = &mut self.pairs[worker as usize][at].cadence;
+                    from.core.report(self.now, cadence)
+                }
+            };
+            if let Some(load) = load {
+                let news = self.balancers[at].news(from);
+                let loss = self.setup.report_loss;
+                let lost = loss > 0.0 && self.rng.random_bool(loss);
+                if !lost || !matches!(news, News::Nothing) {
+                    self.unseen[worker as usize][at] = 0;
+                    self.send(Event::Report(balancer, Box::new((load, news))));
+                }
             }
         }
-        let again = self.now + self.setup.staleness;
-        self.push(again, Event::ReportDue(balancer, worker));
+        let again = match self.setup.reports {
+            Reports::Fresh => return,
+            Reports::Every(interval) => self.now + interval,
+            Reports::Deployed => self.due(worker, at),
+        };
+        self.remind(worker, at, again);
+    }
+
+    /// When a balancer is due its next report of a worker.
+    fn due(&self, worker: u32, balancer: usize) -> Now {
+        if !self.workers[worker as usize].alive {
+            return self.now + Duration::from_millis(250);
+        }
+        let seq = self.workers[worker as usize].core.seq();
+        let cadence = &self.pairs[worker as usize][balancer].cadence;
+        cadence.due(seq).max(self.now)
+    }
+
+    fn remind(&mut self, worker: u32, balancer: usize, at: Now) {
+        let pair = &mut self.pairs[worker as usize][balancer];
+        if pair.due.is_none_or(|due| at < due) {
+            pair.due = Some(at);
+            let balancer = u16::try_from(balancer).unwrap_or(u16::MAX);
+            self.push(at, Event::ReportDue(balancer, worker));
+        }
+    }
+
+    /// A worker's state changed: reports follow, where they do.
+    fn follow(&mut self, worker: u32) {
+        if self.setup.reports == Reports::Deployed {
+            for balancer in 0..self.balancers.len() {
+                let due = self.due(worker, balancer);
+                self.remind(worker, balancer, due);
+            }
+        }
     }
 
     fn advance(&mut self, number: u32) {
         let worker = &mut self.workers[number as usize];
+        let before = worker.core.seq();
         worker.advance(self.now, &self.load.jobs, &mut self.said);
+        let changed = worker.core.seq() != before;
         let due = worker.next_deadline().map(|due| due.max(self.now));
         let wake = match due {
             // Nothing that was due now is left: what still says so waits for something else.
@@ -363,6 +577,9 @@ impl<'a> World<'a> {
             self.heard(one);
         }
         self.said = said;
+        if changed {
+            self.follow(number);
+        }
     }
 
     fn heard(&mut self, said: Said) {
@@ -379,6 +596,10 @@ impl<'a> World<'a> {
                 if why == Why::Complete {
                     self.lives[job as usize].done = Some(at + way);
                 }
+                let worker = self.places[job as usize].worker;
+                let balancer = self.balancer_of(job);
+                self.unseen[worker as usize][balancer] = 0;
+                self.used(worker, job);
                 if let Some(booking) = self.places[job as usize].booking {
                     let over = Event::Over(job, booking, why, seq, load);
                     self.push((at + way).max(self.now), over);

@@ -100,6 +100,24 @@ impl RefusalReason {
     }
 }
 
+/// A question before a placement: what would such a request meet?
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Question {
+    /// Chunks of its prompt, the last and some before it, in their order.
+    pub chunks: Vec<u64>,
+    /// Its length in tokens.
+    pub prompt_tokens: u32,
+}
+
+/// The answer, which binds nobody.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Quote {
+    /// Tokens of its prompt that are believed to be in the cache.
+    pub cached_tokens: u32,
+    /// The state as it is.
+    pub load: Load,
+}
+
 /// A placement that was taken.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Admitted {
@@ -171,6 +189,16 @@ impl Core {
             report_seq: self.seq,
             load: self.load(),
         })
+    }
+
+    /// Says what a request would meet, without taking it.
+    pub fn quote(&mut self, now: Now, question: &Question) -> Quote {
+        self.pass(now);
+        let most = question.prompt_tokens.saturating_sub(1);
+        Quote {
+            cached_tokens: self.cache.deepest(&question.chunks).min(most),
+            load: self.load(),
+        }
     }
 
     /// Whether it was given to the engine; the effect is taken back.

@@ -115,6 +115,16 @@ impl Cache {
         tokens.min(prompt.tokens.saturating_sub(1))
     }
 
+    /// Tokens up to the end of the last of these chunks that is resident; what is before one of a prompt is
+    /// resident with it.
+    pub(super) fn deepest(&self, chunks: &[u64]) -> u32 {
+        let known = chunks
+            .iter()
+            .rev()
+            .find_map(|chunk| self.shadow.tokens_to(*chunk));
+        known.unwrap_or(0)
+    }
+
     /// The prompt was taken: it will be resident before anything that is taken later runs. Returns how
     /// many of its chunks are held for it.
     pub(super) fn taken(&mut self, prompt: &Prompt) -> Held {

@@ -22,8 +22,9 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use admission::{Admitted, Offer, RefusalReason, Refused};
+pub use admission::{Admitted, Offer, Question, Quote, RefusalReason, Refused};
 pub use cache::{GradeChange, Prompt};
+pub use cadence::Cadence;
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
 pub use standing::{Standing, standing};
 pub use state::{Core, EngineState, Settings};

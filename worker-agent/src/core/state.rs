@@ -12,7 +12,7 @@ use forebay_scheduler::{Acceptance, Load};
 
 use super::batch::Batch;
 use super::cache::{Cache, GradeChange};
-use super::cadence::{Cadence, interval};
+use super::cadence::{BUSY, Cadence, IDLE};
 use super::mean::Mean;
 use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted, Usage};
 use super::queue::Queue;
@@ -81,7 +81,6 @@ pub struct Core {
     pub(super) start_due: Option<Now>,
     /// At most one for each placement.
     pub(super) effects: VecDeque<Effect>,
-    cadence: Cadence,
     pub(super) cache: Cache,
     /// The newest moment that was heard of.
     pub(super) now: Now,
@@ -117,7 +116,6 @@ impl Core {
             fit: settings.profile.map(Fit::new),
             start_due: None,
             effects: VecDeque::new(),
-            cadence: Cadence::default(),
             cache: Cache::new(incarnation, cache, settings.kv_tokens),
             now: Now::default(),
             first_bytes: 0,
@@ -224,7 +222,7 @@ impl Core {
             queue_limit: self.settings.queue_limit,
             service: self.service.value(),
             facts_revision: self.applied_revision(),
-            interval: interval(self.in_flight()),
+            interval: if self.in_flight() > 0 { BUSY } else { IDLE },
             backlog: self.backlog(),
             model: self.profile().copied(),
             residuals: self.residuals(),
@@ -260,23 +258,20 @@ impl Core {
         fit.map_or_else(Calibration::default, Fit::calibration)
     }
 
-    /// The report, if one is due.
-    pub fn take_report(&mut self, now: Now) -> Option<Load> {
+    /// The state for one balancer, if it is due a report.
+    pub fn report(&mut self, now: Now, to: &mut Cadence) -> Option<Load> {
         self.pass(now);
-        if self.cadence.due(self.seq, self.in_flight()) > now {
-            return None;
-        }
-        self.cadence.reported(now, self.seq);
-        Some(self.load())
+        (to.due(self.seq) <= now).then(|| Load {
+            interval: to.told(now, self.seq, self.in_flight()),
+            ..self.load()
+        })
     }
 
-    /// When to call [`Core::expire`] and [`Core::take_report`] again at the latest.
+    /// When to call [`Core::expire`] again at the latest.
     #[must_use]
-    pub fn next_deadline(&self) -> Now {
-        let report = self.cadence.due(self.seq, self.in_flight());
+    pub fn next_deadline(&self) -> Option<Now> {
         let deadline = self.queue.first_deadline().map(|(deadline, _)| deadline);
-        let others = deadline.into_iter().chain(self.start_due);
-        others.fold(report, Now::min)
+        deadline.into_iter().chain(self.start_due).min()
     }
 
     /// What the rim has to do next.

@@ -178,9 +178,7 @@ fn a_deadline_that_passes_in_the_queue_is_told() {
     let mut late = offer();
     late.deadline = ms(50);
     let late = core.place(at(0), &late).unwrap().id;
-    core.take_report(at(0));
-    core.take_report(at(20));
-    assert_eq!(core.next_deadline(), at(50));
+    assert_eq!(core.next_deadline(), Some(at(50)));
     core.expire(at(49));
     assert_eq!(core.poll_effect(), None);
     core.expire(at(50));
@@ -239,20 +237,41 @@ fn a_desired_state_of_a_later_version_is_not_acknowledged() {
 
 #[test]
 fn reports_follow_changes_closely_and_never_stay_away() {
-    let mut core = open();
-    assert_eq!(core.take_report(at(0)).unwrap().interval, ms(250));
-    assert_eq!(core.take_report(at(249)), None);
-    assert!(core.take_report(at(250)).is_some());
+    let (mut core, mut to) = (open(), Cadence::default());
+    assert_eq!(core.report(at(0), &mut to).unwrap().interval, ms(250));
+    assert_eq!(core.report(at(249), &mut to), None);
+    assert!(core.report(at(250), &mut to).is_some());
     taken(&mut core, 255);
-    taken(&mut core, 260);
-    assert_eq!(
-        core.next_deadline(),
-        at(270),
-        "together with what follows at once"
-    );
-    let load = core.take_report(at(270)).unwrap();
-    assert_eq!((load.running, load.interval), (2, ms(100)));
-    assert_eq!(core.next_deadline(), at(370));
+    assert_eq!(core.report(at(270), &mut to), None, "it was another's");
+    to.used(at(260));
+    assert!(core.report(at(500), &mut to).is_some());
+    to.used(at(510));
+    taken(&mut core, 510);
+    taken(&mut core, 515);
+    assert_eq!(core.report(at(519), &mut to), None);
+    let load = core.report(at(520), &mut to).unwrap();
+    assert_eq!((load.running, load.interval), (2, ms(100)), "both together");
+    assert_eq!(to.due(load.seq), at(620));
+}
+
+#[test]
+fn a_question_is_answered_with_what_is_known_and_binds_nobody() {
+    let mut core = open();
+    let mut asked = offer();
+    asked.prompt.chunks = vec![1, 2, 3, 4];
+    asked.prompt.bytes = 1_024;
+    asked.prompt.chunk_bytes = 256;
+    asked.prompt.tokens = 400;
+    core.place(at(0), &asked).unwrap();
+    let question = |chunks: &[u64]| Question {
+        chunks: chunks.to_vec(),
+        prompt_tokens: 500,
+    };
+    let before = core.seq();
+    let quote = core.quote(at(1), &question(&[2, 3, 9]));
+    assert_eq!((quote.cached_tokens, quote.load.running), (300, 1));
+    assert_eq!(core.quote(at(1), &question(&[8, 9])).cached_tokens, 0);
+    assert_eq!((core.seq(), core.in_flight()), (before, 1));
 }
 
 #[test]

@@ -34,6 +34,7 @@ pub(super) struct Metrics {
     late_p50: Gauge<f64, AtomicU64>,
     late_p95: Gauge<f64, AtomicU64>,
     accepted: Counter,
+    unseen: Counter,
     refused: Family<Labels, Counter>,
     ended: Family<Labels, Counter>,
     queue: Histogram,
@@ -137,6 +138,11 @@ impl Metrics {
             self.accepted.clone(),
         );
         registry.register(
+            "forebay_agent_unseen_arrivals",
+            "Placements of others that a balancer had not heard of when one of its own was taken; over the placements taken it is to stay below 0.3",
+            self.unseen.clone(),
+        );
+        registry.register(
             "forebay_agent_refused",
             "Placements not taken, by reason",
             self.refused.clone(),
@@ -179,6 +185,10 @@ impl Metrics {
         let Residuals { ttft_p50, ttft_p95 } = core.residuals();
         self.late_p50.set(ttft_p50);
         self.late_p95.set(ttft_p95);
+    }
+
+    pub(super) fn unseen(&self, arrivals: u64) {
+        self.unseen.inc_by(arrivals);
     }
 
     pub(super) fn accepted(&self) {

@@ -20,9 +20,10 @@ use crate::wire;
 
 const END_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Carries one placement.
+/// Carries one placement of the balancer whose link has this key.
 pub(super) async fn carry(
     shared: Arc<Shared>,
+    balancer: u64,
     mut sender: FrameSender,
     mut receiver: FrameReceiver,
 ) {
@@ -40,6 +41,7 @@ pub(super) async fn carry(
     let offer = wire::offer(&header);
     match (shared.place(offer.as_ref()), offer) {
         (Ok((admitted, ticket)), Some(offer)) => {
+            shared.taken(balancer);
             let deadline = Instant::now() + offer.deadline;
             let engine_id = ticket.engine_id(&offer);
             let mut carried = Carried {

@@ -1,17 +1,22 @@
-//! Reports to every balancer that is connected.
+//! Reports to every balancer that is connected: to each when it is due one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use forebay_link::Link;
-use forebay_scheduler::Load;
+use forebay_proto::Now;
 use parking_lot::Mutex;
 
 use super::work::Shared;
+use crate::core::{Cadence, Core};
 use crate::wire;
 
 /// Balancers that may be connected at once; four times what a cell has.
 pub(super) const MAX_LINKS: usize = 256;
+
+/// Without anybody to report to, time passes in the core this often.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Who is reported to. At most [`MAX_LINKS`], by whoever accepts them.
 #[derive(Clone, Default)]
@@ -20,7 +25,15 @@ pub(super) struct Links(Arc<Mutex<Table>>);
 #[derive(Default)]
 struct Table {
     newest: u64,
-    links: BTreeMap<u64, Link>,
+    links: BTreeMap<u64, To>,
+}
+
+/// One balancer.
+struct To {
+    link: Link,
+    cadence: Cadence,
+    /// Others' placements that were taken since it was told anything.
+    unseen: u64,
 }
 
 /// Takes its link off the list when dropped.
@@ -34,19 +47,55 @@ impl Links {
         let mut table = self.0.lock();
         table.newest += 1;
         let key = table.newest;
-        table.links.insert(key, link);
+        let to = To {
+            link,
+            cadence: Cadence::default(),
+            unseen: 0,
+        };
+        table.links.insert(key, to);
         Listed {
             links: self.clone(),
             key,
         }
     }
 
-    fn send(&self, load: &Load) {
-        let frame = wire::load(load);
-        for link in self.0.lock().links.values() {
-            // One that is lost is made good by the next.
-            let _ = link.send_datagram(&frame);
+    /// A placement of this balancer was taken; returns how many of others it had not heard of. Now it has,
+    /// and the others have not heard of this one.
+    pub(super) fn taken(&self, key: u64) -> u64 {
+        let mut table = self.0.lock();
+        for to in table.links.values_mut() {
+            to.unseen += 1;
         }
+        let own = table.links.get_mut(&key);
+        own.map_or(0, |to| std::mem::take(&mut to.unseen) - 1)
+    }
+
+    /// Sends what is due; returns when the next is, with the state as it is.
+    fn send(&self, core: &mut Core, now: Now) -> Option<Now> {
+        let mut table = self.0.lock();
+        for to in table.links.values_mut() {
+            if let Some(load) = core.report(now, &mut to.cadence) {
+                to.unseen = 0;
+                // One that is lost is made good by the next.
+                let _ = to.link.send_datagram(&wire::load(&load));
+            }
+        }
+        let seq = core.seq();
+        let dues = table.links.values().map(|to| to.cadence.due(seq));
+        dues.min()
+    }
+}
+
+impl Listed {
+    /// The balancer uses this worker.
+    pub(super) fn used(&self, now: Now) {
+        if let Some(to) = self.links.0.lock().links.get_mut(&self.key) {
+            to.cadence.used(now);
+        }
+    }
+
+    pub(super) const fn key(&self) -> u64 {
+        self.key
     }
 }
 
@@ -59,16 +108,14 @@ impl Drop for Listed {
 /// Sends reports when they are due and lets the core's deadlines pass.
 pub(super) async fn report(shared: Arc<Shared>) {
     loop {
-        let due = shared.with(|core, now| {
+        let next = shared.with(|core, now| {
             core.expire(now);
-            core.take_report(now)
+            let report = shared.links.send(core, now);
+            let dues = report.into_iter().chain(core.next_deadline());
+            dues.fold(now + LOOK, Now::min)
         });
-        if let Some(load) = due {
-            shared.links.send(&load);
-        }
-        let next = shared.instant(shared.with(|core, _| core.next_deadline()));
         tokio::select! {
-            () = tokio::time::sleep_until(next) => {}
+            () = tokio::time::sleep_until(shared.instant(next)) => {}
             () = shared.changed.notified() => {}
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_link::{Code, Endpoint, Link};
+use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
@@ -288,6 +289,11 @@ impl Shared {
         }
     }
 
+    /// A placement of this balancer was taken.
+    pub(super) fn taken(&self, balancer: u64) {
+        self.metrics.unseen(self.links.taken(balancer));
+    }
+
     /// Takes an offer or refuses it; `None` is a header that is no offer.
     pub(super) fn place(
         self: &Arc<Self>,
@@ -468,7 +474,7 @@ async fn serve(link: Link, shared: Arc<Shared>) {
         return link.close(Code::Identity, "only balancers place requests");
     }
     tracing::info!(?link, "a balancer connected");
-    let _listed = shared.links.list(link.clone());
+    let listed = shared.links.list(link.clone());
     link.send_datagram(&wire::load(&shared.with(|core, _| core.load())));
     // As bounded as the streams that QUIC lets a peer open.
     let mut placements = JoinSet::new();
@@ -476,12 +482,33 @@ async fn serve(link: Link, shared: Arc<Shared>) {
         tokio::select! {
             stream = link.accept() => match stream {
                 Ok((sender, receiver)) => {
-                    placements.spawn(carry(shared.clone(), sender, receiver));
+                    listed.used(shared.now());
+                    placements.spawn(carry(shared.clone(), listed.key(), sender, receiver));
                 }
                 Err(closed) => break closed,
             },
-            Some(_) = placements.join_next() => {}
+            Some(_) = placements.join_next() => listed.used(shared.now()),
+            asked = link.read_datagram() => match asked {
+                Ok(frame) => {
+                    listed.used(shared.now());
+                    answer(&shared, &link, &frame);
+                }
+                Err(closed) => break closed,
+            },
         }
     };
     tracing::info!(?link, %closed, "a balancer is gone");
+}
+
+/// Says what a request would meet; whatever else comes as a datagram is passed over.
+fn answer(shared: &Shared, link: &Link, frame: &Frame) {
+    if frame.kind != Kind::Question {
+        return;
+    }
+    let Some((id, question)) = wire::question(frame) else {
+        return;
+    };
+    let quote = shared.with(|core, now| core.quote(now, &question));
+    // One that is lost is not waited for.
+    let _ = link.send_datagram(&wire::quote(id, &quote));
 }

@@ -9,8 +9,8 @@ use clap::Args;
 use forebay_scheduler::model::Profile;
 use forebay_scheduler::policy;
 use forebay_sim::fleet::{
-    Contender, Fault, Fluid, Order, Rates, Result as Ran, Setup, Slo, Spread, Workload, fluid,
-    pictures, runs_of, runs_of_pictures, study,
+    Check, Contender, Fault, Fluid, Order, Rates, Reports, Result as Ran, Setup, Slo, Spread,
+    Workload, fluid, pictures, runs_of, runs_of_pictures, study,
 };
 use forebay_sim::trace::{Options, SAMPLES, Sample, Trace};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -50,6 +50,15 @@ pub(super) struct FleetArgs {
     /// Workers report to each balancer so often. 0: every decision sees them as they are.
     #[arg(long, value_name = "MS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=60_000))]
     staleness_ms: u64,
+    /// How workers report: every so often (as --staleness-ms says), or as agents do, soon after a change to
+    /// the balancers that used them lately and else every 250 ms.
+    #[arg(long, value_enum, default_value_t = Reporting::Periodic, conflicts_with_all = ["staleness_ms"])]
+    reports: Reporting,
+    /// What stands between a placement by forebay and an old view: nothing; the agent's veto; and, after a
+    /// refusal, questions to the best few (as balancers do); or questions before each placement; and places
+    /// kept for those who asked.
+    #[arg(long, value_enum, default_value_t = Checking::Ask)]
+    check: Checking,
     /// Share of the reports that are lost.
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     report_loss: f64,
@@ -116,6 +125,21 @@ pub(super) struct FleetArgs {
 enum Queues {
     Published,
     Both,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Reporting {
+    Periodic,
+    Deployed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Checking {
+    Nothing,
+    Veto,
+    Ask,
+    AskFirst,
+    Reserve,
 }
 
 /// Requests a second, or times the trace's own.
@@ -336,7 +360,17 @@ impl FleetArgs {
         Ok(Setup {
             workers: self.workers,
             balancers: self.balancers,
-            staleness: Duration::from_millis(self.staleness_ms),
+            reports: match self.reports {
+                Reporting::Periodic => Reports::every(Duration::from_millis(self.staleness_ms)),
+                Reporting::Deployed => Reports::Deployed,
+            },
+            check: match self.check {
+                Checking::Nothing => Check::Nothing,
+                Checking::Veto => Check::Veto,
+                Checking::Ask => Check::Ask,
+                Checking::AskFirst => Check::AskFirst,
+                Checking::Reserve => Check::Reserve,
+            },
             report_loss: self.report_loss,
             profile: self.profile,
             speed_spread: self.speeds,
@@ -365,9 +399,10 @@ impl FleetArgs {
             0.0 => String::new(),
             each => format!(" + {each} ms a prompt token"),
         };
-        let reports = match self.staleness_ms {
-            0 => "always fresh".into(),
-            ms => format!("every {ms} ms"),
+        let reports = match (self.reports, self.staleness_ms) {
+            (Reporting::Deployed, _) => "soon after a change".into(),
+            (Reporting::Periodic, 0) => "always fresh".into(),
+            (Reporting::Periodic, ms) => format!("every {ms} ms"),
         };
         let trace = self.trace.file_name().unwrap_or(self.trace.as_os_str());
         let trace = trace.to_string_lossy().into_owned();

@@ -450,6 +450,7 @@ impl Page<'_> {
             "max/mean",
             "busy",
             "refusals/req",
+            "questions/req",
             "failed",
         ]
         .map(str::to_owned);
@@ -470,6 +471,7 @@ impl Page<'_> {
                     format!("{:.2}", figures.max_over_mean),
                     percent(figures.busy),
                     format!("{:.3}", figures.refusals),
+                    format!("{:.3}", figures.questions),
                     format!("{:.0}", figures.failed),
                 ])
             });

@@ -1,0 +1,110 @@
+//! Questions to agents: asked after a refusal, answered in two milliseconds or not at all.
+#![allow(clippy::disallowed_methods)] // the rim: this is where time passes
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use forebay_link::Link;
+use forebay_proto::WorkerId;
+use forebay_proto::frame::{Frame, Kind};
+use forebay_proto::wire::work;
+use forebay_scheduler::asking::{PATIENCE, sample};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+use crate::core::dispatch::{Answer, Ask};
+use crate::exchange::Exchange;
+use crate::shared::Shared;
+
+/// Questions that wait for answers: one a request that was refused, at most.
+#[derive(Default)]
+pub(crate) struct Questions {
+    newest: AtomicU64,
+    open: Mutex<HashMap<u64, mpsc::UnboundedSender<Answer>>>,
+}
+
+/// One question, closed when dropped.
+struct Open<'a> {
+    questions: &'a Questions,
+    id: u64,
+    /// As many answers as were asked for, at most one a worker.
+    answers: mpsc::UnboundedReceiver<Answer>,
+}
+
+impl Questions {
+    fn open(&self) -> Open<'_> {
+        let id = self.newest.fetch_add(1, Ordering::Relaxed) + 1;
+        let (sender, answers) = mpsc::unbounded_channel();
+        self.open.lock().insert(id, sender);
+        Open {
+            questions: self,
+            id,
+            answers,
+        }
+    }
+
+    fn answered(&self, id: u64, answer: Answer) {
+        if let Some(waiting) = self.open.lock().get(&id) {
+            // Whoever waited may have left just now.
+            let _ = waiting.send(answer);
+        }
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.questions.open.lock().remove(&self.id);
+    }
+}
+
+impl Shared {
+    /// Takes a worker's answer: its state, whoever asked, and what it has of the prompt for who still waits.
+    pub(crate) fn quoted(self: &Arc<Self>, quote: &work::Quote, worker: WorkerId) {
+        if let Some(load) = &quote.load {
+            self.hear(load, worker);
+        }
+        let answer = (worker, quote.cached_tokens);
+        self.questions.answered(quote.id, answer);
+    }
+}
+
+impl Exchange {
+    /// Asks the best few workers, as they seem, what the request would meet; those that answer in time.
+    pub(crate) async fn ask_around(&self, ask: &Ask) -> Vec<Answer> {
+        let now = self.shared.now();
+        let best: Vec<(WorkerId, Link)> = self.shared.dispatch().best(now, ask);
+        if best.is_empty() {
+            return Vec::new();
+        }
+        let mut open = self.shared.questions.open();
+        let question = work::Question {
+            id: open.id,
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
+            prompt_tokens: ask.sought.prompt_tokens as u32,
+            chunks: sample(&self.prompt.chunks, &ask.sought.hits),
+        };
+        let frame = Frame::message(Kind::Question, &question);
+        for (_, link) in &best {
+            // One that is lost is not answered.
+            let _ = link.send_datagram(&frame);
+        }
+        let until = Instant::now() + PATIENCE;
+        let mut answers: Vec<Answer> = Vec::with_capacity(best.len());
+        while answers.len() < best.len() {
+            match timeout_at(until, open.answers.recv()).await {
+                Ok(Some(answer)) => {
+                    let asked = best.iter().any(|(worker, _)| *worker == answer.0);
+                    let twice = answers.iter().any(|(worker, _)| *worker == answer.0);
+                    if asked && !twice {
+                        answers.push(answer);
+                    }
+                }
+                Ok(None) | Err(_) => break,
+            }
+        }
+        self.shared.metrics.asked(best.len(), answers.len());
+        answers
+    }
+}
