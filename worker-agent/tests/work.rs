@@ -17,7 +17,7 @@ use forebay_link::{Code, RecvError};
 use forebay_proto::Revision;
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::fleet::Desired;
-use forebay_proto::wire::work::{End, Question, Quote, RefusalReason};
+use forebay_proto::wire::work::{End, Place, Question, Quote, RefusalReason};
 use forebay_scheduler::{Acceptance, Load};
 use tokio::time::{Instant, timeout};
 
@@ -192,10 +192,15 @@ async fn every_refusal_comes_before_the_body_and_says_why() {
 async fn a_question_is_answered_by_datagram_and_what_is_no_question_is_passed_over() {
     let (_engine, agent) = world(4, 4).await;
     let balancer = agent.balancer("b1").await;
-    let mut place = chat(true, 1_000);
-    place.chunks = vec![1, 2, 3, 4];
-    (place.prompt_bytes, place.chunk_bytes, place.prompt_tokens) = (1_024, 256, 400);
-    let _running = balancer.place(&place).await;
+    let place = Place {
+        chunks: vec![1, 2, 3, 4],
+        prompt_bytes: 1_024,
+        chunk_bytes: 256,
+        prompt_tokens: 400,
+        ..place(10)
+    };
+    let mut running = balancer.offer(&place).await;
+    running.accepted().await;
     balancer
         .link
         .send_datagram(&Frame::new(Kind::Question, Bytes::from_static(b"\xff")));
