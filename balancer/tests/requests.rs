@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::{Act, EVENT, REST, Saw, Setup, WHOLE, World, promptly};
-use forebay_proto::wire::work::{End, RefusalReason};
+use forebay_proto::wire::work::{End, Place, RefusalReason};
 
 #[tokio::test]
 async fn answers_are_relayed_byte_for_byte() {
@@ -207,6 +207,28 @@ async fn waiting_ends_at_the_pools_deadline() {
     }
     drop(running);
     world.settles().await;
+}
+
+#[tokio::test]
+async fn after_a_refusal_by_an_old_view_the_best_few_are_asked_and_who_answers_is_preferred() {
+    let mut setup = Setup::default();
+    setup.agents = 3;
+    let world = World::new(setup).await;
+    *world.agents[2].quotes.lock() = Some(3);
+    // On a busy machine an answer may come too late to be waited for.
+    for _ in 0..20 {
+        for agent in &world.agents[..2] {
+            agent.will(&[Act::Refuse(RefusalReason::RefusalStaleView)]);
+        }
+        assert_eq!(world.chat(false).await.status, 200);
+        let placed = world.agents[2].placed.lock().clone();
+        let told = |place: &&Place| place.expected_cached_tokens == 3;
+        if let Some(place) = placed.iter().find(told) {
+            assert!(place.attempt > 0, "nobody is asked before a refusal");
+            return world.settles().await;
+        }
+    }
+    panic!("no answer was ever taken");
 }
 
 #[tokio::test]

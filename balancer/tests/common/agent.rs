@@ -77,6 +77,8 @@ pub struct Agent {
     pub counts: Counts,
     holds: watch::Sender<Vec<(u64, u32)>>,
     pub flooded: Arc<AtomicU64>,
+    /// Tokens of any prompt that it says it has, if it answers questions.
+    pub quotes: Arc<Mutex<Option<u32>>>,
     pub saw: mpsc::UnboundedReceiver<(Instant, Saw)>,
     runtime: Option<Runtime>,
 }
@@ -399,6 +401,8 @@ pub fn agent(credentials: &Credentials, name: &str, id: usize, slots: u32, next:
     let (tell, saw) = mpsc::unbounded_channel();
     let (hold, holds) = watch::channel(Vec::new());
     let (placed, counts) = (Arc::default(), Counts::default());
+    let quotes = Arc::<Mutex<Option<u32>>>::default();
+    let quoting = quotes.clone();
     let inside = Arc::new(Inside {
         placed: Arc::clone(&placed),
         counts: counts.clone(),
@@ -421,6 +425,23 @@ pub fn agent(credentials: &Credentials, name: &str, id: usize, slots: u32, next:
                     let (_, load) = reporter.load(0);
                     reporting.send_datagram(&Frame::message(Kind::Load, &load));
                     tokio::time::sleep(Duration::from_millis(30)).await;
+                }
+            });
+            let (asked, answering, quoting) = (link.clone(), inside.clone(), quoting.clone());
+            tokio::spawn(async move {
+                while let Ok(frame) = asked.read_datagram().await {
+                    let question = frame.decode::<work::Question>();
+                    let cached = *quoting.lock();
+                    let (Ok(question), Some(cached_tokens)) = (question, cached) else {
+                        continue;
+                    };
+                    assert!(frame.payload.len() <= 1_100);
+                    let quote = work::Quote {
+                        id: question.id,
+                        cached_tokens,
+                        load: Some(answering.load(0).1),
+                    };
+                    asked.send_datagram(&Frame::message(Kind::Quote, &quote));
                 }
             });
             tokio::spawn(async move {
@@ -460,6 +481,7 @@ pub fn agent(credentials: &Credentials, name: &str, id: usize, slots: u32, next:
         counts,
         holds: hold,
         flooded,
+        quotes,
         saw,
         runtime: Some(runtime),
     }
