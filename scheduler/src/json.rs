@@ -18,6 +18,9 @@ pub enum Unreadable {
     /// Too many values inside each other.
     #[error("the body is nested deeper than 128")]
     TooDeep,
+    /// More messages, or members of one part, than are read.
+    #[error("the body has too many messages")]
+    TooMany,
 }
 
 /// A value's place in the body.

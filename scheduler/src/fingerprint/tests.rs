@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::length::Lengths;
 
 const KEY: FingerprintKey = FingerprintKey {
     epoch: 1,
@@ -14,12 +15,12 @@ const PROFILE: RenderProfile = RenderProfile {
     late_system: LateSystem::InPlace,
     parts_on_lines: false,
     developer: false,
-    keeps_reasoning: false,
+    reasoning: Reasoning::OfTurn,
     names: false,
 };
 
-fn with(endpoint: Endpoint, body: &[u8], scope: &str, profile: &RenderProfile) -> Prompt {
-    let settings = Settings {
+const fn settings<'a>(scope: &'a str, profile: &'a RenderProfile) -> Settings<'a> {
+    Settings {
         key: &KEY,
         root: Root {
             pool: "default",
@@ -29,8 +30,11 @@ fn with(endpoint: Endpoint, body: &[u8], scope: &str, profile: &RenderProfile) -
         },
         profile,
         chunk_bytes: 16,
-    };
-    read(endpoint, body, &settings).unwrap()
+    }
+}
+
+fn with(endpoint: Endpoint, body: &[u8], scope: &str, profile: &RenderProfile) -> Prompt {
+    read(endpoint, body, &settings(scope, profile)).unwrap()
 }
 
 fn chat(body: &str) -> Prompt {
@@ -253,16 +257,49 @@ fn completions_are_text_or_whole_ids() {
     let read = |body: &str| with(Endpoint::Completions, body.as_bytes(), "t", &PROFILE);
     let text = read(&format!(r#"{{"prompt":"{REST}"}}"#));
     assert_eq!((text.bytes, text.chunks.len()), (34, 2));
-    assert!(same(
-        &text,
-        &read(&format!(r#"{{"prompt":["{REST}","other"]}}"#))
-    ));
+    assert!(same(&text, &read(&format!(r#"{{"prompt":["{REST}"]}}"#))));
     let ids = read(r#"{"prompt":[1,2,3,4,5,6,7,8]}"#);
     assert_eq!((ids.bytes, ids.chunks.len()), (32, 2));
-    assert!(same(&ids, &read(r#"{"prompt":[[1,2,3,4,5,6,7,8],[9]]}"#)));
+    assert!(same(&ids, &read(r#"{"prompt":[[1,2,3,4,5,6,7,8]]}"#)));
     assert_ne!(text.chunks[0], ids.chunks[0]);
     let suffix = read(&format!(r#"{{"prompt":"{REST}","suffix":"end"}}"#));
     assert_ne!(text.chunks[0], suffix.chunks[0]);
+    // 64 ids of any size are 256 bytes.
+    let many: Vec<u32> = (0..130).map(|id| id * 33_000_000).collect();
+    let body = json!({ "prompt": many }).to_string();
+    let settings = Settings {
+        chunk_bytes: 256,
+        ..settings("t", &PROFILE)
+    };
+    let ids = super::read(Endpoint::Completions, body.as_bytes(), &settings).unwrap();
+    assert_eq!((ids.bytes, ids.chunks.len()), (130 * 4, 2));
+}
+
+#[test]
+fn a_batch_is_placed_by_the_size_of_all_its_prompts() {
+    let read = |body: &str| with(Endpoint::Completions, body.as_bytes(), "t", &PROFILE);
+    let lengths = Lengths::default();
+    let tokens = |prompt: &Prompt| lengths.predict(&prompt.makeup, 0, 0).tokens;
+    let one = read(&format!(r#"{{"prompt":"{REST}"}}"#));
+    let batch = read(&format!(r#"{{"prompt":["{REST}","{REST}","{REST}"]}}"#));
+    assert!(batch.chunks.is_empty());
+    assert_eq!(batch.bytes, 2 + 3 * 32);
+    assert!(tokens(&batch) > 2.5 * tokens(&one));
+    assert_eq!(batch.affinity, one.chunks.last().copied());
+    let other = read(&format!(r#"{{"prompt":["x{REST}","{REST}"]}}"#));
+    assert_ne!(batch.affinity, other.affinity);
+    let ids = read(r#"{"prompt":[[1,2,3,4],[5],[6,7]]}"#);
+    assert_eq!((ids.bytes, ids.chunks.len()), (28, 0));
+    assert_eq!(tokens(&ids), 7.0);
+    let settings = settings("t", &PROFILE);
+    for body in [
+        r#"{"prompt":["a",[1]]}"#,
+        r#"{"prompt":[[1],"a"]}"#,
+        r#"{"prompt":[1,"a"]}"#,
+    ] {
+        let read = super::read(Endpoint::Completions, body.as_bytes(), &settings);
+        assert_eq!(read, Err(Unreadable::Malformed), "{body}");
+    }
 }
 
 #[test]
@@ -418,7 +455,7 @@ proptest! {
         let settings = Settings {
             key: &KEY,
             root: Root { pool: "p", model: "m", adapter: None, scope: "t" },
-            profile: &RenderProfile { parts_on_lines: true, keeps_reasoning: true, names: true, ..PROFILE },
+            profile: &RenderProfile { parts_on_lines: true, reasoning: Reasoning::Kept, names: true, ..PROFILE },
             chunk_bytes: 16,
         };
         let _ = read(Endpoint::Chat, &body, &settings);
