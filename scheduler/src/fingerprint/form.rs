@@ -396,8 +396,9 @@ impl Form<'_> {
 
     /// A string that is given as its whole span, quotes included.
     fn string(&mut self, span: Span) -> Result<(), Unreadable> {
-        let raw = Scanner::within(self.body, span).string()?;
-        unescape(&self.body[raw.from..raw.to], |piece| self.chain.put(piece))
+        unescape(&self.body[span.from + 1..span.to - 1], |piece| {
+            self.chain.put(piece);
+        })
     }
 
     fn text_if_string(&mut self, span: Span) -> Result<(), Unreadable> {
