@@ -173,7 +173,7 @@ async fn what_engines_count_is_learnt_and_compared_with_what_was_predicted() {
 
     *world.agents[0].counts.lock() = Some((1_000, Some(600)));
     let learnt = told(&world, &body).await;
-    assert!((990..=1_010).contains(&learnt.prompt_tokens), "{learnt:?}");
+    assert!((950..=1_100).contains(&learnt.prompt_tokens), "{learnt:?}");
     counter(&world, "prompt_tokens", 2_000).await;
     counter(&world, "cached_tokens_reported", 600).await;
     counter(&world, "cached_tokens_predicted", 0).await;
@@ -188,12 +188,11 @@ async fn what_engines_count_is_learnt_and_compared_with_what_was_predicted() {
     world.until("/metrics", |_, text| text.contains(line)).await;
     let warm = told(&world, &body).await;
     assert_eq!(warm.expected_cached_tokens, 700);
-    // What is held was counted there, and only the rest is estimated.
+    // What is held was counted there, and only the rest is estimated: as it was learnt, and a little more,
+    // because what is held has more tokens than were foreseen.
     let rest = (warm.prompt_bytes - 2_560) / 4;
-    assert!(
-        (700 + rest).abs_diff(warm.prompt_tokens.into()) < 10,
-        "{warm:?}"
-    );
+    let estimated = u64::from(warm.prompt_tokens) - 700;
+    assert!((rest..rest * 6 / 5).contains(&estimated), "{warm:?}");
     counter(&world, "cached_tokens_predicted", 700).await;
     counter(&world, "cached_tokens_reported", 1_200).await;
 }

@@ -50,6 +50,8 @@ pub(crate) struct Sought {
     pub(crate) request_id: Arc<str>,
     pub(crate) policy: &'static dyn Policy,
     pub(crate) prompt_tokens: f64,
+    /// How much longer it may be, at the 0.95 quantile.
+    pub(crate) longer_tokens: f64,
     pub(crate) targets: Targets,
     /// By worker.
     pub(crate) hits: Vec<Hit>,
@@ -65,6 +67,7 @@ impl Default for Sought {
             request_id: Arc::default(),
             policy: policy::default(),
             prompt_tokens: 0.0,
+            longer_tokens: 0.0,
             targets: Targets::NONE,
             hits: Vec::new(),
             index_version: 0,
@@ -310,6 +313,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             model: &ask.model,
             tried: &tried,
             prompt_tokens: sought.prompt_tokens,
+            longer_tokens: sought.longer_tokens,
             targets: sought.targets,
             hits: &sought.hits,
             conversation: sought.conversation,

@@ -39,7 +39,7 @@ use crate::json::{Kind, Scanner, Span, says, unescape};
 use crate::length::Makeup;
 use chain::{Chain, finish, keyed, published};
 use form::Form;
-pub use profile::{LateSystem, Reasoning, RenderProfile, ToolsOrder};
+pub use profile::{LateSystem, RENDER_PROFILE, Reasoning, RenderProfile, ToolsOrder};
 
 /// What kind of prompt a body has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,10 @@
 //! What an engine's chat template does with a conversation, as far as prefixes depend on it.
 
+use std::collections::BTreeMap;
+
+/// The label of a worker by which its operator says how its engine renders prompts.
+pub const RENDER_PROFILE: &str = "render-profile";
+
 /// Where tools stand in the rendered prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ToolsOrder {
@@ -68,6 +73,15 @@ impl RenderProfile {
             }
         }
         id
+    }
+
+    /// What a worker's labels say; the default where they say nothing, none where it is not understood.
+    #[must_use]
+    pub fn declared(labels: &BTreeMap<String, String>) -> Option<Self> {
+        match labels.get(RENDER_PROFILE) {
+            Some(id) => Self::named(id),
+            None => Some(Self::default()),
+        }
     }
 
     /// The profile of this name; the ways behind the order of tools may stand in any order.

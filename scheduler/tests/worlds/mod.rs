@@ -108,6 +108,7 @@ impl World {
             model: "m",
             tried: &self.tried,
             prompt_tokens: self.prompt_tokens,
+            longer_tokens: self.prompt_tokens * (self.turn % 3) as f64 * 0.1,
             targets: self.targets,
             hits: &self.hits,
             conversation: self.conversation,
