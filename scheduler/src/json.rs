@@ -307,7 +307,7 @@ const NEAR: usize = 64;
 fn next_escape(text: &[u8]) -> Option<usize> {
     let (words, _) = text.as_chunks::<8>();
     for (at, word) in words.iter().take(NEAR / 8).enumerate() {
-        let differs = u64::from_le_bytes(*word) ^ (LOW * b'\\' as u64);
+        let differs = u64::from_le_bytes(*word) ^ BACKSLASHES;
         // The lowest high bit that is set stands in the first byte that is zero.
         let zeros = differs.wrapping_sub(LOW) & !differs & (LOW << 7);
         if zeros != 0 {
@@ -318,8 +318,9 @@ fn next_escape(text: &[u8]) -> Option<usize> {
     memchr::memchr(b'\\', &text[seen..]).map(|at| seen + at)
 }
 
-/// One in every byte.
+/// One in every byte, and a backslash in every byte.
 const LOW: u64 = 0x0101_0101_0101_0101;
+const BACKSLASHES: u64 = 0x5c5c_5c5c_5c5c_5c5c;
 
 /// Pieces that are handed out together.
 struct Gathered {

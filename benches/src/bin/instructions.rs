@@ -25,30 +25,50 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-/// What is counted: its name, how often it is done, and what does it.
-const WORKLOADS: [(&str, u32, fn(u32)); 6] = [
-    ("fingerprint of an agent's turn of 415 KB", 2, |times| {
-        fingerprint(&bodies::agents_turn(), times)
-    }),
-    ("fingerprint of 408 KB of escaped Chinese", 2, |times| {
-        fingerprint(&bodies::escaped_chinese(), times)
-    }),
+/// A step of every request.
+enum Step {
+    Fingerprint(fn() -> String),
+    Lookup,
+    LookupInVain,
+    /// Among so many workers.
+    Decision(u32),
+}
+
+impl Step {
+    fn run(&self, times: u32) {
+        match self {
+            Self::Fingerprint(body) => fingerprint(&body(), times),
+            Self::Lookup => lookup(times),
+            Self::LookupInVain => lookup_in_vain(times),
+            Self::Decision(workers) => decision(*workers, times),
+        }
+    }
+}
+
+/// What is counted: its name, how often it is done, and what it is.
+const WORKLOADS: [(&str, u32, Step); 6] = [
+    (
+        "fingerprint of an agent's turn of 415 KB",
+        2,
+        Step::Fingerprint(bodies::agents_turn),
+    ),
+    (
+        "fingerprint of 408 KB of escaped Chinese",
+        2,
+        Step::Fingerprint(bodies::escaped_chinese),
+    ),
     (
         "lookup of 128 chunks, held in part by 40 of 200 workers",
         200,
-        index,
+        Step::Lookup,
     ),
     (
         "lookup of 128 chunks that nobody holds",
         1_000,
-        index_in_vain,
+        Step::LookupInVain,
     ),
-    ("decision among 100 workers", 500, |times| {
-        decision(100, times)
-    }),
-    ("decision among 1,000 workers", 200, |times| {
-        decision(1_000, times)
-    }),
+    ("decision among 100 workers", 500, Step::Decision(100)),
+    ("decision among 1,000 workers", 200, Step::Decision(1_000)),
 ];
 
 /// Where the figures are committed, seen from the directory of this package.
@@ -71,8 +91,9 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--count", at] => {
-            let (_, times, work) = WORKLOADS[at.parse::<usize>().expect("a workload's number")];
-            work(times);
+            let number: usize = at.parse().expect("a workload's number");
+            let (_, times, step) = &WORKLOADS[number];
+            step.run(*times);
             ExitCode::SUCCESS
         }
         [] => compare(&count(), &committed()),
@@ -214,7 +235,7 @@ fn families() -> (PrefixIndex, Vec<Vec<u64>>) {
     (index, families)
 }
 
-fn index(times: u32) {
+fn lookup(times: u32) {
     let (index, families) = families();
     let mut hits = Vec::new();
     let mut turn = 0;
@@ -225,7 +246,7 @@ fn index(times: u32) {
     });
 }
 
-fn index_in_vain(times: u32) {
+fn lookup_in_vain(times: u32) {
     let (index, families) = families();
     let strange: Vec<u64> = families[0].iter().map(|chunk| chunk ^ 1).collect();
     let mut hits = Vec::new();

@@ -113,16 +113,18 @@ const TOOLS: [(&str, ToolsOrder); 4] = [
     ("tools_last_user", ToolsOrder::LastUser),
 ];
 
-/// What a profile may say beyond the order of tools, each by its name.
-const WAYS: [(&str, fn(&mut RenderProfile)); 6] = [
+/// What a profile may say beyond the order of tools: its name, and what it means.
+type Way = (&'static str, fn(&mut RenderProfile));
+
+const WAYS: [Way; 6] = [
     ("hoisted", |profile| {
-        profile.late_system = LateSystem::Hoisted
+        profile.late_system = LateSystem::Hoisted;
     }),
     ("lines", |profile| profile.parts_on_lines = true),
     ("developer", |profile| profile.developer = true),
     ("reasoning", |profile| profile.reasoning = Reasoning::Kept),
     ("no_reasoning", |profile| {
-        profile.reasoning = Reasoning::Dropped
+        profile.reasoning = Reasoning::Dropped;
     }),
     ("names", |profile| profile.names = true),
 ];
