@@ -154,10 +154,11 @@ impl Makeup {
 
     /// An image, a sound or a file in the chunk that is under way, or behind all of them.
     pub(crate) fn medium(&mut self) {
-        // That of the last full one is near enough.
-        match self.chunks.last_mut() {
-            Some(few) => few[Class::Medium as usize] += 1,
-            None => self.rest.one(Class::Medium),
+        // That of the last full one is near enough. All that is beyond what has a fingerprint may be there.
+        let last = self.chunks.last_mut();
+        match last.and_then(|few| few.get_mut(Class::Medium as usize)) {
+            Some(media) if *media < u16::MAX => *media += 1,
+            Some(_) | None => self.rest.one(Class::Medium),
         }
     }
 

@@ -329,14 +329,19 @@ impl Form<'_> {
         }
         scanner.array(|call| {
             let mut function = None;
-            call.object(|key, item| {
+            let span = call.skip()?;
+            Scanner::within(body, span).object(|key, item| {
                 let span = item.skip()?;
                 if says(&body[key.from..key.to], b"function") {
                     function = Some(span);
                 }
                 Ok(())
             })?;
-            let function = function.ok_or(Unreadable::Malformed)?;
+            let Some(function) = function else {
+                // Of a type that is not known: all of it.
+                self.chain.tag(CALL);
+                return value(body, span, &mut |bytes| self.chain.put(bytes));
+            };
             let (mut name, mut arguments) = (None, None);
             Scanner::within(body, function).object(|key, item| {
                 let span = item.skip()?;

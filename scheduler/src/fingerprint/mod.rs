@@ -72,7 +72,7 @@ pub struct Settings<'a> {
     pub root: Root<'a>,
     /// What the pool's template does.
     pub profile: &'a RenderProfile,
-    /// Bytes of one chunk; at least 16.
+    /// Bytes of one chunk; 16 to 32,768.
     pub chunk_bytes: u32,
 }
 
@@ -118,7 +118,7 @@ pub fn read(
         hasher.write(by.as_bytes());
         published(finish(&hasher))
     });
-    let chunk_bytes = settings.chunk_bytes.max(16) as usize;
+    let chunk_bytes = settings.chunk_bytes.clamp(16, 1 << 15) as usize;
     let batch = match endpoint {
         Endpoint::Completions => Some(Batch::find(body, fields.prompt)?),
         Endpoint::Chat => None,

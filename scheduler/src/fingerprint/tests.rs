@@ -225,6 +225,36 @@ fn media_are_what_their_parts_say() {
 }
 
 #[test]
+fn media_are_counted_however_many_they_are() {
+    let image = r#"{"type":"image_url","image_url":"a"},"#;
+    let of = |images: usize| {
+        let text = format!("\"{}\"", "x".repeat(100));
+        parts(&format!("{text},{}{text}", image.repeat(images)))
+    };
+    let tokens = |images: usize| {
+        let prompt = of(images);
+        Lengths::default().predict(&prompt.makeup, 0, 0).tokens
+    };
+    let (one, many) = (tokens(1), tokens(140_001));
+    assert!((700.0..1_000.0).contains(&one), "{one}");
+    assert!((many - one) / 140_000.0 > 790.0, "{many}");
+}
+
+#[test]
+fn calls_of_another_type_count_as_they_are() {
+    let call = |call: &str| message(&format!(r#"{{"role":"assistant","tool_calls":[{call}]}}"#));
+    let one = call(r#"{"type":"custom","custom":{"name":"f","input":"a"}}"#);
+    assert!(!same(
+        &one,
+        &call(r#"{"type":"custom","custom":{"name":"f","input":"b"}}"#)
+    ));
+    assert!(!same(
+        &one,
+        &call(r#"{"type":"function","function":{"name":"f","arguments":"a"}}"#)
+    ));
+}
+
+#[test]
 fn cache_control_is_nothing_only_where_clients_put_it() {
     let call = |arguments: &str| {
         let arguments = Value::from(arguments);
@@ -747,7 +777,7 @@ fn sent(all: &[Said], sdk: u8) -> Prompt {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1_000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     /// Most pairs differ in structure; a third of them in nothing that is rendered.
     #[test]
