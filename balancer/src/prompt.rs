@@ -2,9 +2,10 @@
 
 use forebay_proto::wire::work;
 use forebay_scheduler::fingerprint::{
-    Endpoint, RenderProfile, Root, Settings, read as fingerprint,
+    Endpoint, Root, Settings, engine_salt, read as fingerprint, scope,
 };
 use forebay_scheduler::index::Hit;
+use forebay_scheduler::length::{Length, Makeup};
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy;
 
@@ -16,6 +17,7 @@ use crate::exchange::Exchange;
 pub(crate) struct Fingerprinted {
     pub(crate) chunks: Vec<u64>,
     pub(crate) bytes: u64,
+    pub(crate) makeup: Makeup,
     pub(crate) head: u64,
     pub(crate) affinity: Option<u64>,
     pub(crate) salt: String,
@@ -27,6 +29,7 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
     let size = exchange.body.text.len() as u64;
     let by_size = || Fingerprinted {
         bytes: size,
+        makeup: Makeup::of_size(size),
         ..Fingerprinted::default()
     };
     let endpoint = match exchange.path {
@@ -38,6 +41,9 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
     let Some(key) = facts.as_ref().and_then(|facts| facts.fleet.keys.last()) else {
         return by_size();
     };
+    let profile = facts
+        .as_ref()
+        .and_then(|facts| facts.profile_of(&exchange.model));
     let settings = Settings {
         key,
         root: Root {
@@ -46,7 +52,7 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
             adapter: None,
             scope: &exchange.tenant,
         },
-        profile: &RenderProfile::default(),
+        profile: &profile.unwrap_or_default(),
         chunk_bytes: exchange.pool.chunk_bytes,
     };
     match fingerprint(endpoint, exchange.body.text.expose(), &settings) {
@@ -58,15 +64,22 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
             ..by_size()
         },
         Ok(prompt) => Fingerprinted {
-            chunks: prompt.chunks,
+            // Where workers render differently, nobody knows which prompts begin alike.
+            chunks: profile.map_or_else(Vec::new, |_| prompt.chunks),
             bytes: prompt.bytes,
+            makeup: prompt.makeup,
             head: prompt.head,
             affinity: prompt.affinity,
             salt: prompt.salt,
             key_epoch: key.epoch,
         },
-        // Engines have their own word for what is wrong with it.
-        Err(_) => by_size(),
+        // Engines have their own word for what is wrong with it. Should one find nothing, it shares this
+        // prompt with nobody: whom its client's own salt leaves out cannot be read.
+        Err(_) => Fingerprinted {
+            salt: engine_salt(key, &scope(&exchange.tenant, Some(&exchange.request_id))),
+            key_epoch: key.epoch,
+            ..by_size()
+        },
     }
 }
 
@@ -89,11 +102,15 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     } else {
         conversation.or(prompt.affinity)
     };
-    let prompt_tokens = exchange.prompt_tokens(&hits) as f64;
+    let Length {
+        tokens: prompt_tokens,
+        longer: longer_tokens,
+    } = exchange.length(&hits);
     Sought {
         request_id: exchange.request_id.clone(),
         policy: policy::named(&exchange.pool.policy).unwrap_or_else(policy::default),
         prompt_tokens,
+        longer_tokens,
         targets: exchange.targets(prompt_tokens),
         hits,
         index_version,
@@ -103,14 +120,12 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
 }
 
 impl Exchange {
-    /// Length of the prompt: what is held somewhere was counted there, the rest is estimated.
-    fn prompt_tokens(&self, hits: &[Hit]) -> u64 {
+    /// Length of the prompt: what is held somewhere was counted there, the rest is predicted.
+    fn length(&self, hits: &[Hit]) -> Length {
         let longest = hits.iter().max_by_key(|hit| hit.chunks);
         let (chunks, counted) = longest.map_or((0, 0), |hit| (hit.chunks, hit.tokens));
-        let held = u64::from(chunks) * u64::from(self.pool.chunk_bytes);
-        let rest = self.prompt.bytes.saturating_sub(held);
-        let lengths = self.shared.lengths.lock();
-        u64::from(counted) + lengths.tokens(&self.model, rest)
+        let lengths = self.shared.lengths.lock().of(&self.model);
+        lengths.predict(&self.prompt.makeup, chunks, counted)
     }
 
     /// What its pool promises a prompt of this length, less the time that has gone by.
@@ -136,7 +151,7 @@ impl Exchange {
     pub(crate) fn learn(&self, trailer: &work::Trailer, predicted: u32) {
         if let Some(tokens) = trailer.prompt_tokens {
             let mut lengths = self.shared.lengths.lock();
-            lengths.learn(&self.model, self.prompt.bytes, tokens);
+            lengths.learn(&self.model, &self.prompt.makeup, tokens);
         }
         self.shared.metrics.counted(trailer, predicted);
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use dashmap::DashMap;
 use forebay_link::Link;
 use forebay_proto::{Now, Revision};
+use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
 use forebay_scheduler::index::PrefixIndex;
 use forebay_scheduler::{BookingId, Choice};
 use parking_lot::{Mutex, MutexGuard, RwLock};
@@ -62,6 +63,8 @@ pub(crate) struct Facts {
     pub(crate) fleet: Fleet,
     pub(crate) since: Instant,
     pools: BTreeMap<Arc<str>, Arc<str>>,
+    /// By model; none where its workers' differ.
+    profiles: BTreeMap<Arc<str>, Option<RenderProfile>>,
 }
 
 impl Facts {
@@ -69,6 +72,11 @@ impl Facts {
     pub(crate) fn pool_of(&self, model: &str) -> Option<(Arc<str>, Arc<str>)> {
         let (model, pool) = self.pools.get_key_value(model)?;
         Some((model.clone(), pool.clone()))
+    }
+
+    /// How the model's prompts are rendered, if its workers agree on that.
+    pub(crate) fn profile_of(&self, model: &str) -> Option<RenderProfile> {
+        self.profiles.get(model).copied().flatten()
     }
 
     pub(crate) fn models(&self) -> impl Iterator<Item = &str> {
@@ -107,6 +115,23 @@ impl Shared {
         self.facts.read().clone()
     }
 
+    /// Says which models have workers that begin to differ in how they render prompts.
+    fn tell_of_profiles(&self, facts: &Facts) {
+        let before = self.facts();
+        let differed = |model: &str| {
+            let before = before.as_ref().and_then(|facts| facts.profiles.get(model));
+            before.is_some_and(Option::is_none)
+        };
+        for (model, profile) in &facts.profiles {
+            if profile.is_none() && !differed(model) {
+                tracing::warn!(
+                    %model,
+                    "workers differ in their label {RENDER_PROFILE}: prompts are placed by load only"
+                );
+            }
+        }
+    }
+
     /// Takes facts over; returns links of starts that they declare dead.
     pub(crate) fn set_facts(self: &Arc<Self>, fleet: &Fleet) -> Vec<Link> {
         let mut pools = BTreeMap::<Arc<str>, Arc<str>>::new();
@@ -118,11 +143,14 @@ impl Shared {
             }
         }
         let since = self.facts().map_or_else(Instant::now, |facts| facts.since);
+        let profiles = fleet.profiles(&pools);
         let facts = Facts {
             fleet: fleet.clone(),
             since,
             pools,
+            profiles,
         };
+        self.tell_of_profiles(&facts);
         *self.facts.write() = Some(Arc::new(facts));
         let Revision(revision) = fleet.revision;
         let gauge = i64::try_from(revision).unwrap_or(i64::MAX);

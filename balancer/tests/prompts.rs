@@ -4,9 +4,12 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{Setup, World};
-use forebay_proto::FingerprintKey;
+use forebay_balancer::Fleet;
 use forebay_proto::wire::work::Place;
+use forebay_proto::{FingerprintKey, Revision};
 use serde_json::{Value, json};
 
 const KEY: FingerprintKey = FingerprintKey {
@@ -160,6 +163,57 @@ async fn before_there_is_a_key_prompts_are_placed_by_their_size() {
     assert!(place.prompt_tokens > 500);
 }
 
+/// New facts, once they are in use.
+async fn told_of(world: &World, change: impl FnOnce(&mut Fleet)) {
+    let mut fleet = (**world.fleet.borrow().as_ref().unwrap()).clone();
+    fleet.revision = Revision(fleet.revision.0 + 1);
+    let line = format!("\nforebay_balancer_facts_revision {}\n", fleet.revision.0);
+    change(&mut fleet);
+    world.fleet.send_replace(Some(Arc::new(fleet)));
+    world
+        .until("/metrics", |_, text| text.contains(&line))
+        .await;
+}
+
+#[tokio::test]
+async fn prompts_are_read_as_all_workers_of_their_pool_render_them_or_placed_by_load() {
+    let world = World::new(setup(1)).await;
+    let body = chat(&[&text(1, 3_000)]);
+    let usual = told(&world, &body).await;
+    told_of(&world, |fleet| {
+        let labels = &mut fleet.workers[0].spec.labels;
+        labels.insert("render-profile".into(), "tools_first+names".into());
+    })
+    .await;
+    let other = told(&world, &body).await;
+    assert_eq!(other.chunks.len(), usual.chunks.len());
+    assert_ne!(other.chunks[0], usual.chunks[0]);
+    told_of(&world, |fleet| {
+        let mut second = fleet.workers[0].clone();
+        second.name = "w2".into();
+        second.incarnation.worker.0 += 1;
+        second.spec.labels.clear();
+        fleet.workers.push(second);
+    })
+    .await;
+    let differ = told(&world, &body).await;
+    assert_eq!(differ.chunks, [0; 0]);
+    assert_eq!(differ.prompt_bytes, usual.prompt_bytes);
+    assert_eq!(differ.cache_salt, usual.cache_salt);
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_shared_with_nobody() {
+    let world = World::new(setup(1)).await;
+    let readable = told(&world, &chat(&["a"])).await;
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": 7}]});
+    let (one, other) = (told(&world, &body).await, told(&world, &body).await);
+    assert_eq!((one.chunks.len(), one.prompt_bytes), (0, one.body_bytes));
+    assert_eq!(one.cache_salt.len(), 32);
+    assert_ne!(one.cache_salt, readable.cache_salt);
+    assert_ne!(one.cache_salt, other.cache_salt);
+}
+
 #[tokio::test]
 async fn what_engines_count_is_learnt_and_compared_with_what_was_predicted() {
     let world = World::new(setup(1)).await;
@@ -173,7 +227,7 @@ async fn what_engines_count_is_learnt_and_compared_with_what_was_predicted() {
 
     *world.agents[0].counts.lock() = Some((1_000, Some(600)));
     let learnt = told(&world, &body).await;
-    assert!((990..=1_010).contains(&learnt.prompt_tokens), "{learnt:?}");
+    assert!((950..=1_100).contains(&learnt.prompt_tokens), "{learnt:?}");
     counter(&world, "prompt_tokens", 2_000).await;
     counter(&world, "cached_tokens_reported", 600).await;
     counter(&world, "cached_tokens_predicted", 0).await;
@@ -188,12 +242,11 @@ async fn what_engines_count_is_learnt_and_compared_with_what_was_predicted() {
     world.until("/metrics", |_, text| text.contains(line)).await;
     let warm = told(&world, &body).await;
     assert_eq!(warm.expected_cached_tokens, 700);
-    // What is held was counted there, and only the rest is estimated.
+    // What is held was counted there, and only the rest is estimated: as it was learnt, and a little more,
+    // because what is held has more tokens than were foreseen.
     let rest = (warm.prompt_bytes - 2_560) / 4;
-    assert!(
-        (700 + rest).abs_diff(warm.prompt_tokens.into()) < 10,
-        "{warm:?}"
-    );
+    let estimated = u64::from(warm.prompt_tokens) - 700;
+    assert!((rest..rest * 6 / 5).contains(&estimated), "{warm:?}");
     counter(&world, "cached_tokens_predicted", 700).await;
     counter(&world, "cached_tokens_reported", 1_200).await;
 }

@@ -8,43 +8,11 @@
 
 use std::hint::black_box;
 
-use forebay_benches::Timed;
+use forebay_benches::{Timed, bodies};
 use forebay_proto::FingerprintKey;
 use forebay_scheduler::fingerprint::{Endpoint, RenderProfile, Root, Settings, read};
-use serde_json::json;
 
 const RUNS: usize = 400;
-const CODE: &str =
-    "fn place(&mut self, now: Now) -> Option<Choice> {\n    let \"best\" = self.least(now)?;\n}\n";
-
-fn agents_turn() -> String {
-    let tool = |n: usize| {
-        json!({"type": "function", "function": {"name": format!("tool_{n}"), "description": "Reads a file and returns its lines.",
-            "parameters": {"type": "object", "properties": {"path": {"type": "string"}, "from": {"type": "integer", "default": 1.0}}, "required": ["path"]}}})
-    };
-    let mut messages = vec![json!({"role": "system", "content": "You write code. ".repeat(200)})];
-    for n in 0..60 {
-        messages.push(json!({"role": "assistant", "content": null, "tool_calls": [{"id": format!("c{n}"), "type": "function",
-            "function": {"name": "tool_1", "arguments": format!("{{\"path\": \"src/{n}.rs\"}}")}}]}));
-        messages.push(
-            json!({"role": "tool", "tool_call_id": format!("c{n}"), "content": CODE.repeat(72)}),
-        );
-    }
-    let tools: Vec<_> = (0..12).map(tool).collect();
-    json!({"model": "m", "tools": tools, "messages": messages}).to_string()
-}
-
-fn escaped_chinese() -> String {
-    let text = "\\u6c34\\u5e93".repeat(34_000);
-    format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{text}"}}]}}"#)
-}
-
-fn image() -> String {
-    let data = "QUJD".repeat(100_000);
-    format!(
-        r#"{{"model":"m","messages":[{{"role":"user","content":[{{"type":"image_url","image_url":{{"url":"data:image/png;base64,{data}"}}}}]}}]}}"#
-    )
-}
 
 fn main() {
     let key = FingerprintKey {
@@ -67,9 +35,9 @@ fn main() {
         "body", "KB", "p50", "p99", "utf-8 p50", "tree p50", "of tree"
     );
     for (name, body) in [
-        ("agent's turn", agents_turn()),
-        ("escaped Chinese", escaped_chinese()),
-        ("image", image()),
+        ("agent's turn", bodies::agents_turn()),
+        ("escaped Chinese", bodies::escaped_chinese()),
+        ("image", bodies::image()),
     ] {
         let bytes = body.as_bytes();
         let ours = Timed::run(RUNS, || {

@@ -18,13 +18,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use forebay_benches::Timed;
-use forebay_proto::fleet::WorkerSpec;
-use forebay_proto::wire::fleet::Desired;
-use forebay_proto::{Incarnation, Now, Revision, WorkerId};
+use forebay_benches::fleets::{Fleet, world};
+use forebay_proto::{Now, WorkerId};
 use forebay_scheduler::index::Hit;
-use forebay_scheduler::model::{Backlog, Profile, Residuals, Targets};
+use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Policy, Request};
-use forebay_scheduler::{Acceptance, Known, Load, Versions, View, Work};
+use forebay_scheduler::{Versions, Work};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -51,85 +50,6 @@ unsafe impl GlobalAlloc for Counting {
         // SAFETY: the caller's promises are passed on.
         unsafe { System.dealloc(at, layout) }
     }
-}
-
-fn incarnation(worker: u32) -> Incarnation {
-    Incarnation {
-        worker: WorkerId(worker),
-        grant: 1,
-        start: 1,
-    }
-}
-
-fn known(worker: u32) -> Known {
-    Known {
-        name: format!("w{worker}"),
-        incarnation: incarnation(worker),
-        spec: WorkerSpec {
-            pool: "default".into(),
-            advertise: "10.0.0.1:7420".into(),
-            engine: "vllm".into(),
-            models: vec!["m".into()],
-            revision: String::new(),
-            gpu_type: String::new(),
-            gpu_count: 1,
-            kv_tokens: 0,
-            max_context_tokens: 0,
-            adapters: vec![],
-            zone: String::new(),
-            labels: std::collections::BTreeMap::new(),
-            slots: 64,
-        },
-        desired: Desired::Ready,
-        departed: false,
-    }
-}
-
-/// What a world has before it.
-#[derive(Clone, Copy)]
-enum Fleet {
-    Busy,
-    Idle,
-}
-
-fn world(workers: u32, fleet: Fleet, rng: &mut StdRng) -> View {
-    let mut view = View::default();
-    view.set_known((1..=workers).map(known));
-    for worker in 1..=workers {
-        view.connected(Now::default(), incarnation(worker));
-        let (running, pending_tokens) = match fleet {
-            Fleet::Busy => (rng.random_range(0..56), rng.random_range(0.0..20_000.0)),
-            Fleet::Idle => (0, 0.0),
-        };
-        let load = Load {
-            incarnation: incarnation(worker),
-            seq: 1,
-            acceptance: Acceptance::Open,
-            running,
-            queued: 0,
-            slots: 64,
-            queue_limit: 64,
-            service: Duration::from_secs(2),
-            facts_revision: Revision(1),
-            interval: Duration::from_millis(250),
-            backlog: Backlog {
-                pending_tokens,
-                pending_pairs: pending_tokens * 500.0,
-                decodes: running.into(),
-                context_tokens: f64::from(running) * 4_000.0,
-                ..Backlog::default()
-            },
-            model: Some(Profile::default()),
-            residuals: Residuals::default(),
-        };
-        view.report(Now::default(), load);
-        if matches!(fleet, Fleet::Busy) {
-            for _ in 0..8 {
-                view.book(WorkerId(worker), Work::default());
-            }
-        }
-    }
-    view
 }
 
 /// Time that this thread had a core, which others may share; without such a clock, time.

@@ -2,7 +2,11 @@
 //! and a ratio against a reference measured in the same run, because absolute times drift between
 //! machines and hours.
 //!
-//! `cargo bench -p forebay-benches` runs all of them.
+//! `cargo bench -p forebay-benches` runs all of them. What every request takes is also counted, in instructions:
+//! `cargo run --release -p forebay-benches --bin instructions` fails where one of them takes more than it did.
+
+pub mod bodies;
+pub mod fleets;
 
 use std::time::{Duration, Instant};
 

@@ -18,6 +18,9 @@ pub enum Unreadable {
     /// Too many values inside each other.
     #[error("the body is nested deeper than 128")]
     TooDeep,
+    /// More messages, or members of one part, than are read.
+    #[error("the body has too many messages")]
+    TooMany,
 }
 
 /// A value's place in the body.
@@ -125,16 +128,13 @@ impl<'a> Scanner<'a> {
         let from = self.at;
         loop {
             let rest = &self.body[self.at..];
-            let found = memchr::memchr2(b'"', b'\\', rest).ok_or(Unreadable::Malformed)?;
-            self.at += found;
-            if self.body[self.at] == b'"' {
-                let span = Span { from, to: self.at };
-                self.at += 1;
-                return Ok(span);
-            }
-            self.at += 2;
-            if self.at > self.body.len() {
-                return Err(Unreadable::Malformed);
+            let quote = self.at + memchr::memchr(b'"', rest).ok_or(Unreadable::Malformed)?;
+            self.at = quote + 1;
+            // Escapes of other characters need no look: an odd number of backslashes escapes this one.
+            let before = self.body[from..quote].iter().rev();
+            let backslashes = before.take_while(|byte| **byte == b'\\').count();
+            if backslashes % 2 == 0 {
+                return Ok(Span { from, to: quote });
             }
         }
     }
@@ -272,26 +272,109 @@ fn check_scalar(kind: Kind, text: &[u8]) -> Result<(), Unreadable> {
     sound.then_some(()).ok_or(Unreadable::Malformed)
 }
 
-/// Hands out a string's content piece by piece, unescaped.
+/// Hands out a string's content piece by piece, unescaped. What stands between escapes that are close to
+/// each other comes together.
 ///
 /// # Errors
 ///
 /// Returns what is wrong with an escape.
 pub fn unescape(raw: &[u8], mut piece: impl FnMut(&[u8])) -> Result<(), Unreadable> {
-    let mut rest = raw;
-    while let Some(at) = memchr::memchr(b'\\', rest) {
-        if at > 0 {
+    let (mut rest, mut gathered) = (raw, Gathered::default());
+    while let Some(at) = next_escape(rest) {
+        if at <= NEAR {
+            gathered.room(&mut piece);
+            gathered.near(rest, at);
+        } else {
+            gathered.hand(&mut piece);
             piece(&rest[..at]);
         }
         let (character, used) = escape(&rest[at..])?;
-        let mut utf8 = [0; 4];
-        piece(character.encode_utf8(&mut utf8).as_bytes());
+        gathered.room(&mut piece);
+        gathered.character(character);
         rest = &rest[at + used..];
     }
+    gathered.hand(&mut piece);
     if !rest.is_empty() {
         piece(rest);
     }
     Ok(())
+}
+
+/// Up to here, text is copied rather than handed out.
+const NEAR: usize = 64;
+
+/// Where the next escape begins. Most are near, or there is none.
+fn next_escape(text: &[u8]) -> Option<usize> {
+    let (words, _) = text.as_chunks::<8>();
+    for (at, word) in words.iter().take(NEAR / 8).enumerate() {
+        let differs = u64::from_le_bytes(*word) ^ BACKSLASHES;
+        // The lowest high bit that is set stands in the first byte that is zero.
+        let zeros = differs.wrapping_sub(LOW) & !differs & (LOW << 7);
+        if zeros != 0 {
+            return Some(at * 8 + zeros.trailing_zeros() as usize / 8);
+        }
+    }
+    let seen = (words.len() * 8).min(NEAR);
+    memchr::memchr(b'\\', &text[seen..]).map(|at| seen + at)
+}
+
+/// One in every byte, and a backslash in every byte.
+const LOW: u64 = 0x0101_0101_0101_0101;
+const BACKSLASHES: u64 = 0x5c5c_5c5c_5c5c_5c5c;
+
+/// Pieces that are handed out together.
+struct Gathered {
+    bytes: [u8; 256],
+    length: usize,
+}
+
+impl Default for Gathered {
+    fn default() -> Self {
+        Self {
+            bytes: [0; 256],
+            length: 0,
+        }
+    }
+}
+
+impl Gathered {
+    /// Makes room for one piece or character.
+    #[inline]
+    fn room(&mut self, piece: &mut impl FnMut(&[u8])) {
+        if self.length + NEAR + 8 > self.bytes.len() {
+            self.hand(piece);
+        }
+    }
+
+    fn hand(&mut self, piece: &mut impl FnMut(&[u8])) {
+        if self.length > 0 {
+            piece(&self.bytes[..self.length]);
+            self.length = 0;
+        }
+    }
+
+    /// Takes the first bytes of `text`, at most [`NEAR`].
+    #[inline]
+    fn near(&mut self, text: &[u8], length: usize) {
+        // Whole words, though the last of them may be too long: that is written over.
+        let (words, _) = text.as_chunks::<8>();
+        let whole = length.div_ceil(8);
+        if whole <= words.len() {
+            for (at, word) in words[..whole].iter().enumerate() {
+                let to = self.length + at * 8;
+                self.bytes[to..to + 8].copy_from_slice(word);
+            }
+        } else {
+            self.bytes[self.length..self.length + length].copy_from_slice(&text[..length]);
+        }
+        self.length += length;
+    }
+
+    #[inline]
+    fn character(&mut self, character: char) {
+        let utf8 = character.encode_utf8(&mut self.bytes[self.length..]);
+        self.length += utf8.len();
+    }
 }
 
 /// One escape at the beginning of `text`, and how many bytes it takes.
@@ -328,14 +411,30 @@ fn escape(text: &[u8]) -> Result<(char, usize), Unreadable> {
 }
 
 fn hex(digits: Option<&[u8]>) -> Result<u32, Unreadable> {
-    let digits = digits.ok_or(Unreadable::Malformed)?;
-    digits.iter().try_fold(0, |code, digit| {
-        let digit = char::from(*digit).to_digit(16);
-        digit
-            .map(|digit| code << 4 | digit)
-            .ok_or(Unreadable::Malformed)
-    })
+    let (mut code, mut all) = (0, 0);
+    for digit in digits.ok_or(Unreadable::Malformed)? {
+        let value = HEX[usize::from(*digit)];
+        code = code << 4 | u32::from(value);
+        all |= value;
+    }
+    if all > 15 {
+        return Err(Unreadable::Malformed);
+    }
+    Ok(code)
 }
+
+/// The value of a hexadecimal digit; above 15 for what is none.
+const HEX: [u8; 256] = {
+    let mut table = [16; 256];
+    let mut digit = 0;
+    while digit < 16 {
+        let (lower, upper) = (b"0123456789abcdef", b"0123456789ABCDEF");
+        table[lower[digit] as usize] = digit as u8;
+        table[upper[digit] as usize] = digit as u8;
+        digit += 1;
+    }
+    table
+};
 
 /// Whether a raw string says `text` once it is unescaped.
 #[must_use]
@@ -350,4 +449,68 @@ pub fn says(raw: &[u8], text: &[u8]) -> bool {
         None => same = false,
     });
     read.is_ok() && same && left.is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn unescaped(raw: &[u8]) -> Result<Vec<u8>, Unreadable> {
+        let mut text = Vec::new();
+        unescape(raw, |piece| text.extend_from_slice(piece)).map(|()| text)
+    }
+
+    proptest! {
+        /// Against `serde_json`, escapes being as frequent as they like.
+        #[test]
+        fn strings_are_read_as_others_read_them(
+            parts in proptest::collection::vec(
+                prop_oneof![
+                    "[a-z é水]{0,90}",
+                    Just("\\".to_owned()), Just("\"".to_owned()), Just("\n".to_owned()),
+                    "[\u{0}-\u{1f}\u{10000}-\u{10fff}]{1,3}",
+                ],
+                0..40,
+            ),
+            ascii: bool,
+        ) {
+            let text = parts.concat();
+            let mut written = serde_json::to_string(&text).unwrap();
+            if ascii {
+                written = written.chars().map(|c| if c.is_ascii() { c.to_string() } else {
+                    let mut units = [0; 2];
+                    c.encode_utf16(&mut units).iter().map(|unit| format!("\\u{unit:04X}")).collect()
+                }).collect();
+            }
+            let behind = format!("{written},\"x\\\\\"");
+            let mut scanner = Scanner::new(behind.as_bytes());
+            let span = scanner.string().unwrap();
+            prop_assert_eq!(span, Span { from: 1, to: written.len() - 1 });
+            prop_assert_eq!(unescaped(&behind.as_bytes()[span.from..span.to]), Ok(text.into_bytes()));
+        }
+    }
+
+    #[test]
+    fn escapes_that_are_none_are_refused() {
+        for raw in [r"\u12g4", r"\u123", r"\x", r"\", r"\u 123", r"\u+123"] {
+            assert_eq!(
+                unescaped(raw.as_bytes()),
+                Err(Unreadable::Malformed),
+                "{raw}"
+            );
+        }
+        for raw in [r"\ud800", r"\udc00\ud800", r"\ud800\u0041", r"\ud800x"] {
+            assert_eq!(
+                unescaped(raw.as_bytes()),
+                Err(Unreadable::LoneSurrogate),
+                "{raw}"
+            );
+        }
+        let open = |text: &str| Scanner::new(text.as_bytes()).string();
+        assert_eq!(open(r#""abc\""#), Err(Unreadable::Malformed));
+        assert_eq!(open(r#""abc"#), Err(Unreadable::Malformed));
+        assert_eq!(open(r#""a\\""#), Ok(Span { from: 1, to: 4 }));
+    }
 }

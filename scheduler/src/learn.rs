@@ -202,14 +202,14 @@ fn dot(one: &Terms, other: &Terms) -> f64 {
 
 /// A running quantile of ratios, followed in their logarithm.
 #[derive(Clone, Copy, Debug)]
-struct Quantile {
+pub(crate) struct Quantile {
     share: f64,
     log: f64,
     seen: u32,
 }
 
 impl Quantile {
-    fn new(share: f64, value: f64) -> Self {
+    pub(crate) fn new(share: f64, value: f64) -> Self {
         Self {
             share,
             log: value.ln(),
@@ -217,11 +217,11 @@ impl Quantile {
         }
     }
 
-    fn value(&self) -> f64 {
+    pub(crate) fn value(&self) -> f64 {
         self.log.exp()
     }
 
-    fn observe(&mut self, ratio: f64) {
+    pub(crate) fn observe(&mut self, ratio: f64) {
         self.seen = self.seen.saturating_add(1);
         let step = (FIRST_STEP / f64::from(self.seen).sqrt()).max(LAST_STEP);
         let above = ratio.ln() > self.log;

@@ -9,6 +9,7 @@ pub mod fingerprint;
 pub mod index;
 pub mod json;
 pub mod learn;
+pub mod length;
 mod lineup;
 mod load;
 pub mod model;

@@ -59,6 +59,9 @@ pub struct Asked {
     pub model: String,
     /// Length of the prompt.
     pub prompt_tokens: f64,
+    /// How much longer it may be, at the 0.95 quantile.
+    #[serde(default)]
+    pub longer_tokens: f64,
     /// Promised time to first token; none: nothing was promised.
     pub ttft_ms: Option<f64>,
     /// Promised time from token to token.
@@ -249,7 +252,7 @@ impl Receipt {
         let request = asked.request();
         let mut candidates: Vec<_> = self.considered.iter().map(|one| one.candidate).collect();
         for candidate in &mut candidates {
-            candidate.predict(asked.prompt_tokens, request.targets.ttft_ms);
+            candidate.predict(&request);
         }
         let field = policy::Field {
             candidates: self.eligible,
@@ -290,6 +293,7 @@ impl Asked {
         Self {
             model: request.model.into(),
             prompt_tokens: request.prompt_tokens,
+            longer_tokens: request.longer_tokens,
             ttft_ms: promised(request.targets.ttft_ms),
             tpot_ms: promised(request.targets.tpot_ms),
             conversation: request.conversation,
@@ -305,6 +309,7 @@ impl Asked {
             tried: &self.tried,
             only: &[],
             prompt_tokens: self.prompt_tokens,
+            longer_tokens: self.longer_tokens,
             targets: Targets {
                 ttft_ms: self.ttft_ms.unwrap_or(f64::INFINITY),
                 tpot_ms: self.tpot_ms.unwrap_or(f64::INFINITY),

@@ -183,6 +183,7 @@ impl Standing {
             pending_tokens: backlog.pending_tokens,
             pending_pairs: backlog.pending_pairs,
             prompt_tokens: request.prompt_tokens,
+            longer_tokens: request.longer_tokens,
             cached_tokens: cached,
             suspicion: self.suspicion(at),
             ttft_target_ms: request.targets.ttft_ms,

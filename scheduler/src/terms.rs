@@ -77,6 +77,8 @@ pub(crate) struct Arrival {
     pub(crate) pending_tokens: f64,
     pub(crate) pending_pairs: f64,
     pub(crate) prompt_tokens: f64,
+    /// How much longer it may be, at the 0.95 quantile.
+    pub(crate) longer_tokens: f64,
     pub(crate) cached_tokens: f64,
     /// How likely the worker is dead, 0 to 1.
     pub(crate) suspicion: f64,
@@ -121,6 +123,7 @@ impl Outlook {
             pending_tokens,
             pending_pairs,
             prompt_tokens,
+            longer_tokens,
             cached_tokens,
             suspicion,
             ttft_target_ms,
@@ -145,7 +148,7 @@ impl Outlook {
             wait_ms: self.wait_ms,
             ttft_ms: ttft,
             ttft_p50_ms: ttft * self.residuals.ttft_p50,
-            ttft_p95_ms: ttft * self.residuals.ttft_p95,
+            ttft_p95_ms: self.ttft_p95_ms(ttft, longer_tokens, prompt_tokens),
             tpot_ms: tpot + self.context_ms * prompt_tokens,
             own_ms: own,
             imposed_ms: own * self.residents,
@@ -159,6 +162,20 @@ impl Outlook {
             occupancy: self.occupancy,
             kv_used,
         }
+    }
+
+    /// The 0.95 quantile of a time to first token: what the worker's own times scatter, and the prefill of
+    /// what the prompt may be longer than predicted, which have nothing to do with each other.
+    #[inline]
+    fn ttft_p95_ms(&self, ttft: f64, longer: f64, prompt: f64) -> f64 {
+        let Residuals { ttft_p50, ttft_p95 } = self.residuals;
+        if longer <= 0.0 {
+            return ttft * ttft_p95;
+        }
+        let prefill = longer * (self.pace.token_ms + self.pace.pair_ms * prompt);
+        let (scatter, more) = (ttft * (ttft_p95 - ttft_p50), prefill * ttft_p50);
+        // Not below the quantile without it, whatever rounding does.
+        (ttft * ttft_p50 + (scatter * scatter + more * more).sqrt()).max(ttft * ttft_p95)
     }
 
     /// Share of the KV cache in use at the peak, and the expected prefill of what has to go for it.
@@ -198,6 +215,7 @@ mod tests {
             pending_tokens,
             pending_pairs: 0.0,
             prompt_tokens,
+            longer_tokens: 0.0,
             cached_tokens: 0.0,
             suspicion: 0.0,
             ttft_target_ms: f64::INFINITY,
@@ -218,6 +236,23 @@ mod tests {
         assert!(kv(0.0, 4_000.0).feasible(&Targets::NONE));
         assert!(kv(1.1e5, 4_000.0).feasible(&Targets::NONE));
         assert!(!kv(1e5, 4_000.0).feasible(&Targets::NONE));
+    }
+
+    #[test]
+    fn a_prompt_that_may_be_longer_may_be_later() {
+        let (profile, queueing) = (Profile::default(), Queueing::default());
+        let outlook = Outlook::of(&profile, Residuals::default(), &queueing, &backlog(), 0.0);
+        let terms = |longer_tokens| {
+            outlook.terms(&Arrival {
+                longer_tokens,
+                ..arrival(0.0, 4_000.0)
+            })
+        };
+        let (known, some, much) = (terms(0.0), terms(400.0), terms(4_000.0));
+        assert_eq!(known.ttft_p50_ms, much.ttft_p50_ms);
+        assert!(known.ttft_p95_ms < some.ttft_p95_ms && some.ttft_p95_ms < much.ttft_p95_ms);
+        // A tenth more is little beside what times scatter anyway.
+        assert!(some.ttft_p95_ms < known.ttft_p95_ms * 1.05);
     }
 
     #[test]

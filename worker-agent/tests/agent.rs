@@ -514,6 +514,11 @@ async fn what_does_not_belong_together_is_told() {
     check(&|c| c.credentials = balancer.clone(), "names balancer/w1").await;
     check(&|c| c.engine_url = "https://e:1".into(), "http://host:port").await;
     check(&|c| c.slots = 0, "--slots").await;
+    let label = (
+        "render-profile".to_owned(),
+        "system_tools+nonsense".to_owned(),
+    );
+    check(&|c| c.labels.extend([label.clone()]), "--label").await;
     check(&|c| c.control.clear(), "--control").await;
     check(&|c| c.listen = ([0, 0, 0, 0], 0).into(), "--advertise").await;
     check(&|c| c.pool = "nowhere".into(), "there is no pool nowhere").await;

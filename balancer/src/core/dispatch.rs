@@ -56,6 +56,8 @@ pub(crate) struct Sought {
     pub(crate) request_id: Arc<str>,
     pub(crate) policy: &'static dyn Policy,
     pub(crate) prompt_tokens: f64,
+    /// How much longer it may be, at the 0.95 quantile.
+    pub(crate) longer_tokens: f64,
     pub(crate) targets: Targets,
     /// By worker.
     pub(crate) hits: Vec<Hit>,
@@ -71,6 +73,7 @@ impl Default for Sought {
             request_id: Arc::default(),
             policy: policy::default(),
             prompt_tokens: 0.0,
+            longer_tokens: 0.0,
             targets: Targets::NONE,
             hits: Vec::new(),
             index_version: 0,
@@ -85,6 +88,7 @@ impl Sought {
         Request {
             tried,
             prompt_tokens: self.prompt_tokens,
+            longer_tokens: self.longer_tokens,
             targets: self.targets,
             hits: &self.hits,
             conversation: self.conversation,

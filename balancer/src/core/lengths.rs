@@ -1,40 +1,32 @@
-//! How many tokens a prompt has, before an engine has counted them: learnt for each model.
+//! How many tokens prompts have, before an engine has counted them: learnt for each model.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Tokens in a byte, where nothing has been learnt: 3.3 to 3.5 bytes a token are usual.
-const NOMINAL: f64 = 0.29;
-/// Weight of a new prompt.
-const SHARE: f64 = 0.05;
-/// Shorter ones say more of templates than of text.
-const LEAST_BYTES: u64 = 256;
+use forebay_scheduler::length::{Lengths as OfOne, Makeup};
+
 /// Models that are kept apart; those beyond are taken as nominal.
 const MAX_MODELS: usize = 1_024;
 
-/// Tokens in a byte of the canonical prompt, by model.
+/// What bytes are worth, by model.
 #[derive(Debug, Default)]
-pub(crate) struct Lengths(BTreeMap<Arc<str>, f64>);
+pub(crate) struct Lengths(BTreeMap<Arc<str>, Box<OfOne>>);
 
 impl Lengths {
-    /// The likely number of tokens of a prompt of so many bytes.
-    pub(crate) fn tokens(&self, model: &str, bytes: u64) -> u64 {
-        let ratio = self.0.get(model).copied().unwrap_or(NOMINAL);
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // bodies are bounded
-        let tokens = (bytes as f64 * ratio).ceil() as u64;
-        tokens.max(1)
+    /// What is known of a model's prompts, to be asked without the lock.
+    pub(crate) fn of(&self, model: &str) -> OfOne {
+        let known = self.0.get(model);
+        known.map_or_else(OfOne::default, |known| (**known).clone())
     }
 
     /// An engine counted.
-    pub(crate) fn learn(&mut self, model: &Arc<str>, bytes: u64, tokens: u32) {
-        if bytes < LEAST_BYTES || tokens == 0 {
-            return;
-        }
-        let sample = f64::from(tokens) / bytes as f64;
-        if let Some(ratio) = self.0.get_mut(model) {
-            *ratio += SHARE * (sample - *ratio);
+    pub(crate) fn learn(&mut self, model: &Arc<str>, makeup: &Makeup, tokens: u32) {
+        if let Some(known) = self.0.get_mut(model) {
+            known.learn(makeup, tokens);
         } else if self.0.len() < MAX_MODELS {
-            self.0.insert(model.clone(), sample);
+            let mut first = OfOne::default();
+            first.learn(makeup, tokens);
+            self.0.insert(model.clone(), Box::new(first));
         }
     }
 }
@@ -43,17 +35,28 @@ impl Lengths {
 mod tests {
     use super::*;
 
+    fn tokens(lengths: &Lengths, model: &str, bytes: u64) -> f64 {
+        let makeup = Makeup::of_size(bytes);
+        lengths.of(model).predict(&makeup, 0, 0).tokens
+    }
+
     #[test]
-    fn lengths_follow_what_engines_count() {
-        let model: Arc<str> = "m".into();
+    fn lengths_follow_what_engines_count_of_each_model() {
         let mut lengths = Lengths::default();
-        assert_eq!(lengths.tokens("m", 1_000), 290);
-        lengths.learn(&model, 1_000, 250);
-        assert_eq!(lengths.tokens("m", 1_000), 250);
-        lengths.learn(&model, 100, 100);
-        assert_eq!(lengths.tokens("m", 1_000), 250, "too short to say anything");
-        (0..200).for_each(|_| lengths.learn(&model, 1_000, 400));
-        assert_eq!(lengths.tokens("m", 1_000), 400);
-        assert_eq!(lengths.tokens("m", 0), 1);
+        let nominal = tokens(&lengths, "m", 1_000);
+        (0..200).for_each(|_| lengths.learn(&"m".into(), &Makeup::of_size(1_000), 400));
+        let learnt = tokens(&lengths, "m", 2_000);
+        assert!((780.0..820.0).contains(&learnt), "{learnt}");
+        assert_eq!(tokens(&lengths, "other", 1_000), nominal);
+        assert_eq!(tokens(&lengths, "m", 0), 1.0);
+    }
+
+    #[test]
+    fn models_are_bounded() {
+        let mut lengths = Lengths::default();
+        for model in 0..MAX_MODELS + 9 {
+            lengths.learn(&model.to_string().into(), &Makeup::of_size(1_000), 400);
+        }
+        assert_eq!(lengths.0.len(), MAX_MODELS);
     }
 }

@@ -8,6 +8,8 @@ use std::hash::Hasher as _;
 use forebay_proto::FingerprintKey;
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
+use crate::length::Makeup;
+
 /// Canonical bytes that are fingerprinted; what is beyond is counted only.
 pub(super) const MAX_BYTES: u64 = 1 << 20;
 /// Content bytes that [`Chain::head`] covers.
@@ -43,6 +45,7 @@ pub(super) struct Chain {
     partial: Vec<u8>,
     pub(super) chunks: Vec<u64>,
     pub(super) bytes: u64,
+    makeup: Makeup,
     head: Vec<u8>,
 }
 
@@ -61,6 +64,7 @@ impl Chain {
             partial: Vec::with_capacity(chunk_bytes),
             chunks: Vec::with_capacity(capacity),
             bytes: 0,
+            makeup: Makeup::with_capacity(capacity),
             head: Vec::with_capacity(HEAD_BYTES),
         }
     }
@@ -80,11 +84,26 @@ impl Chain {
         self.take(bytes);
     }
 
+    /// The hash of an image, a sound or a file.
+    pub(super) fn medium(&mut self, tag: &[u8], hash: &[u8]) {
+        self.tag(tag);
+        self.put(hash);
+        self.makeup.medium();
+    }
+
+    /// What the bytes so far are, those of the last chunk, which is not full, included.
+    pub(super) fn makeup(&mut self) -> Makeup {
+        self.makeup.rest().count(&self.partial);
+        std::mem::take(&mut self.makeup)
+    }
+
     fn take(&mut self, mut bytes: &[u8]) {
         let room = MAX_BYTES.saturating_sub(self.bytes);
         self.bytes += bytes.len() as u64;
         if room < bytes.len() as u64 {
-            bytes = &bytes[..usize::try_from(room).unwrap_or(0)];
+            let (first, beyond) = bytes.split_at(usize::try_from(room).unwrap_or(0));
+            self.makeup.rest().count(beyond);
+            bytes = first;
         }
         if !self.partial.is_empty() {
             let missing = self.chunk_bytes - self.partial.len();
@@ -113,6 +132,7 @@ impl Chain {
         hasher.write(chunk);
         self.state = finish(&hasher);
         self.chunks.push(published(self.state));
+        self.makeup.chunk(chunk);
     }
 
     /// Keyed hash of the first content bytes.

@@ -3,10 +3,11 @@
 use std::hash::Hasher as _;
 
 use base64::Engine as _;
+use siphasher::sip128::SipHasher13;
 
-use super::Unreadable;
 use super::chain::{Chain, finish, media_hasher};
-use super::profile::{LateSystem, RenderProfile, ToolsOrder};
+use super::profile::{LateSystem, Reasoning, RenderProfile, ToolsOrder};
+use super::{First, Unreadable};
 use crate::json::{Kind, Scanner, Span, says, unescape};
 
 const TOOL: &[u8] = &[0xff, 0x01];
@@ -18,6 +19,11 @@ const CONTENT: &[u8] = &[0xfe];
 const CALL: &[u8] = &[0xff, 0x20];
 const ARGUMENTS: &[u8] = &[0xff, 0x21];
 const MEDIA: &[u8] = &[0xff, 0x30];
+/// Messages of one body, and members of one part of them: what is kept of each is more than a few bytes.
+const MAX_MESSAGES: usize = 1 << 16;
+const MAX_MEMBERS: usize = 1 << 10;
+/// Types of a part whose `text` is rendered.
+const TEXT_KINDS: [&[u8]; 3] = [b"text", b"input_text", b"output_text"];
 const STRING: &[u8] = &[0xfd];
 const STRING_END: &[u8] = &[0xfc];
 
@@ -39,57 +45,24 @@ struct Message {
 }
 
 impl Form<'_> {
-    pub(super) fn completion(&mut self, prompt: Option<Span>) -> Result<(), Unreadable> {
-        let prompt = prompt.ok_or(Unreadable::Malformed)?;
-        let mut scanner = Scanner::within(self.body, prompt);
-        match scanner.kind()? {
-            Kind::String => {
+    pub(super) fn completion(&mut self, first: &First) -> Result<(), Unreadable> {
+        match first {
+            First::Text(first) => {
                 self.chain.tag(COMPLETION);
-                self.string(prompt)
+                self.string(*first)
             }
-            Kind::Array => {
-                let mut first = None;
-                let mut ids = Vec::new();
+            First::Ids(ids) => {
                 let body = self.body;
-                scanner.array(|item| {
-                    let kind = item.kind()?;
-                    let span = item.skip()?;
-                    if kind == Kind::Number {
-                        ids.push(span);
-                    } else {
-                        first.get_or_insert((kind, span));
-                    }
+                Scanner::within(body, *ids).array(|id| {
+                    let span = id.skip()?;
+                    let text = std::str::from_utf8(&body[span.from..span.to]);
+                    let id = text.ok().and_then(|text| text.parse::<u32>().ok());
+                    self.chain
+                        .put(&id.ok_or(Unreadable::Malformed)?.to_le_bytes());
                     Ok(())
-                })?;
-                match first {
-                    // A batch: its first prompt stands for all.
-                    Some((Kind::String, span)) => {
-                        self.chain.tag(COMPLETION);
-                        self.string(span)
-                    }
-                    Some((Kind::Array, span)) => {
-                        Scanner::within(body, span).array(|id| {
-                            ids.push(id.skip()?);
-                            Ok(())
-                        })?;
-                        self.ids(&ids)
-                    }
-                    Some(_) => Err(Unreadable::Malformed),
-                    None => self.ids(&ids),
-                }
+                })
             }
-            _ => Err(Unreadable::Malformed),
         }
-    }
-
-    fn ids(&mut self, ids: &[Span]) -> Result<(), Unreadable> {
-        for span in ids {
-            let text = std::str::from_utf8(&self.body[span.from..span.to]);
-            let id = text.ok().and_then(|text| text.parse::<u32>().ok());
-            self.chain
-                .put(&id.ok_or(Unreadable::Malformed)?.to_le_bytes());
-        }
-        Ok(())
     }
 
     pub(super) fn chat(
@@ -101,6 +74,9 @@ impl Form<'_> {
         let mut all = Vec::new();
         let messages = messages.ok_or(Unreadable::Malformed)?;
         Scanner::within(body, messages).array(|item| {
+            if all.len() >= MAX_MESSAGES {
+                return Err(Unreadable::TooMany);
+            }
             all.push(find(body, item)?);
             Ok(())
         })?;
@@ -128,8 +104,12 @@ impl Form<'_> {
             if at == tools_at {
                 self.tools(tools)?;
             }
-            // Reasoning behind the last user message belongs to the turn that goes on.
-            let reasons = self.profile.keeps_reasoning || last_user.is_none_or(|last| at > last);
+            let reasons = match self.profile.reasoning {
+                Reasoning::Kept => true,
+                // What is behind the last user message belongs to the turn that goes on.
+                Reasoning::OfTurn => last_user.is_none_or(|last| at > last),
+                Reasoning::Dropped => false,
+            };
             self.message(message, reasons)?;
         }
         if tools_at >= all.len() {
@@ -167,7 +147,7 @@ impl Form<'_> {
         }
         self.chain.tag(TOOL);
         let Some(function) = function else {
-            return value(body, tool, &mut |bytes| self.chain.put(bytes));
+            return self.unknown_tool(tool);
         };
         const RENDERED: [&[u8]; 4] = [b"name", b"description", b"parameters", b"strict"];
         let mut members: [Option<Span>; 4] = [None; 4];
@@ -193,6 +173,25 @@ impl Form<'_> {
         Ok(())
     }
 
+    /// A tool of another type, whole; only at its top is `cache_control` nobody's business.
+    fn unknown_tool(&mut self, tool: Span) -> Result<(), Unreadable> {
+        let body = self.body;
+        let mut put = |bytes: &[u8]| self.chain.put(bytes);
+        let mut scanner = Scanner::within(body, tool);
+        if scanner.kind()? != Kind::Object {
+            return value(body, tool, &mut put);
+        }
+        put(b"{");
+        scanner.object(|key, item| {
+            if says(&body[key.from..key.to], b"cache_control") {
+                return item.skip().map(drop);
+            }
+            member(body, key, item, &mut put)
+        })?;
+        put(b"}");
+        Ok(())
+    }
+
     fn message(&mut self, message: &Message, reasons: bool) -> Result<(), Unreadable> {
         let body = self.body;
         let role = message.role.ok_or(Unreadable::Malformed)?;
@@ -208,13 +207,14 @@ impl Form<'_> {
             self.chain.tag(NAME);
             self.text_if_string(name)?;
         }
-        self.chain.tag(CONTENT);
-        if let Some(content) = message.content {
-            self.content(content)?;
-        }
+        // Templates render it before the answer: two answers that differ in it only share neither.
         if let Some(reasoning) = message.reasoning.filter(|_| reasons) {
             self.chain.tag(REASONING);
             self.text_if_string(reasoning)?;
+        }
+        self.chain.tag(CONTENT);
+        if let Some(content) = message.content {
+            self.content(content)?;
         }
         match message.calls {
             Some(calls) => self.calls(calls),
@@ -252,65 +252,72 @@ impl Form<'_> {
 
     fn part(&mut self, part: Span, text_before: &mut bool) -> Result<(), Unreadable> {
         let body = self.body;
-        let (mut text, mut kind, mut media) = (None, None, None);
+        let (mut kind, mut text, mut refusal, mut other) = (None, None, None, false);
         Scanner::within(body, part).object(|key, item| {
             let span = item.skip()?;
             let raw = &body[key.from..key.to];
             if says(raw, b"type") {
                 kind = Some(span);
-            } else if says(raw, b"text") || says(raw, b"refusal") {
+            } else if says(raw, b"text") {
                 text = Some(span);
-            } else if !says(raw, b"cache_control") && !says(raw, b"uuid") {
-                media = Some(span);
+            } else if says(raw, b"refusal") {
+                refusal = Some(span);
+            } else if !says(raw, b"cache_control") {
+                other = true;
             }
             Ok(())
         })?;
-        match (text, media) {
-            (Some(text), _) => self.text_part(text, text_before),
-            (None, Some(media)) => {
-                let kind = kind.map(|kind| &body[kind.from..kind.to]);
-                self.media(kind.unwrap_or_default(), media)
-            }
-            (None, None) => Err(Unreadable::Malformed),
+        let text = match kind {
+            Some(kind) if TEXT_KINDS.iter().any(|one| self.is(kind, one)) => text,
+            Some(kind) if self.is(kind, b"refusal") => refusal,
+            Some(_) => None,
+            None if !other => text.or(refusal),
+            None => None,
+        };
+        match text {
+            Some(text) => self.text_part(text, text_before),
+            None if other => self.media(kind, part),
+            None => Err(Unreadable::Malformed),
         }
     }
 
-    /// An image, a sound or a file: by its URL, or by what a `data:` URL holds, and its `detail`.
-    fn media(&mut self, kind: &[u8], media: Span) -> Result<(), Unreadable> {
+    fn is(&self, span: Span, text: &[u8]) -> bool {
+        span.to - span.from >= 2 && says(&self.body[span.from + 1..span.to - 1], text)
+    }
+
+    /// An image, a sound or a file: by its kind, and by what the member of that name says: its URL, or
+    /// what a `data:` URL holds, and its `detail`. An engine that is given a `uuid` goes by that. Where
+    /// nothing is named like the kind, all that is there counts.
+    fn media(&mut self, kind: Option<Span>, part: Span) -> Result<(), Unreadable> {
         let body = self.body;
         let mut hasher = media_hasher(self.chain);
-        hasher.write(kind);
-        let mut scanner = Scanner::within(body, media);
-        let mut hash = |key: &[u8], span: Span| -> Result<(), Unreadable> {
-            hasher.write(&[0xff]);
-            hasher.write(key);
-            hasher.write(&[0xfe]);
-            let mut scanner = Scanner::within(body, span);
-            if scanner.kind()? != Kind::String {
-                return value(body, span, &mut |bytes| hasher.write(bytes));
-            }
-            let raw = scanner.string()?;
-            let mut text = Vec::new();
+        let (mut named, mut uuid) = (None, None);
+        if let Some(kind) = kind {
+            let mut name = Vec::new();
+            let raw = Scanner::within(body, kind).string()?;
             unescape(&body[raw.from..raw.to], |piece| {
-                text.extend_from_slice(piece);
+                name.extend_from_slice(piece);
             })?;
-            match decoded(&text) {
-                Some(bytes) => hasher.write(&bytes),
-                None => hasher.write(&text),
-            }
-            Ok(())
-        };
-        if scanner.kind()? == Kind::Object {
-            scanner.object(|key, item| {
+            Scanner::within(body, part).object(|key, item| {
                 let span = item.skip()?;
-                hash(&body[key.from..key.to], span)
+                let raw = &body[key.from..key.to];
+                if says(raw, &name) {
+                    named = Some(span);
+                } else if says(raw, b"uuid") {
+                    uuid = Some(span);
+                }
+                Ok(())
             })?;
-        } else {
-            hash(b"url", media)?;
         }
-        let hash = finish(&hasher);
-        self.chain.tag(MEDIA);
-        self.chain.put(&hash);
+        match (kind, named) {
+            (Some(kind), Some(named)) => {
+                for span in [Some(kind), Some(named), uuid].into_iter().flatten() {
+                    hash_members(body, span, 1, &mut hasher)?;
+                }
+            }
+            _ => hash_members(body, part, 2, &mut hasher)?,
+        }
+        self.chain.medium(MEDIA, &finish(&hasher));
         Ok(())
     }
 
@@ -322,14 +329,19 @@ impl Form<'_> {
         }
         scanner.array(|call| {
             let mut function = None;
-            call.object(|key, item| {
+            let span = call.skip()?;
+            Scanner::within(body, span).object(|key, item| {
                 let span = item.skip()?;
                 if says(&body[key.from..key.to], b"function") {
                     function = Some(span);
                 }
                 Ok(())
             })?;
-            let function = function.ok_or(Unreadable::Malformed)?;
+            let Some(function) = function else {
+                // Of a type that is not known: all of it.
+                self.chain.tag(CALL);
+                return value(body, span, &mut |bytes| self.chain.put(bytes));
+            };
             let (mut name, mut arguments) = (None, None);
             Scanner::within(body, function).object(|key, item| {
                 let span = item.skip()?;
@@ -357,8 +369,10 @@ impl Form<'_> {
             return Ok(());
         };
         let mut scanner = Scanner::within(self.body, span);
-        if scanner.kind()? != Kind::String {
-            return value(self.body, span, &mut |bytes| self.chain.put(bytes));
+        match scanner.kind()? {
+            Kind::String => {}
+            Kind::Null => return self.arguments(None),
+            _ => return value(self.body, span, &mut |bytes| self.chain.put(bytes)),
         }
         let raw = scanner.string()?;
         let mut text = Vec::new();
@@ -387,8 +401,9 @@ impl Form<'_> {
 
     /// A string that is given as its whole span, quotes included.
     fn string(&mut self, span: Span) -> Result<(), Unreadable> {
-        let raw = Scanner::within(self.body, span).string()?;
-        unescape(&self.body[raw.from..raw.to], |piece| self.chain.put(piece))
+        unescape(&self.body[span.from + 1..span.to - 1], |piece| {
+            self.chain.put(piece);
+        })
     }
 
     fn text_if_string(&mut self, span: Span) -> Result<(), Unreadable> {
@@ -423,6 +438,75 @@ fn find(body: &[u8], item: &mut Scanner<'_>) -> Result<Message, Unreadable> {
     Ok(message)
 }
 
+/// Members of an object in the order of their names, objects among them likewise down to `levels`; or
+/// one value that is none.
+fn hash_members(
+    body: &[u8],
+    span: Span,
+    levels: u32,
+    hasher: &mut SipHasher13,
+) -> Result<(), Unreadable> {
+    let mut scanner = Scanner::within(body, span);
+    if levels == 0 || scanner.kind()? != Kind::Object {
+        return hash_value(body, span, hasher);
+    }
+    let mut members = Vec::new();
+    scanner.object(|key, item| {
+        let span = item.skip()?;
+        let mut name = Vec::new();
+        unescape(&body[key.from..key.to], |piece| {
+            name.extend_from_slice(piece);
+        })?;
+        if members.len() >= MAX_MEMBERS {
+            return Err(Unreadable::TooMany);
+        }
+        if name != b"cache_control" {
+            members.push((name, span));
+        }
+        Ok(())
+    })?;
+    // Of a name that is there twice, the last.
+    members.sort_by(|one, other| one.0.cmp(&other.0));
+    hasher.write(&[0xff, 1]);
+    for (at, (name, span)) in members.iter().enumerate() {
+        if members.get(at + 1).is_some_and(|next| next.0 == *name) {
+            continue;
+        }
+        hasher.write(&[0xff, 2]);
+        hasher.write(name);
+        hash_members(body, *span, levels - 1, hasher)?;
+    }
+    hasher.write(&[0xff, 3]);
+    Ok(())
+}
+
+/// A string is its text, or what it holds where it is a `data:` URL; which of them, is said.
+fn hash_value(body: &[u8], span: Span, hasher: &mut SipHasher13) -> Result<(), Unreadable> {
+    let mut scanner = Scanner::within(body, span);
+    if scanner.kind()? != Kind::String {
+        hasher.write(&[0xff, 4]);
+        return value(body, span, &mut |bytes| hasher.write(bytes));
+    }
+    let raw = scanner.string()?;
+    let mut text = Vec::new();
+    unescape(&body[raw.from..raw.to], |piece| {
+        text.extend_from_slice(piece);
+    })?;
+    match decoded(&text) {
+        Some(bytes) => {
+            hasher.write(&[0xff, 5]);
+            // Not text: where it ends has to be told.
+            hasher.write(&(bytes.len() as u64).to_le_bytes());
+            hasher.write(&bytes);
+        }
+        None => {
+            hasher.write(&[0xff, 6]);
+            hasher.write(&text);
+        }
+    }
+    Ok(())
+}
+
 /// What a `data:` URL with base64 holds.
 fn decoded(url: &[u8]) -> Option<Vec<u8>> {
     let rest = url.strip_prefix(b"data:")?;
@@ -448,15 +532,7 @@ fn nested(
     match scanner.kind()? {
         Kind::Object => {
             put(b"{");
-            scanner.object(|key, item| {
-                if says(&body[key.from..key.to], b"cache_control") {
-                    return item.skip().map(drop);
-                }
-                put(STRING);
-                unescape(&body[key.from..key.to], &mut *put)?;
-                put(STRING_END);
-                nested(body, item, put)
-            })?;
+            scanner.object(|key, item| member(body, key, item, put))?;
             put(b"}");
         }
         Kind::Array => {
@@ -486,6 +562,18 @@ fn nested(
         }
     }
     Ok(())
+}
+
+fn member(
+    body: &[u8],
+    key: Span,
+    item: &mut Scanner<'_>,
+    put: &mut dyn FnMut(&[u8]),
+) -> Result<(), Unreadable> {
+    put(STRING);
+    unescape(&body[key.from..key.to], &mut *put)?;
+    put(STRING_END);
+    nested(body, item, put)
 }
 
 fn number(text: &[u8], put: &mut dyn FnMut(&[u8])) {

@@ -15,10 +15,16 @@
 //! | `FF 01` | a tool |
 //! | `FF 02` | the text of a completion |
 //! | `FF 10`, `FE` | a message's role, its content |
-//! | `FF 11`, `FF 13` | its name, its reasoning |
+//! | `FF 11`, `FF 13` | its name, its reasoning, both before its content |
 //! | `FF 20`, `FF 21` | a tool call's name, its arguments |
 //! | `FF 30` | the hash of an image, a sound or a file |
 //! | `FD`, `FC` | a string inside JSON values, and behind it |
+//!
+//! A prompt that is given as token ids is chained as four bytes an id, `FF 03` being part of where the chain
+//! begins, so that chunks hold whole ids: 64 of them in 256 bytes.
+//!
+//! Where a value inside tools or arguments has a key twice, both count, though engines read the last:
+//! that costs a hit and never finds a wrong one.
 
 mod chain;
 mod form;
@@ -30,9 +36,10 @@ use forebay_proto::FingerprintKey;
 
 pub use crate::json::Unreadable;
 use crate::json::{Kind, Scanner, Span, says, unescape};
+use crate::length::Makeup;
 use chain::{Chain, finish, keyed, published};
 use form::Form;
-pub use profile::{LateSystem, RenderProfile, ToolsOrder};
+pub use profile::{LateSystem, RENDER_PROFILE, Reasoning, RenderProfile, ToolsOrder};
 
 /// What kind of prompt a body has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +72,7 @@ pub struct Settings<'a> {
     pub root: Root<'a>,
     /// What the pool's template does.
     pub profile: &'a RenderProfile,
-    /// Bytes of one chunk; at least 16.
+    /// Bytes of one chunk; 16 to 32,768.
     pub chunk_bytes: u32,
 }
 
@@ -76,6 +83,8 @@ pub struct Prompt {
     pub chunks: Vec<u64>,
     /// Canonical bytes in all.
     pub bytes: u64,
+    /// What these bytes are, from which follows how many tokens they make.
+    pub makeup: Makeup,
     /// Keyed hash of the first 100 bytes of content.
     pub head: u64,
     /// Keyed hash of the client's `prompt_cache_key`, or else of its `session_id`.
@@ -109,8 +118,18 @@ pub fn read(
         hasher.write(by.as_bytes());
         published(finish(&hasher))
     });
-    let chunk_bytes = settings.chunk_bytes.max(16) as usize;
-    let ids = endpoint == Endpoint::Completions && fields.is_ids(body)?;
+    let chunk_bytes = settings.chunk_bytes.clamp(16, 1 << 15) as usize;
+    let batch = match endpoint {
+        Endpoint::Completions => Some(Batch::find(body, fields.prompt)?),
+        Endpoint::Chat => None,
+    };
+    let ids = matches!(
+        batch,
+        Some(Batch {
+            first: First::Ids(_),
+            ..
+        })
+    );
     let root = fields.root(body, settings, &scope, ids)?;
     let mut chain = Chain::new(*key, root, chunk_bytes, body.len());
     // A template of the request's own renders who knows what.
@@ -120,18 +139,114 @@ pub fn read(
             profile: settings.profile,
             chain: &mut chain,
         };
-        match endpoint {
-            Endpoint::Chat => form.chat(fields.messages, fields.tools)?,
-            Endpoint::Completions => form.completion(fields.prompt)?,
+        match &batch {
+            None => form.chat(fields.messages, fields.tools)?,
+            Some(batch) => form.completion(&batch.first)?,
         }
     }
-    Ok(Prompt {
+    let makeup = chain.makeup();
+    let mut prompt = Prompt {
         bytes: chain.bytes,
+        makeup,
         head: chain.head(),
         chunks: chain.chunks,
         affinity,
         salt,
-    })
+    };
+    if ids {
+        prompt.makeup.given_in_ids(prompt.bytes / 4);
+    }
+    if let Some(batch) = batch.filter(|batch| batch.prompts > 1) {
+        batch.enlarge(body, &mut prompt)?;
+    }
+    Ok(prompt)
+}
+
+/// The prompts of a completion. Nobody counts the tokens of one of several, so that only the first has
+/// a fingerprint, which serves to tell batches apart: they are placed by their size.
+struct Batch {
+    first: First,
+    /// All of them.
+    whole: Span,
+    prompts: u64,
+}
+
+/// The first prompt.
+enum First {
+    Text(Span),
+    /// An array of token ids.
+    Ids(Span),
+}
+
+impl Batch {
+    fn find(body: &[u8], prompt: Option<Span>) -> Result<Self, Unreadable> {
+        let whole = prompt.ok_or(Unreadable::Malformed)?;
+        let mut scanner = Scanner::within(body, whole);
+        let one = |first| Self {
+            first,
+            whole,
+            prompts: 1,
+        };
+        match scanner.kind()? {
+            Kind::String => return Ok(one(First::Text(whole))),
+            Kind::Array => {}
+            _ => return Err(Unreadable::Malformed),
+        }
+        let (mut first, mut prompts) = (None, 0);
+        scanner.array(|item| {
+            let kind = item.kind()?;
+            let span = item.skip()?;
+            prompts += 1;
+            first.get_or_insert((kind, span));
+            Ok(())
+        })?;
+        Ok(match first {
+            None | Some((Kind::Number, _)) => one(First::Ids(whole)),
+            Some((Kind::String, span)) => Self {
+                first: First::Text(span),
+                whole,
+                prompts,
+            },
+            Some((Kind::Array, span)) => Self {
+                first: First::Ids(span),
+                whole,
+                prompts,
+            },
+            Some(_) => return Err(Unreadable::Malformed),
+        })
+    }
+
+    /// Counts the other prompts too.
+    fn enlarge(&self, body: &[u8], prompt: &mut Prompt) -> Result<(), Unreadable> {
+        prompt.affinity = prompt.affinity.or(prompt.chunks.last().copied());
+        prompt.chunks.clear();
+        prompt.makeup.without_chunks();
+        let (mut first, mut ids) = (true, prompt.bytes / 4);
+        Scanner::within(body, self.whole).array(|item| {
+            if std::mem::take(&mut first) {
+                return item.skip().map(drop);
+            }
+            match (&self.first, item.kind()?) {
+                (First::Text(_), Kind::String) => {
+                    let raw = item.string()?;
+                    unescape(&body[raw.from..raw.to], |piece| {
+                        prompt.bytes += piece.len() as u64;
+                        prompt.makeup.rest().count(piece);
+                    })
+                }
+                (First::Ids(_), Kind::Array) => item.array(|id| {
+                    ids += 1;
+                    prompt.bytes += 4;
+                    id.skip().map(drop)
+                }),
+                _ => Err(Unreadable::Malformed),
+            }
+        })?;
+        if let First::Ids(_) = self.first {
+            prompt.makeup.given_in_ids(ids);
+        }
+        Ok(())
+    }
 }
 
 /// The isolation scope of a tenant, narrowed by a client's own salt: never widened, and two tenants
@@ -226,40 +341,6 @@ impl Fields {
         String::from_utf8(text)
             .map(Some)
             .map_err(|_| Unreadable::NotUtf8)
-    }
-
-    /// Whether a completion's prompt is given as token ids.
-    fn is_ids(&self, body: &[u8]) -> Result<bool, Unreadable> {
-        let Some(span) = self.prompt else {
-            return Ok(false);
-        };
-        let mut scanner = Scanner::within(body, span);
-        if scanner.kind()? != Kind::Array {
-            return Ok(false);
-        }
-        let mut ids = None;
-        scanner.array(|item| {
-            let kind = item.kind()?;
-            let first = ids.is_none();
-            let span = item.skip()?;
-            if first {
-                ids = Some(match kind {
-                    Kind::Number => true,
-                    // A batch of prompts in ids.
-                    Kind::Array => {
-                        let mut number = false;
-                        Scanner::within(body, span).array(|id| {
-                            number |= id.kind()? == Kind::Number;
-                            id.skip().map(drop)
-                        })?;
-                        number
-                    }
-                    _ => false,
-                });
-            }
-            Ok(())
-        })?;
-        Ok(ids == Some(true))
     }
 
     /// Where the chain begins: everything that changes the rendered prompt as a whole.

@@ -48,6 +48,8 @@ pub struct Request<'a> {
     pub only: &'a [WorkerId],
     /// Length of the prompt, as far as it is known.
     pub prompt_tokens: f64,
+    /// How much longer it may be, at the 0.95 quantile.
+    pub longer_tokens: f64,
     /// What was promised.
     pub targets: Targets,
     /// What workers hold of it, by worker.
@@ -69,6 +71,7 @@ impl<'a> Request<'a> {
             tried: &[],
             only: &[],
             prompt_tokens: 0.0,
+            longer_tokens: 0.0,
             targets: Targets::NONE,
             hits: &[],
             conversation: None,
@@ -115,9 +118,8 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// Predicts anew what a request of this length, whose first token is due in so many milliseconds,
-    /// would find here.
-    pub fn predict(&mut self, prompt_tokens: f64, ttft_target_ms: f64) {
+    /// Predicts anew what a request of this length and with these targets would find here.
+    pub fn predict(&mut self, request: &Request<'_>) {
         let Backlog {
             pending_tokens,
             pending_pairs,
@@ -131,10 +133,11 @@ impl Candidate {
             self.kv_tokens,
         );
         self.terms = outlook.terms(&Arrival {
-            ttft_target_ms,
+            ttft_target_ms: request.targets.ttft_ms,
             pending_tokens,
             pending_pairs,
-            prompt_tokens,
+            prompt_tokens: request.prompt_tokens,
+            longer_tokens: request.longer_tokens,
             cached_tokens: self.cached_tokens,
             suspicion: self.suspicion,
         });

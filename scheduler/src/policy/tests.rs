@@ -59,7 +59,7 @@ pub(super) fn scores_by(
     for (place, candidate) in candidates.iter_mut().enumerate() {
         candidate.worker = WorkerId(place as u32);
         candidate.place = place;
-        candidate.predict(request.prompt_tokens, request.targets.ttft_ms);
+        candidate.predict(request);
     }
     let field = Field {
         candidates: workers.len(),

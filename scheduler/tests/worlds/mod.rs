@@ -109,6 +109,7 @@ impl World {
             tried: &self.tried,
             only: &[],
             prompt_tokens: self.prompt_tokens,
+            longer_tokens: self.prompt_tokens * (self.turn % 3) as f64 * 0.1,
             targets: self.targets,
             hits: &self.hits,
             conversation: self.conversation,

@@ -11,10 +11,12 @@ use super::placement::Usage;
 const BLIND_FOR: Duration = Duration::from_secs(60);
 /// Chunks by which a prediction may be off: the grain of chunks and blocks.
 const GRAIN_CHUNKS: u32 = 2;
-/// Weight of a new prompt in what is learnt of tokens in a byte.
+/// Weight of a new prompt in what is learnt of estimates.
 const SHARE: f64 = 0.05;
 /// Shorter prompts say more of templates than of text.
 const LEAST_BYTES: u64 = 256;
+/// An estimate that is further off counts as if it were so.
+const BOUNDS: std::ops::RangeInclusive<f64> = 0.1..=10.0;
 
 /// A prompt, as a placement's header has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,7 +82,7 @@ pub(super) struct Cache {
     /// The order of use, as of then.
     mark: u64,
     told: Option<GradeChange>,
-    /// Tokens in a byte of the prompts that the engine counted.
+    /// Tokens that the engine counted, to those that balancers had estimated.
     ratio: Option<f64>,
     /// The engine counted something once.
     counts: bool,
@@ -139,25 +141,27 @@ impl Cache {
         }
     }
 
-    /// The prompt's length: what is known of its first chunks, and the rest as this engine counts; the
-    /// balancer's estimate until it has counted something.
+    /// The prompt's length: what is known of its first chunks, and the rest's share of what the balancer
+    /// estimates, which knows what text it is, corrected by how this engine counts.
     fn estimate(&self, prompt: &Prompt, known: usize, tokens: u32) -> u32 {
         let Some(ratio) = self.ratio else {
             return prompt.tokens;
         };
+        let each = f64::from(prompt.tokens) / prompt.bytes.max(1) as f64;
         let rest = prompt
             .bytes
             .saturating_sub(known as u64 * u64::from(prompt.chunk_bytes));
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // saturates
-        let rest = (rest as f64 * ratio).ceil() as u32;
+        let rest = (rest as f64 * each * ratio).ceil() as u32;
         tokens.saturating_add(rest)
     }
 
     fn learn(&mut self, prompt: &Prompt, tokens: u32) {
-        if prompt.bytes < LEAST_BYTES || tokens == 0 {
+        if prompt.bytes < LEAST_BYTES || tokens == 0 || prompt.tokens == 0 {
             return;
         }
-        let sample = f64::from(tokens) / prompt.bytes as f64;
+        let sample = f64::from(tokens) / f64::from(prompt.tokens);
+        let sample = sample.clamp(*BOUNDS.start(), *BOUNDS.end());
         let ratio = self.ratio.get_or_insert(sample);
         *ratio += SHARE * (sample - *ratio);
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use forebay_link::{CredentialPaths, Credentials};
 use forebay_proto::Role;
 use forebay_proto::fleet::{WorkerSpec, check_address};
+use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
 use forebay_scheduler::model::{PROFILES, Profile};
 
 use super::engine::EngineAddress;
@@ -99,6 +100,7 @@ impl Config {
             check_address(address).map_err(|problem| option("--control", problem))?;
         }
         let profile = self.profile()?;
+        self.check_render_profile()?;
         let credentials = Credentials::load(&self.credentials)?;
         let identity = credentials.identity();
         let name = self.name.clone().unwrap_or_else(|| identity.name.clone());
@@ -123,6 +125,18 @@ impl Config {
             },
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
         })
+    }
+
+    /// How the engine's template renders prompts, where that is said.
+    fn check_render_profile(&self) -> Result<(), AgentError> {
+        if RenderProfile::declared(&self.labels).is_some() {
+            return Ok(());
+        }
+        let problem = format!(
+            "{RENDER_PROFILE} is not tools_first, system_tools, tools_first_user or tools_last_user, with any of \
+             +hoisted +lines +developer +reasoning +no_reasoning +names"
+        );
+        Err(option("--label", problem))
     }
 
     /// How fast the engine is said to be.
