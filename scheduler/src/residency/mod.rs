@@ -12,7 +12,7 @@ mod shadow;
 pub use check::{SelfCheck, Verdict};
 pub use follow::{Follower, Op, Resync};
 pub use publish::{Cursor, Next, Publisher};
-pub use shadow::{Shadow, Spread};
+pub use shadow::{Kept, KeptItem, Shadow, Spread};
 
 use forebay_proto::wire::work as wire;
 
