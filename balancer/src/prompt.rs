@@ -1,5 +1,6 @@
 //! What a balancer finds out about a prompt before it places it: fingerprints, length, who holds it.
 
+use forebay_proto::FingerprintKey;
 use forebay_proto::wire::work;
 use forebay_scheduler::fingerprint::{
     Endpoint, RenderProfile, Root, Settings, read as fingerprint,
@@ -9,6 +10,7 @@ use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy;
 
 use crate::core::dispatch::Sought;
+use crate::core::rotation;
 use crate::exchange::Exchange;
 
 /// A prompt as it is told to agents. Empty: it has no fingerprint, and is placed by its size.
@@ -23,10 +25,11 @@ pub(crate) struct Fingerprinted {
 }
 
 /// Fingerprints the request's body, where there is a key and the endpoint has a prompt.
+///
+/// By the newest key, or for a while by the one before, if more of the prompt is cached under that.
 pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
-    let size = exchange.body.text.len() as u64;
     let by_size = || Fingerprinted {
-        bytes: size,
+        bytes: exchange.body.text.len() as u64,
         ..Fingerprinted::default()
     };
     let endpoint = match exchange.path {
@@ -34,10 +37,38 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
         "/v1/completions" => Endpoint::Completions,
         _ => return by_size(),
     };
-    let facts = exchange.shared.facts();
-    let Some(key) = facts.as_ref().and_then(|facts| facts.fleet.keys.last()) else {
+    let Some(facts) = exchange.shared.facts() else {
         return by_size();
     };
+    let Some(newest) = facts.fleet.keys.last() else {
+        return by_size();
+    };
+    // Engines have their own word for what is wrong with it.
+    let Some(prompt) = read_by(exchange, endpoint, newest) else {
+        return by_size();
+    };
+    let Some((older, age)) = facts.older_key() else {
+        return prompt;
+    };
+    let overlap = exchange.shared.settings.key_overlap;
+    // A keyed hash, and another one at each turn: as good as a draw.
+    let Some(draw) = prompt.chunks.last() else {
+        return prompt;
+    };
+    if rotation::moves(age, overlap, *draw) {
+        return prompt;
+    }
+    match read_by(exchange, endpoint, older) {
+        Some(before) if longest(exchange, &before) > longest(exchange, &prompt) => {
+            exchange.shared.metrics.by_older_key.inc();
+            before
+        }
+        _ => prompt,
+    }
+}
+
+/// Fingerprints the body by this key; `None`: it has no prompt that can be read.
+fn read_by(exchange: &Exchange, endpoint: Endpoint, key: &FingerprintKey) -> Option<Fingerprinted> {
     let settings = Settings {
         key,
         root: Root {
@@ -49,25 +80,29 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
         profile: &RenderProfile::default(),
         chunk_bytes: exchange.pool.chunk_bytes,
     };
-    match fingerprint(endpoint, exchange.body.text.expose(), &settings) {
-        // Its own template renders it: nobody knows into what.
-        Ok(prompt) if prompt.bytes == 0 => Fingerprinted {
-            affinity: prompt.affinity,
-            salt: prompt.salt,
-            key_epoch: key.epoch,
-            ..by_size()
+    let text = exchange.body.text.expose();
+    let prompt = fingerprint(endpoint, text, &settings).ok()?;
+    // Its own template renders it: nobody knows into what.
+    let unknown = prompt.bytes == 0;
+    Some(Fingerprinted {
+        bytes: if unknown {
+            text.len() as u64
+        } else {
+            prompt.bytes
         },
-        Ok(prompt) => Fingerprinted {
-            chunks: prompt.chunks,
-            bytes: prompt.bytes,
-            head: prompt.head,
-            affinity: prompt.affinity,
-            salt: prompt.salt,
-            key_epoch: key.epoch,
-        },
-        // Engines have their own word for what is wrong with it.
-        Err(_) => by_size(),
-    }
+        head: if unknown { 0 } else { prompt.head },
+        chunks: prompt.chunks,
+        affinity: prompt.affinity,
+        salt: prompt.salt,
+        key_epoch: key.epoch,
+    })
+}
+
+/// How many of the prompt's first chunks the worker has that has most of them.
+fn longest(exchange: &Exchange, prompt: &Fingerprinted) -> u32 {
+    let mut hits = Vec::new();
+    exchange.shared.index.read().hits(&prompt.chunks, &mut hits);
+    hits.iter().map(|hit| hit.chunks).max().unwrap_or(0)
 }
 
 /// Looks up who holds the prompt now.
