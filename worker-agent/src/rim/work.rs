@@ -289,6 +289,7 @@ impl Shared {
             self.resident.send_replace(());
         }
         if let Some(grade) = grade {
+            self.metrics.grade_changed(grade);
             announce(grade);
         }
         result
