@@ -395,11 +395,11 @@ fn announce(change: GradeChange) {
         ),
         GradeChange::Overpredicted => tracing::warn!(
             grade = "blind",
-            "the engine's cache holds less than is predicted: look at its size (--kv-tokens) and at whether prefix caching is on"
+            "the engine's cache holds less than is predicted: look at its size (--kv-tokens), at whether prefix caching is on, and at who else uses the engine; prefixes are believed to be cached for a minute until it does better"
         ),
         GradeChange::Silent => tracing::warn!(
             grade = "blind",
-            "the engine does not say how many prompt tokens were cached: start vLLM with --enable-prompt-tokens-details"
+            "the engine does not say how many prompt tokens were cached: start vLLM with --enable-prompt-tokens-details; prefixes are believed to be cached for a minute until it does"
         ),
     }
 }
