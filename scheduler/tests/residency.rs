@@ -127,6 +127,16 @@ impl World {
                     self.record();
                 }
             }
+            Step::Churn => {
+                for round in 0..=MAX_DELTAS as u64 {
+                    let chunk = round % UNIVERSE;
+                    let tokens = 100 + u32::try_from(round).unwrap();
+                    self.truth.insert(chunk, tokens);
+                    self.publisher.note([Change::Stored { chunk, tokens }]);
+                    assert!(self.publisher.flush());
+                }
+                self.record();
+            }
             Step::Open => {
                 self.stream = Some(Stream {
                     told: self.follower.cursor(),
@@ -342,6 +352,8 @@ enum Fate {
 enum Step {
     Change(Vec<(u64, Option<u32>)>),
     Flush,
+    /// More deltas than the ring holds: who is behind gets a snapshot.
+    Churn,
     /// The balancer asks again, from where it is.
     Open,
     /// The agent sends what is missing by its word.
@@ -379,6 +391,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::EngineRestarts),
         1 => Just(Step::BalancerRestarts),
         1 => Just(Step::Stray),
+        1 => Just(Step::Churn),
     ]
 }
 

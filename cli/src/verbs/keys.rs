@@ -29,7 +29,7 @@ enum KeysVerb {
     Hash(HashArgs),
     /// Replace the key with which balancers fingerprint prompts. The one before stays known.
     #[command(
-        after_help = "Examples:\n  forebay keys rotate --reason 'every quarter'\n  forebay keys rotate --expected-epoch 3 --reason 'b2 was stolen'\n\nNeeds the role operator/admin. The new key is drawn here and never shown. What is cached under the key\nbefore is still found for an hour, while requests move over; a second rotation forgets it at once.\n\nUndo: none; a key that was replaced twice is gone."
+        after_help = "Examples:\n  forebay keys rotate --reason 'every quarter'\n  forebay keys rotate --expected-epoch 3 --reason 'b2 was stolen'\n\nNeeds the role operator/admin. The new key is drawn here and never shown. What is cached under\nthe key before is still found for an hour, while requests move over; a second rotation forgets it\nat once, and every prompt is prefilled anew.\n\nUndo: none; a key that was replaced twice is gone."
     )]
     Rotate(RotateArgs),
 }
