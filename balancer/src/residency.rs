@@ -154,7 +154,7 @@ impl Following {
             match self.ops(&frame) {
                 Ok(ops) => {
                     useful = true;
-                    self.apply(&ops);
+                    self.apply(&ops).await;
                     if self.follower.cursor().is_some() {
                         turn = None;
                     }
@@ -162,7 +162,7 @@ impl Following {
                 Err(resync) => {
                     tracing::debug!(worker = %self.incarnation, %resync, "residency begins anew");
                     self.shared.metrics.resyncs.inc();
-                    self.apply(&[Op::Clear]);
+                    self.apply(&[Op::Clear]).await;
                     return useful;
                 }
             }
@@ -183,9 +183,13 @@ impl Following {
         }
     }
 
-    fn apply(&mut self, ops: &[Op]) {
+    async fn apply(&mut self, ops: &[Op]) {
         let worker = self.incarnation.worker;
-        for batch in ops.chunks(BATCH) {
+        for (turn, batch) in ops.chunks(BATCH).enumerate() {
+            if turn > 0 {
+                // A snapshot has thousands of these: requests go between them.
+                tokio::task::yield_now().await;
+            }
             let mut index = self.shared.index.write();
             for op in batch {
                 match *op {
