@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use forebay_admin::{Admin, Content, Page};
 use forebay_scheduler::Receipt;
+use forebay_scheduler::residency::Grade;
 use serde::Serialize;
 use serde_json::json;
 
@@ -14,6 +15,8 @@ use crate::shared::Shared;
 
 /// Workers that could not be reached hold readiness up this long.
 const FIRST_DIALS: Duration = Duration::from_secs(2);
+/// Workers that were reached and have not told what is in their caches, up to this long.
+const FIRST_SNAPSHOTS: Duration = Duration::from_secs(10);
 
 pub(crate) fn admin(shared: &Arc<Shared>, name: &str) -> Admin {
     let page = |path, about, render: fn(&Shared) -> Content| {
@@ -73,6 +76,10 @@ pub(crate) fn ready(shared: &Shared) -> Result<(), Vec<String>> {
             if pending && facts.since.elapsed() < FIRST_DIALS {
                 reasons.push("not every worker has been tried yet".to_owned());
             }
+            let unknown = shared.caches.pending();
+            if unknown > 0 && facts.since.elapsed() < FIRST_SNAPSHOTS {
+                reasons.push(format!("the caches of {unknown} workers are not known yet"));
+            }
         }
     }
     if reasons.is_empty() {
@@ -120,6 +127,7 @@ fn workers(shared: &Shared) -> Content {
                 "slots": load.map(|load| load.slots),
                 "seq": load.map(|load| load.seq),
                 "bookings": view.open_bookings(Some(known.incarnation.worker)),
+                "residency": shared.caches.grade(known.incarnation.worker).map(Grade::name),
             })
         })
         .collect();

@@ -150,6 +150,8 @@ impl Keeper {
             link.close(Code::Superseded, "a later start of this worker is known");
             return;
         };
+        // In this task: what it knows is forgotten before another link of this worker stands.
+        let following = residency::follow(self.shared.clone(), link.clone(), incarnation);
         self.shared.tried.lock().insert(self.name.to_string());
         tracing::info!(worker = %self.name, %incarnation, "connected");
         let listening = async {
@@ -170,8 +172,6 @@ impl Keeper {
                 }
             }
         };
-        // In this task: what it knows is forgotten before another link of this worker stands.
-        let following = residency::follow(self.shared.clone(), link.clone(), incarnation);
         let closed = tokio::select! {
             closed = listening => closed,
             never = following => match never {},

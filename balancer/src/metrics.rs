@@ -64,7 +64,10 @@ pub(crate) struct Metrics {
     pub(crate) resyncs: Counter,
     questions: Counter,
     quotes: Counter,
+    pub(crate) by_older_key: Counter,
     pub(crate) resident: Number,
+    pub(crate) residency_pending: Number,
+    pub(crate) residency_blind: Number,
     pub(crate) inflight: Number,
     pub(crate) bookings: Number,
     pub(crate) queued: Number,
@@ -123,6 +126,11 @@ impl Metrics {
                 &self.questions,
             ),
             ("quotes", "Answers to them that came in time", &self.quotes),
+            (
+                "prompts_by_older_key",
+                "Requests that stayed with the fingerprint key before the newest, for what is cached under it",
+                &self.by_older_key,
+            ),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -131,6 +139,16 @@ impl Metrics {
                 "residency_chunks",
                 "Chunks that workers are known to hold",
                 &self.resident,
+            ),
+            (
+                "residency_pending",
+                "Connected workers whose cache is not known: no snapshot of it is in",
+                &self.residency_pending,
+            ),
+            (
+                "residency_blind",
+                "Connected workers whose agent does not trust what it tells of their cache",
+                &self.residency_blind,
             ),
             ("inflight", "Requests being served", &self.inflight),
             ("bookings", "Bookings held on workers", &self.bookings),

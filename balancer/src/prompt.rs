@@ -1,5 +1,6 @@
 //! What a balancer finds out about a prompt before it places it: fingerprints, length, who holds it.
 
+use forebay_proto::FingerprintKey;
 use forebay_proto::wire::work;
 use forebay_scheduler::fingerprint::{
     Endpoint, Root, Settings, engine_salt, read as fingerprint, scope,
@@ -10,7 +11,9 @@ use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy;
 
 use crate::core::dispatch::Sought;
+use crate::core::rotation;
 use crate::exchange::Exchange;
+use crate::shared::Facts;
 
 /// A prompt as it is told to agents. Empty: it has no fingerprint, and is placed by its size.
 #[derive(Default)]
@@ -25,25 +28,58 @@ pub(crate) struct Fingerprinted {
 }
 
 /// Fingerprints the request's body, where there is a key and the endpoint has a prompt.
+///
+/// By the newest key, or for a while by the one before, if more of the prompt is cached under that.
 pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
-    let size = exchange.body.text.len() as u64;
-    let by_size = || Fingerprinted {
-        bytes: size,
-        makeup: Makeup::of_size(size),
-        ..Fingerprinted::default()
-    };
     let endpoint = match exchange.path {
         "/v1/chat/completions" => Endpoint::Chat,
         "/v1/completions" => Endpoint::Completions,
-        _ => return by_size(),
+        _ => return by_size(exchange),
     };
-    let facts = exchange.shared.facts();
-    let Some(key) = facts.as_ref().and_then(|facts| facts.fleet.keys.last()) else {
-        return by_size();
+    let Some(facts) = exchange.shared.facts() else {
+        return by_size(exchange);
     };
-    let profile = facts
-        .as_ref()
-        .and_then(|facts| facts.profile_of(&exchange.model));
+    let Some(newest) = facts.fleet.keys.last() else {
+        return by_size(exchange);
+    };
+    let prompt = read_by(exchange, endpoint, &facts, newest);
+    let Some((older, age)) = facts.older_key() else {
+        return prompt;
+    };
+    let overlap = exchange.shared.settings.key_overlap;
+    // A keyed hash, and another one at each turn: as good as a draw.
+    let Some(draw) = prompt.chunks.last() else {
+        return prompt;
+    };
+    if rotation::moves(age, overlap, *draw) {
+        return prompt;
+    }
+    let before = read_by(exchange, endpoint, &facts, older);
+    if longest(exchange, &before) > longest(exchange, &prompt) {
+        exchange.shared.metrics.by_older_key.inc();
+        before
+    } else {
+        prompt
+    }
+}
+
+fn by_size(exchange: &Exchange) -> Fingerprinted {
+    let size = exchange.body.text.len() as u64;
+    Fingerprinted {
+        bytes: size,
+        makeup: Makeup::of_size(size),
+        ..Fingerprinted::default()
+    }
+}
+
+/// Fingerprints the body by this key.
+fn read_by(
+    exchange: &Exchange,
+    endpoint: Endpoint,
+    facts: &Facts,
+    key: &FingerprintKey,
+) -> Fingerprinted {
+    let profile = facts.profile_of(&exchange.model);
     let settings = Settings {
         key,
         root: Root {
@@ -61,7 +97,7 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
             affinity: prompt.affinity,
             salt: prompt.salt,
             key_epoch: key.epoch,
-            ..by_size()
+            ..by_size(exchange)
         },
         Ok(prompt) => Fingerprinted {
             // Where workers render differently, nobody knows which prompts begin alike.
@@ -78,9 +114,16 @@ pub(crate) fn read(exchange: &Exchange) -> Fingerprinted {
         Err(_) => Fingerprinted {
             salt: engine_salt(key, &scope(&exchange.tenant, Some(&exchange.request_id))),
             key_epoch: key.epoch,
-            ..by_size()
+            ..by_size(exchange)
         },
     }
+}
+
+/// How many of the prompt's first chunks the worker has that has most of them.
+fn longest(exchange: &Exchange, prompt: &Fingerprinted) -> u32 {
+    let mut hits = Vec::new();
+    exchange.shared.index.read().hits(&prompt.chunks, &mut hits);
+    hits.iter().map(|hit| hit.chunks).max().unwrap_or(0)
 }
 
 /// Looks up who holds the prompt now.

@@ -71,9 +71,15 @@ pub struct Settings {
     pub drain_timeout_ms: u64,
     /// Receipts of decisions that are kept and shown; 0: decisions are not explained.
     pub receipts: usize,
+    /// For how long after a rotation what is cached under the fingerprint key before is still found.
+    pub key_overlap: Duration,
     /// What bounds a client.
     pub limits: Limits,
 }
+
+/// Long enough for most conversations to end before they have to move to the newest key, which costs
+/// each that goes on one prefill; short enough for a key that was replaced to be of no use the same day.
+const KEY_OVERLAP: Duration = Duration::from_secs(3_600);
 
 impl Settings {
     /// The defaults, with nobody allowed to ask yet: set `keys` or `any_key_tenant`.
@@ -89,6 +95,7 @@ impl Settings {
             hold_headers_ms: 15_000,
             drain_timeout_ms: 30_000,
             receipts: 0,
+            key_overlap: KEY_OVERLAP,
             limits: Limits::default(),
         }
     }
@@ -135,6 +142,7 @@ impl Config {
             hold_headers_ms: self.hold_headers_ms,
             drain_timeout_ms: self.drain_timeout_ms,
             receipts: self.receipts,
+            key_overlap: KEY_OVERLAP,
             limits: Limits::default(),
         }
     }

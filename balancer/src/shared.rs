@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use forebay_link::Link;
-use forebay_proto::{Now, Revision};
+use forebay_proto::{FingerprintKey, Now, Revision};
 use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
 use forebay_scheduler::index::PrefixIndex;
 use forebay_scheduler::{BookingId, Choice};
@@ -26,6 +26,7 @@ use crate::core::receipts::Receipts;
 use crate::core::retry::Budget;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
+use crate::residency::Caches;
 use crate::tls::Tls;
 
 /// Requests at once.
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     dispatch: Mutex<Dispatcher>,
     /// Who holds which chunk; never locked together with the view.
     pub(crate) index: RwLock<PrefixIndex>,
+    pub(crate) caches: Caches,
     pub(crate) lengths: Mutex<Lengths>,
     pub(crate) questions: Questions,
     facts: RwLock<Option<Arc<Facts>>>,
@@ -62,6 +64,8 @@ pub(crate) struct Shared {
 pub(crate) struct Facts {
     pub(crate) fleet: Fleet,
     pub(crate) since: Instant,
+    /// Since when the newest fingerprint key is known beside an older one.
+    rotated: Option<Instant>,
     pools: BTreeMap<Arc<str>, Arc<str>>,
     /// By model; none where its workers' differ.
     profiles: BTreeMap<Arc<str>, Option<RenderProfile>>,
@@ -77,6 +81,14 @@ impl Facts {
     /// How the model's prompts are rendered, if its workers agree on that.
     pub(crate) fn profile_of(&self, model: &str) -> Option<RenderProfile> {
         self.profiles.get(model).copied().flatten()
+    }
+
+    /// The fingerprint key before the newest, and for how long it has been that.
+    pub(crate) fn older_key(&self) -> Option<(&FingerprintKey, Duration)> {
+        let [.., older, _] = &self.fleet.keys[..] else {
+            return None;
+        };
+        Some((older, self.rotated?.elapsed()))
     }
 
     pub(crate) fn models(&self) -> impl Iterator<Item = &str> {
@@ -97,6 +109,7 @@ impl Shared {
             tried: Mutex::default(),
             dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng(), receipts)),
             index: RwLock::default(),
+            caches: Caches::default(),
             lengths: Mutex::default(),
             questions: Questions::default(),
             facts: RwLock::new(None),
@@ -142,11 +155,19 @@ impl Shared {
                 *first = pool.clone().min(first.clone());
             }
         }
-        let since = self.facts().map_or_else(Instant::now, |facts| facts.since);
+        let before = self.facts();
+        let newest = |fleet: &Fleet| fleet.keys.last().map(|key| key.epoch);
+        // Two keys in the first facts: nobody says when the newest came, so it came now.
+        let rotated = match &before {
+            Some(facts) if newest(&facts.fleet) == newest(fleet) => facts.rotated,
+            _ => (fleet.keys.len() > 1).then(Instant::now),
+        };
+        let since = before.map_or_else(Instant::now, |facts| facts.since);
         let profiles = fleet.profiles(&pools);
         let facts = Facts {
             fleet: fleet.clone(),
             since,
+            rotated,
             pools,
             profiles,
         };

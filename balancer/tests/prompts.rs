@@ -330,3 +330,123 @@ async fn cold_prompts_go_together_where_the_client_says_so() {
         assert_eq!(counts.contains(&12), together, "{counts:?}");
     }
 }
+
+/// What the engine of a fake agent had of a prompt, by the salt and chunks that it was told.
+#[derive(Default)]
+struct Held(std::collections::BTreeMap<(String, u64), u32>);
+
+impl Held {
+    /// Chunks of this placement that were there; all are afterwards.
+    fn serve(&mut self, place: &Place) -> usize {
+        let key = |chunk: &u64| (place.cache_salt.clone(), *chunk);
+        let chunks = place.chunks.iter();
+        let hit = chunks.take_while(|chunk| self.0.contains_key(&key(chunk)));
+        let hit = hit.count();
+        for (tokens, chunk) in (64..).step_by(64).zip(&place.chunks) {
+            self.0.insert(key(chunk), tokens);
+        }
+        hit
+    }
+
+    async fn tell(&self, world: &World) {
+        let chunks: Vec<_> = self
+            .0
+            .iter()
+            .map(|((_, chunk), tokens)| (*chunk, *tokens))
+            .collect();
+        world.agents[0].holds(&chunks);
+        let line = format!("\nforebay_balancer_residency_chunks {}\n", chunks.len());
+        world
+            .until("/metrics", |_, text| text.contains(&line))
+            .await;
+    }
+}
+
+/// Chunks that the engine had, of those of eight conversations that go on.
+async fn go_on(
+    world: &World,
+    held: &mut Held,
+    epochs: std::ops::RangeInclusive<u32>,
+) -> (usize, usize) {
+    let (mut had, mut all) = (0, 0);
+    for seed in 0..8 {
+        let place = told(world, &chat(&[&text(seed, 6_000)])).await;
+        assert!(epochs.contains(&place.key_epoch), "{}", place.key_epoch);
+        had += held.serve(&place);
+        all += place.chunks.len();
+    }
+    held.tell(world).await;
+    (had, all)
+}
+
+async fn rotate(world: &World, epochs: &[u32]) {
+    world.fleet.send_modify(|fleet| {
+        let mut next = (**fleet.as_ref().unwrap()).clone();
+        next.revision.0 += 1;
+        next.keys = epochs
+            .iter()
+            .map(|epoch| FingerprintKey {
+                epoch: *epoch,
+                bytes: [u8::try_from(*epoch).unwrap(); 16],
+            })
+            .collect();
+        *fleet = Some(std::sync::Arc::new(next));
+    });
+    let revision = world.fleet.borrow().as_ref().unwrap().revision.0;
+    let line = format!("\nforebay_balancer_facts_revision {revision}\n");
+    world
+        .until("/metrics", |_, text| text.contains(&line))
+        .await;
+}
+
+#[tokio::test]
+async fn what_is_cached_under_the_key_before_is_found_for_a_while() {
+    let mut setup = setup(1);
+    setup.settings.key_overlap = std::time::Duration::from_secs(3_600);
+    let world = World::new(setup).await;
+    let mut held = Held::default();
+    rotate(&world, &[1]).await;
+    let (had, all) = go_on(&world, &mut held, 1..=1).await;
+    assert_eq!(had, 0, "of {all}, all are new");
+    let (had, all) = go_on(&world, &mut held, 1..=1).await;
+    assert_eq!(had, all, "before the rotation");
+
+    rotate(&world, &[1, 2]).await;
+    let (had, all) = go_on(&world, &mut held, 1..=1).await;
+    assert_eq!(had, all, "right after it");
+    counter(&world, "prompts_by_older_key", 8).await;
+    let fresh = told(&world, &chat(&[&text(99, 6_000)])).await;
+    assert_eq!(fresh.key_epoch, 2, "what nobody has goes by the newest");
+
+    // One more, and the first is not known any more: this is what a rotation without an overlap costs.
+    rotate(&world, &[2, 3]).await;
+    let (had, _) = go_on(&world, &mut held, 3..=3).await;
+    assert_eq!(had, 0);
+    let (had, all) = go_on(&world, &mut held, 3..=3).await;
+    assert_eq!(had, all, "when everything was served again");
+}
+
+#[tokio::test]
+async fn every_prompt_moves_to_the_newest_key_once_and_within_the_overlap() {
+    let mut setup = setup(1);
+    setup.settings.key_overlap = std::time::Duration::from_secs(3);
+    let world = World::new(setup).await;
+    let mut held = Held::default();
+    rotate(&world, &[1]).await;
+    go_on(&world, &mut held, 1..=1).await;
+    let began = std::time::Instant::now();
+    rotate(&world, &[1, 2]).await;
+    let (mut missed, mut all, mut turns) = (0, 0, Vec::new());
+    while began.elapsed() < std::time::Duration::from_millis(3_500) {
+        let (had, of) = go_on(&world, &mut held, 1..=2).await;
+        all = of;
+        missed += of - had;
+        turns.push(of - had);
+    }
+    assert_eq!(
+        missed, all,
+        "each is prefilled once more, no oftener: {turns:?}"
+    );
+    let (had, of) = go_on(&world, &mut held, 2..=2).await;
+    assert_eq!(had, of);
+}

@@ -98,8 +98,17 @@ fn stored(publisher: &mut Publisher, chunks: std::ops::Range<u64>) {
     assert!(publisher.flush());
 }
 
-#[tokio::test]
-async fn the_index_follows_a_worker_through_damage_and_forgets_it_with_its_link() {
+/// A balancer and the end of its link to the one agent, which is the test.
+struct Standing {
+    agent: Endpoint,
+    admin: std::net::SocketAddr,
+    link: Link,
+    serving: tokio::task::JoinHandle<()>,
+    _fleet: watch::Sender<Option<Arc<Fleet>>>,
+    _dir: tempfile::TempDir,
+}
+
+async fn standing() -> Standing {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::create("test", 1).unwrap();
     let load =
@@ -140,14 +149,37 @@ async fn the_index_follows_a_worker_through_damage_and_forgets_it_with_its_link(
     let serving = tokio::spawn(async move {
         let bound = |bound| tell.send(bound).unwrap();
         let settings = Setup::default().settings;
-        serve(settings, balancer, facts, bound, std::future::pending()).await
+        serve(settings, balancer, facts, bound, std::future::pending())
+            .await
+            .unwrap();
     });
     let admin = bound.await.unwrap().admin.unwrap();
     let link = timeout(PATIENCE, agent.accept()).await.unwrap().unwrap();
 
+    Standing {
+        agent,
+        admin,
+        link,
+        serving,
+        _fleet,
+        _dir: dir,
+    }
+}
+
+#[tokio::test]
+async fn the_index_follows_a_worker_through_damage_and_forgets_it_with_its_link() {
+    let standing = standing().await;
+    let Standing {
+        admin,
+        link,
+        serving,
+        agent: _agent,
+        ..
+    } = &standing;
+    let admin = *admin;
     let mut publisher = Publisher::new(WORKER, 7, Grade::Inferred);
     stored(&mut publisher, 0..2);
-    let mut told = Told::next(&link).await;
+    let mut told = Told::next(link).await;
     assert_eq!(told.cursor(), None, "it knows nothing yet");
     told.send(publisher.since(None), |_| {}).await;
     metric(admin, "chunks", 2).await;
@@ -159,7 +191,7 @@ async fn the_index_follows_a_worker_through_damage_and_forgets_it_with_its_link(
 
     // A stream that only ends is taken up where it was.
     drop(told);
-    let mut told = Told::next(&link).await;
+    let mut told = Told::next(link).await;
     assert_eq!(told.cursor(), Some(publisher.newest()));
     metric(admin, "chunks", 3).await;
     metric(admin, "resyncs_total", 0).await;
@@ -170,7 +202,7 @@ async fn the_index_follows_a_worker_through_damage_and_forgets_it_with_its_link(
     told.send(publisher.since(Some(before)), damage).await;
     metric(admin, "resyncs_total", 1).await;
     metric(admin, "chunks", 0).await;
-    let mut told = Told::next(&link).await;
+    let mut told = Told::next(link).await;
     assert_eq!(told.cursor(), None);
     told.send(publisher.since(None), |_| {}).await;
     metric(admin, "chunks", 4).await;
@@ -178,4 +210,42 @@ async fn the_index_follows_a_worker_through_damage_and_forgets_it_with_its_link(
     link.close(forebay_link::Code::Normal, "the test leaves");
     metric(admin, "chunks", 0).await;
     serving.abort();
+}
+
+async fn ready(admin: std::net::SocketAddr) -> (u16, String) {
+    let mut client = Client::to(admin).await;
+    client.send("GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    let head = client.head().await;
+    (head.status, client.body(&head).await.unwrap())
+}
+
+#[tokio::test]
+async fn a_balancer_is_ready_when_it_knows_the_caches_of_those_that_it_reaches() {
+    let standing = standing().await;
+    let mut told = Told::next(&standing.link).await;
+    metric(standing.admin, "pending", 1).await;
+    let (status, reasons) = ready(standing.admin).await;
+    assert_eq!(status, 503);
+    assert!(reasons.contains("caches of 1 workers"), "{reasons}");
+    let publisher = Publisher::new(WORKER, 7, Grade::Blind);
+    told.send(publisher.since(None), |_| {}).await;
+    metric(standing.admin, "pending", 0).await;
+    metric(standing.admin, "blind", 1).await;
+    let (status, reasons) = ready(standing.admin).await;
+    // A state that no report was heard of is enough to be sent there.
+    assert_eq!(status, 200, "{reasons}");
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_tell_holds_a_balancer_up_for_a_while_only() {
+    let began = Instant::now();
+    let standing = standing().await;
+    let _told = Told::next(&standing.link).await;
+    metric(standing.admin, "pending", 1).await;
+    assert_eq!(ready(standing.admin).await.0, 503);
+    while ready(standing.admin).await.0 != 200 {
+        assert!(began.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(began.elapsed() > Duration::from_secs(9));
 }

@@ -49,6 +49,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         config: Arc::new(config),
         config_revision: Revision(0),
         correlated_expiry: BTreeSet::new(),
+        key_epoch: 0,
         keys: Vec::new(),
     };
     let data_dir = dir.path().join("data");

@@ -97,6 +97,7 @@ impl Rpc {
             | Self::Join
             | Self::Transfer
             | Self::Snapshot
+            | Self::RotateKey
             | Self::Measure => matches!(role, Operator(Level::Admin)),
             Self::Read | Self::Audit => matches!(role, Control | Operator(_)),
             Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
@@ -106,7 +107,7 @@ impl Rpc {
                 matches!(role, Operator(Level::Operator | Level::Admin))
             }
             // Only the leader's own controller proposes it, never a peer.
-            Self::ExpireLeases | Self::RotateKey | Self::RaiseFeatureLevel => false,
+            Self::ExpireLeases | Self::RaiseFeatureLevel => false,
             Self::Raft => matches!(role, Control),
             Self::Place | Self::Follow => matches!(role, Balancer),
         }
@@ -164,7 +165,7 @@ mod tests {
         (Rpc::ApplyConfig, "....oA"),
         (Rpc::ExpireLeases, "......"),
         (Rpc::Raft, "c....."),
-        (Rpc::RotateKey, "......"),
+        (Rpc::RotateKey, ".....A"),
         (Rpc::ChangeMembers, ".....A"),
         (Rpc::RaiseFeatureLevel, "......"),
         (Rpc::Place, ".b...."),

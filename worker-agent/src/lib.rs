@@ -18,5 +18,6 @@ pub use adapter::Adapter;
 pub use error::AgentError;
 pub use rim::config::Config;
 pub use rim::engine::{EngineAddress, EngineAddressError};
+pub use rim::map::MapFile;
 pub use rim::run::run;
 pub use rim::work::{Patience, Setup, Status, Work};

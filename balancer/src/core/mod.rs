@@ -9,3 +9,4 @@ pub(crate) mod limits;
 pub(crate) mod receipts;
 pub(crate) mod request_id;
 pub(crate) mod retry;
+pub(crate) mod rotation;

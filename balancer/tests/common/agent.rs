@@ -259,7 +259,7 @@ impl Inside {
         }
     }
 
-    /// Tells what is held, whenever that changes. Nothing is told of an empty cache.
+    /// Tells what is held, whenever that changes.
     async fn tell_residency(&self, send: &mut FrameSender) {
         let mut publisher = Publisher::new(self.incarnation, 1, Grade::Inferred);
         let mut holds = self.holds.clone();
@@ -270,7 +270,6 @@ impl Inside {
             publisher.note(held.into_iter().map(stored));
             publisher.flush();
             let frames: Vec<Frame> = match publisher.since(cursor) {
-                _ if publisher.is_empty() => Vec::new(),
                 Next::Nothing => Vec::new(),
                 Next::Snapshot(pieces) => {
                     let last = pieces.last().unwrap();

@@ -1,12 +1,17 @@
-//! `forebay keys`: API keys for balancers, which keep hashes only.
+//! `forebay keys`: API keys for balancers, which keep hashes only, and the key of fingerprints.
 
 use std::io::Read as _;
 
 use clap::{Args, Subcommand};
+use forebay_proto::Revision;
 use forebay_proto::ids::check_name;
+use forebay_proto::wire::fleet::RotateKey;
+use forebay_proto::wire::fleet::command::Action;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
+use super::ask::Asked;
+use crate::context::ContextArgs;
 use crate::exit::CliError;
 use crate::output::OutputArgs;
 
@@ -22,6 +27,36 @@ enum KeysVerb {
     /// Read one key from stdin and print its entry for the balancers' keys file.
     #[command(after_help = "Example:\n  forebay keys hash --tenant team-a < key.txt >> keys.toml")]
     Hash(HashArgs),
+    /// Replace the key with which balancers fingerprint prompts. The one before stays known.
+    #[command(
+        after_help = "Examples:\n  forebay keys rotate --reason 'every quarter'\n  forebay keys rotate --expected-epoch 3 --reason 'b2 was stolen'\n\nNeeds the role operator/admin. The new key is drawn here and never shown. What is cached under\nthe key before is still found for an hour, while requests move over; a second rotation forgets it\nat once, and every prompt is prefilled anew.\n\nUndo: none; a key that was replaced twice is gone."
+    )]
+    Rotate(RotateArgs),
+}
+
+#[derive(Debug, Args)]
+struct RotateArgs {
+    /// Refuse unless this is the epoch of the newest key; default: the one that it has when asked.
+    #[arg(long, value_name = "N")]
+    expected_epoch: Option<u32>,
+    /// Why, for the audit.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    reason: String,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    context: ContextArgs,
+}
+
+/// Which key is the newest; never the key.
+#[derive(Serialize)]
+struct Rotated {
+    schema_version: u32,
+    /// Of the newest key.
+    epoch: u32,
+    /// Of the one that balancers still look up; null: there was none.
+    previous_epoch: Option<u32>,
+    revision: Revision,
 }
 
 #[derive(Debug, Args)]
@@ -80,7 +115,55 @@ impl Hashed {
 
 /// Runs `forebay keys`.
 pub(crate) fn run(args: KeysArgs) -> Result<(), CliError> {
-    let KeysVerb::Hash(args) = args.verb;
+    match args.verb {
+        KeysVerb::Hash(args) => hash_one(args),
+        KeysVerb::Rotate(args) => rotate(&args),
+    }
+}
+
+fn rotate(args: &RotateArgs) -> Result<(), CliError> {
+    let context = args.context.resolve()?;
+    crate::roles::thread()?.block_on(async {
+        let asked = Asked::new(context)?;
+        let previous = match args.expected_epoch {
+            Some(epoch) => epoch,
+            None => asked.read().await?.key_epoch,
+        };
+        let action = Action::RotateKey(RotateKey {
+            expected_epoch: previous,
+            key: drawn().to_vec().into(),
+        });
+        let done = asked
+            .client
+            .propose(action, &args.reason, asked.timeout)
+            .await?;
+        let rotated = Rotated {
+            schema_version: 1,
+            epoch: previous.saturating_add(1),
+            previous_epoch: (previous > 0).then_some(previous),
+            revision: done.revision,
+        };
+        args.output.print(&rotated, || page(&rotated));
+        Ok(())
+    })
+}
+
+/// A new key, by a generator that the system seeds.
+fn drawn() -> [u8; 16] {
+    rand::random()
+}
+
+fn page(rotated: &Rotated) -> String {
+    let before = rotated.previous_epoch.map_or_else(String::new, |epoch| {
+        format!("; what is cached under epoch {epoch} is found for an hour")
+    });
+    format!(
+        "the newest key has epoch {} as of {}{before}",
+        rotated.epoch, rotated.revision
+    )
+}
+
+fn hash_one(args: HashArgs) -> Result<(), CliError> {
     check_name("tenant", &args.tenant).map_err(|error| CliError::usage(error.to_string()))?;
     if args
         .models

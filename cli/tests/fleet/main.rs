@@ -14,6 +14,7 @@ mod control_gone;
 mod differential;
 mod failures;
 mod harness;
+mod keys;
 mod lost_disks;
 mod operators;
 mod receipts;

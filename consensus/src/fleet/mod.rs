@@ -294,6 +294,8 @@ impl Fleet {
                 keys: self.keys.clone(),
             }),
             feature_level: self.feature_level,
+            // Answers to reads say it; the state has the keys.
+            key_epoch: 0,
         }
     }
 

@@ -182,11 +182,7 @@ async fn execute(
             let running = member(shared)?;
             let waited = Millis(u64::from(read.deadline_ms));
             match running.replica.read_index(deadline(read.deadline_ms)).await {
-                // No operator needs the keys, and none may have them.
-                Ok(_) => Ok(Response::Facts(wire::Facts {
-                    keys: None,
-                    ..(*running.published.facts()).clone()
-                })),
+                Ok(_) => Ok(Response::Facts(for_operators(&running.published.facts()))),
                 Err(ReadError::Timeout) => Err(Failure::NoQuorum(control::NoQuorum {
                     waited_ms: waited.0,
                 })),
@@ -267,6 +263,16 @@ pub(crate) fn not_leader(running: &Running, leader: Option<NodeId>) -> Failure {
         leader,
         leader_address,
     })
+}
+
+/// No operator needs the keys, and none may have them; which is the newest is no secret.
+fn for_operators(facts: &wire::Facts) -> wire::Facts {
+    let newest = facts.keys.as_ref().and_then(|ring| ring.keys.last());
+    wire::Facts {
+        key_epoch: newest.map_or(0, |key| key.epoch),
+        keys: None,
+        ..facts.clone()
+    }
 }
 
 /// An agent speaks of its own worker only.

@@ -207,6 +207,7 @@ fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
         correlated_expiry: facts.correlated_expiry.clone(),
         keys: facts.keys.clone().filter(|_| gets_keys(consumer)),
         feature_level: facts.feature_level,
+        key_epoch: 0,
     }
 }
 

@@ -33,6 +33,9 @@ pub enum Resync {
     /// Another start of the worker speaks.
     #[error("another start of the worker speaks")]
     Incarnation,
+    /// A delta is of another life of the engine's cache.
+    #[error("it is of another life of the engine's cache")]
+    Cache,
 }
 
 enum State {
@@ -155,7 +158,10 @@ impl Follower {
         let State::Holds(cursor) = self.state else {
             return Err(Resync::Gap);
         };
-        if delta.seq != cursor.seq + 1 {
+        if delta.cache != 0 && delta.cache != cursor.cache {
+            return Err(Resync::Cache);
+        }
+        if Some(delta.seq) != cursor.seq.checked_add(1) {
             return Err(Resync::Gap);
         }
         let whole = delta.stored.len().is_multiple_of(STORED_BYTES)

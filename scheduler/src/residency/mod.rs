@@ -11,8 +11,8 @@ mod shadow;
 
 pub use check::{SelfCheck, Verdict};
 pub use follow::{Follower, Op, Resync};
-pub use publish::{Cursor, Next, Publisher};
-pub use shadow::{Shadow, Spread};
+pub use publish::{Cursor, MAX_DELTA_BYTES, MAX_DELTAS, Next, Publisher};
+pub use shadow::{Kept, KeptItem, Shadow, Spread};
 
 use forebay_proto::wire::work as wire;
 

@@ -10,9 +10,9 @@ use super::{Change, Grade, MAX_CHUNKS, STORED_BYTES, mixed, put_stored};
 use crate::index::Fingerprints;
 
 /// Deltas that are kept; who is further behind gets a snapshot.
-const MAX_DELTAS: usize = 1_024;
+pub const MAX_DELTAS: usize = 1_024;
 /// And their bytes.
-const MAX_DELTA_BYTES: usize = 4 << 20;
+pub const MAX_DELTA_BYTES: usize = 4 << 20;
 /// Chunks in one delta, so that it fits a frame.
 const MAX_DELTA_CHUNKS: usize = 8_192;
 /// Chunks in one piece of a snapshot.
@@ -119,6 +119,12 @@ impl Publisher {
         self.resident.is_empty()
     }
 
+    /// Deltas that are kept, and their bytes.
+    #[must_use]
+    pub fn ring(&self) -> (usize, usize) {
+        (self.ring.len(), self.ring_bytes)
+    }
+
     /// Makes deltas of what was noted. Returns whether there is something new.
     pub fn flush(&mut self) -> bool {
         let mut stored = Vec::new();
@@ -164,6 +170,7 @@ impl Publisher {
                 .collect::<Vec<_>>()
                 .into(),
             checksum: self.checksum,
+            cache: self.cache,
         };
         self.ring_bytes += bytes_of(&delta);
         self.ring.push_back(Arc::new(delta));

@@ -76,6 +76,33 @@ enum Unused {
     Tokens(u32),
 }
 
+/// Something that takes room, as a [`Kept`] has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeptItem {
+    /// A chunk of prompts.
+    Chunk {
+        /// Its fingerprint.
+        chunk: u64,
+        /// Tokens up to its end.
+        tokens: u32,
+        /// Tokens of its own.
+        own: u32,
+        /// They follow from an engine's count, not from an estimate.
+        counted: bool,
+    },
+    /// Tokens of an answer, or of a prompt's end.
+    Tokens(u32),
+}
+
+/// What a shadow holds: enough to go on from, beside an engine that ran on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Kept {
+    /// Tokens that fit, as far as was learnt.
+    pub capacity: f64,
+    /// At most [`MAX_CHUNKS`], least recently used first.
+    pub items: Vec<KeptItem>,
+}
+
 /// See the module's page.
 pub struct Shadow {
     stated: f64,
@@ -106,6 +133,75 @@ impl Shadow {
             clock: 0,
             changes: Vec::new(),
         }
+    }
+
+    /// What is held of those requests that are over, and of those that run as if they were: their
+    /// prompts that are prefilled are the newest, and from what is not prefilled nothing stays.
+    #[must_use]
+    pub fn kept(&self) -> Kept {
+        let item = |chunk: u64, entry: &Entry| KeptItem::Chunk {
+            chunk,
+            tokens: entry.tokens,
+            own: entry.own,
+            counted: entry.counted,
+        };
+        let unused = self.unused.values().filter_map(|unused| match unused {
+            Unused::Tokens(tokens) => Some(KeptItem::Tokens(*tokens)),
+            Unused::Chunk(chunk) => self.entries.get(chunk).map(|entry| item(*chunk, entry)),
+        });
+        let mut used: Vec<_> = self.entries.iter().collect();
+        used.retain(|(_, entry)| entry.users > 0 && entry.filled);
+        // A path's end goes first.
+        used.sort_unstable_by_key(|(chunk, entry)| (std::cmp::Reverse(entry.tokens), **chunk));
+        let used = used.into_iter().map(|(chunk, entry)| item(*chunk, entry));
+        let mut items: Vec<_> = unused.chain(used).collect();
+        items.drain(..items.len().saturating_sub(MAX_CHUNKS));
+        Kept {
+            capacity: self.capacity,
+            items,
+        }
+    }
+
+    /// The shadow of a cache of so many tokens that holds what was kept, as far as it fits.
+    #[must_use]
+    pub fn restored(kv_tokens: u64, kept: &Kept) -> Self {
+        let mut shadow = Self::new(kv_tokens);
+        if kept.capacity.is_finite() {
+            let (least, most) = (shadow.stated * LEAST, shadow.stated * MOST);
+            shadow.capacity = kept.capacity.clamp(least, most);
+        }
+        let excess = kept.items.len().saturating_sub(MAX_CHUNKS);
+        for item in &kept.items[excess..] {
+            let stamp = shadow.tick();
+            match *item {
+                KeptItem::Tokens(tokens) => {
+                    shadow.used += u64::from(tokens);
+                    shadow.unused.insert(stamp, Unused::Tokens(tokens));
+                }
+                KeptItem::Chunk { chunk, .. } if shadow.entries.contains_key(&chunk) => {}
+                KeptItem::Chunk {
+                    chunk,
+                    tokens,
+                    own,
+                    counted,
+                } => {
+                    let entry = Entry {
+                        tokens,
+                        own,
+                        counted,
+                        filled: true,
+                        users: 0,
+                        stamp,
+                    };
+                    shadow.entries.insert(chunk, entry);
+                    shadow.used += u64::from(own);
+                    shadow.unused.insert(stamp, Unused::Chunk(chunk));
+                    shadow.changes.push(Change::Stored { chunk, tokens });
+                }
+            }
+        }
+        shadow.evict();
+        shadow
     }
 
     /// Leading chunks that are resident, and the tokens up to their end.

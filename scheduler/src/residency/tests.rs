@@ -346,6 +346,41 @@ proptest! {
     }
 
     #[test]
+    fn a_shadow_goes_on_from_what_was_kept_of_it(
+        paths in proptest::collection::vec((0..6_u64, 1..8_usize, 0..300_u32), 1..40),
+        running in 0..3_usize,
+    ) {
+        let mut shadow = Shadow::new(1_500);
+        let last = paths.len().saturating_sub(running);
+        for (at, (family, length, answer)) in paths.into_iter().enumerate() {
+            let chunks: Vec<u64> = (0..length as u64).map(|at| family * 100 + at).collect();
+            let held = shadow.taken(&chunks, &spread(length));
+            shadow.prefilled(&chunks);
+            if at < last {
+                shadow.finished(&chunks, held, answer);
+            }
+        }
+        let kept = shadow.kept();
+        let mut after = Shadow::restored(1_500, &kept);
+        prop_assert!(after.tokens().0 <= after.tokens().1);
+        prop_assert_eq!(after.tokens().1, shadow.tokens().1);
+        let mut mirror = BTreeMap::new();
+        for change in after.take_changes() {
+            match change {
+                Change::Stored { chunk, tokens } => drop(mirror.insert(chunk, tokens)),
+                Change::Removed { chunk } => drop(mirror.remove(&chunk)),
+            }
+        }
+        prop_assert_eq!(mirror.len(), after.len());
+        for chunk in mirror.keys() {
+            prop_assert!(chunk % 100 == 0 || mirror.contains_key(&(chunk - 1)));
+        }
+        if running == 0 {
+            prop_assert_eq!(after.kept(), kept, "nothing was in use: nothing is lost");
+        }
+    }
+
+    #[test]
     fn a_shadow_never_holds_more_than_fits_but_for_what_is_in_use(
         paths in proptest::collection::vec((0..6_u64, 1..8_usize, 0..300_u32), 1..60)
     ) {

@@ -19,7 +19,8 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    pub(super) fn page(&self, model: &str) -> String {
+    /// The page of a process that runs since this many milliseconds of Unix time.
+    pub(super) fn page(&self, model: &str, since_ms: u64) -> String {
         // JSON escapes quotes and backslashes as the text format wants it.
         let model = json!(model);
         let labels = format!("engine=\"0\",model_name={model}");
@@ -99,6 +100,14 @@ impl Reading {
              vllm:kv_cache_usage_perc{{{labels}}} {:.4}",
             self.kv_usage
         );
+        let _ = writeln!(
+            page,
+            "# HELP process_start_time_seconds Start time of the process since unix epoch in seconds.\n\
+             # TYPE process_start_time_seconds gauge\n\
+             process_start_time_seconds {}.{:03}",
+            since_ms / 1000,
+            since_ms % 1000
+        );
         page
     }
 }
@@ -119,9 +128,10 @@ mod tests {
             kv_usage: 0.25,
             ..Reading::default()
         }
-        .page("m\"x");
+        .page("m\"x", 1_795_377_126_049);
         for line in [
             "# TYPE vllm:num_requests_running gauge",
+            "process_start_time_seconds 1795377126.049",
             "vllm:num_requests_running{engine=\"0\",model_name=\"m\\\"x\"} 2.0",
             "vllm:num_requests_waiting{engine=\"0\",model_name=\"m\\\"x\"} 1.0",
             "vllm:request_success_total{engine=\"0\",model_name=\"m\\\"x\",finished_reason=\"length\"} 7.0",

@@ -260,7 +260,8 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
 }
 
 async fn metrics(State(engine): State<Arc<Engine>>) -> Response {
-    let page = engine.service.reading().page(&engine.config.models[0]);
+    let page = engine.service.reading();
+    let page = page.page(&engine.config.models[0], engine.started);
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(CONTENT_TYPE, kind)], page).into_response()
 }

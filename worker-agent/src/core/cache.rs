@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use forebay_proto::{Incarnation, Now};
-use forebay_scheduler::residency::{Grade, Publisher, SelfCheck, Shadow, Spread, Verdict};
+use forebay_scheduler::residency::{Grade, Kept, Publisher, SelfCheck, Shadow, Spread, Verdict};
 
+use super::map::Map;
 use super::placement::Usage;
 
 /// Where predictions do not hold, what was sent is believed to be resident for no longer.
@@ -69,6 +70,19 @@ pub enum GradeChange {
     Silent,
 }
 
+/// What is known of the cache once the engine has said which process it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Continuity {
+    /// Nothing is to be said: it is the process that was known, or nothing was held of any.
+    Same,
+    /// It is the process that a map was kept of, which goes on with so many chunks.
+    Continued(usize),
+    /// It is another process than the one that was known, or that a map was kept of: its cache is empty.
+    Restarted,
+    /// It does not say which process it is, so that a map that was kept is of no use.
+    Unknown,
+}
+
 /// The shadow of one engine's cache, and its publication.
 pub(super) struct Cache {
     shadow: Shadow,
@@ -86,6 +100,10 @@ pub(super) struct Cache {
     ratio: Option<f64>,
     /// The engine counted something once.
     counts: bool,
+    /// The process whose cache this is, where the engine says.
+    engine: Option<String>,
+    /// Of the process that was before; it may be the one that answers next.
+    map: Option<Map>,
 }
 
 impl std::fmt::Debug for Cache {
@@ -108,6 +126,61 @@ impl Cache {
             told: None,
             ratio: None,
             counts: false,
+            engine: None,
+            map: None,
+        }
+    }
+
+    /// What was kept when this agent, or the link to its engine, was last there.
+    pub(super) fn recall(&mut self, map: Map) {
+        self.map = Some(map);
+    }
+
+    /// What to keep; `None` while it is not known which process it would be of.
+    pub(super) fn map(&self) -> Option<Map> {
+        let engine = self.engine.clone()?;
+        // What is believed for a minute is not worth a file.
+        let kept = match self.check.grade() {
+            Grade::Blind => Kept::default(),
+            Grade::Exact | Grade::Inferred => self.shadow.kept(),
+        };
+        Some(Map {
+            engine,
+            ratio: self.ratio,
+            kept,
+        })
+    }
+
+    /// Changes with everything that [`Cache::map`] shows.
+    pub(super) const fn version(&self) -> (u64, u64) {
+        (self.life, self.shadow.mark())
+    }
+
+    /// The engine answers; it says that it is this process, or does not say. To be told before
+    /// anything is placed on it.
+    pub(super) fn engine_is(&mut self, process: Option<String>) -> Continuity {
+        let map = self.map.take();
+        let Some(process) = process else {
+            return match map {
+                Some(_) => Continuity::Unknown,
+                None => Continuity::Same,
+            };
+        };
+        match self.engine.replace(process) {
+            Some(before) if self.engine.as_ref() == Some(&before) => Continuity::Same,
+            Some(_) => {
+                self.begin_anew(Shadow::new(self.kv_tokens));
+                Continuity::Restarted
+            }
+            None => match map {
+                Some(map) if self.engine.as_ref() == Some(&map.engine) => {
+                    self.ratio = map.ratio.or(self.ratio);
+                    self.begin_anew(Shadow::restored(self.kv_tokens, &map.kept));
+                    Continuity::Continued(self.shadow.len())
+                }
+                Some(_) => Continuity::Restarted,
+                None => Continuity::Same,
+            },
         }
     }
 
@@ -240,14 +313,21 @@ impl Cache {
         }
     }
 
-    /// The engine is another one, or was away: its cache may be empty.
+    /// The engine is away: the one that comes back may be another one, with an empty cache.
     pub(super) fn lost(&mut self) {
+        self.map = self.map().or(self.map.take());
+        self.engine = None;
+        self.begin_anew(Shadow::new(self.kv_tokens));
+    }
+
+    fn begin_anew(&mut self, shadow: Shadow) {
         self.life = self.life.wrapping_add(1);
-        self.shadow = Shadow::new(self.kv_tokens);
+        self.shadow = shadow;
         self.mark = 0;
         self.counts = false;
         self.check.reset();
         self.publisher = Publisher::new(self.incarnation, self.life, self.check.grade());
+        self.note();
     }
 
     fn note(&mut self) {
@@ -276,5 +356,91 @@ impl Cache {
 
     pub(super) const fn totals(&self) -> (u64, u64) {
         self.check.totals()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forebay_proto::WorkerId;
+
+    use super::*;
+
+    const OWN: Incarnation = Incarnation {
+        worker: WorkerId(1),
+        grant: 1,
+        start: 1,
+    };
+
+    fn warm(process: &str) -> Cache {
+        let mut cache = Cache::new(OWN, 1, 10_000);
+        assert_eq!(cache.engine_is(Some(process.into())), Continuity::Same);
+        let prompt = Prompt {
+            chunks: vec![1, 2, 3],
+            bytes: 768,
+            chunk_bytes: 256,
+            tokens: 200,
+        };
+        let held = cache.taken(&prompt);
+        cache.prefilled(&prompt);
+        cache.finished(&prompt, held, Usage::default());
+        cache
+    }
+
+    /// What becomes of the map of a process when the engine says this of itself.
+    fn check(before: &str, says: Option<&str>, expected: Continuity, chunks: usize) {
+        let says = || says.map(str::to_owned);
+        // By another start of the agent,
+        let mut cache = Cache::new(OWN, 2, 10_000);
+        cache.recall(warm(before).map().unwrap());
+        assert_eq!(cache.engine_is(says()), expected);
+        assert_eq!(cache.resident_chunks(), chunks);
+        assert_eq!(cache.engine_is(says()), Continuity::Same, "said once");
+        // and by the same one, from which the engine was out of sight.
+        let mut cache = warm(before);
+        cache.lost();
+        assert_eq!(cache.resident_chunks(), 0);
+        let (life, _) = cache.news();
+        assert_eq!(cache.engine_is(says()), expected);
+        assert_eq!(cache.resident_chunks(), chunks);
+        assert_eq!(cache.news().0 != life, chunks > 0, "followers are told");
+    }
+
+    #[test]
+    fn a_map_goes_on_with_its_own_process_only() {
+        check("e since 1", Some("e since 1"), Continuity::Continued(3), 3);
+        check("e since 1", Some("e since 2"), Continuity::Restarted, 0);
+        check("e since 1", None, Continuity::Unknown, 0);
+    }
+
+    #[test]
+    fn a_restart_between_two_looks_empties_the_map() {
+        let mut cache = warm("e since 1");
+        assert_eq!(cache.engine_is(None), Continuity::Same, "a page was late");
+        assert_eq!(cache.resident_chunks(), 3);
+        let other = Some("e since 2".to_owned());
+        assert_eq!(cache.engine_is(other), Continuity::Restarted);
+        assert_eq!(cache.resident_chunks(), 0);
+        assert_eq!(cache.map().unwrap().engine, "e since 2");
+    }
+
+    #[test]
+    fn what_is_believed_for_a_minute_is_not_kept() {
+        let mut cache = warm("e since 1");
+        let prompt = Prompt {
+            chunks: vec![1],
+            bytes: 256,
+            chunk_bytes: 256,
+            tokens: 70,
+        };
+        for _ in 0..20 {
+            let held = cache.taken(&prompt);
+            let silent = Usage {
+                prompt_tokens: Some(70),
+                ..Usage::default()
+            };
+            cache.observe(&prompt, held, 0, silent);
+        }
+        assert_eq!(cache.grade(), Grade::Blind);
+        assert_eq!(cache.map().unwrap().kept, Kept::default());
     }
 }

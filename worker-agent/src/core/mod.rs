@@ -9,6 +9,7 @@ mod admission;
 mod batch;
 mod cache;
 mod cadence;
+mod map;
 mod mean;
 #[cfg(test)]
 mod model_tests;
@@ -23,8 +24,9 @@ mod state;
 mod tests;
 
 pub use admission::{Admitted, Offer, Question, Quote, RefusalReason, Refused};
-pub use cache::{GradeChange, Prompt};
+pub use cache::{Continuity, GradeChange, Prompt};
 pub use cadence::Cadence;
+pub use map::{MAX_MAP_BYTES, Map, MapError};
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
 pub use standing::{Standing, standing};
 pub use state::{Core, EngineState, Settings};

@@ -11,8 +11,9 @@ use forebay_scheduler::residency::{Grade, Publisher};
 use forebay_scheduler::{Acceptance, Load};
 
 use super::batch::Batch;
-use super::cache::{Cache, GradeChange};
+use super::cache::{Cache, Continuity, GradeChange};
 use super::cadence::{BUSY, Cadence, IDLE};
+use super::map::Map;
 use super::mean::Mean;
 use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted, Usage};
 use super::queue::Queue;
@@ -290,6 +291,36 @@ impl Core {
         self.wanted = Some(Wanted { desired, revision });
         self.leave_if_draining(now);
         self.note(before);
+    }
+
+    /// What was kept of the cache by an earlier start of this agent.
+    pub fn recall(&mut self, map: Map) {
+        self.cache.recall(map);
+    }
+
+    /// What a later start should know of the cache; `None`: nothing is known of which engine it is.
+    #[must_use]
+    pub fn map(&self) -> Option<Map> {
+        self.cache.map()
+    }
+
+    /// Changes with what [`Core::map`] shows.
+    #[must_use]
+    pub const fn map_version(&self) -> (u64, u64) {
+        self.cache.version()
+    }
+
+    /// The engine says that it is this process, or does not say; before [`Core::engine_up`].
+    pub fn engine_is(&mut self, process: Option<String>) -> Continuity {
+        let before = self.shown();
+        let continuity = self.cache.engine_is(process);
+        if continuity == Continuity::Restarted
+            && let Some(fit) = &mut self.fit
+        {
+            fit.restarted();
+        }
+        self.note(before);
+        continuity
     }
 
     /// The engine answers, with these models.

@@ -53,6 +53,12 @@ impl FromStr for EngineAddress {
     }
 }
 
+impl std::fmt::Display for EngineAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "http://{}{}", self.authority, self.prefix)
+    }
+}
+
 /// One engine.
 pub(super) struct Engine {
     address: EngineAddress,
@@ -76,6 +82,11 @@ impl Engine {
     pub(super) fn new(address: EngineAddress, connections: usize) -> Self {
         let pool = Pool::new(address.authority.clone(), connections);
         Self { address, pool }
+    }
+
+    /// Where it is.
+    pub(super) const fn address(&self) -> &EngineAddress {
+        &self.address
     }
 
     /// Asks for an answer; returns when it begins. Dropped, it closes the connection.
@@ -185,6 +196,20 @@ pub(super) fn models(document: &[u8]) -> Result<Vec<String>, &'static str> {
     }
 }
 
+/// Since when the engine's process runs, as its metrics page says it: vLLM does, and SGLang with
+/// `--enable-metrics`; llama.cpp does not, nor does a vLLM with several API servers.
+pub(super) fn started(page: &[u8]) -> Option<&str> {
+    let lines = page.split(|byte| *byte == b'\n');
+    let mut values = lines.filter_map(|line| line.strip_prefix(PROCESS_START));
+    let value = str::from_utf8(values.next()?).ok()?.trim();
+    let plain = (1..=MAX_START_BYTES).contains(&value.len())
+        && value.parse::<f64>().is_ok_and(|at| at > 0.0);
+    plain.then_some(value)
+}
+
+const PROCESS_START: &[u8] = b"process_start_time_seconds ";
+const MAX_START_BYTES: usize = 64;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,6 +236,22 @@ mod tests {
             "http://e?x",
         ] {
             check(bad, None);
+        }
+    }
+
+    #[test]
+    fn a_process_is_known_by_when_it_started() {
+        let page = "# TYPE process_start_time_seconds gauge\nx 1\nprocess_start_time_seconds 1.79537712649e+09\ny 2\n";
+        assert_eq!(started(page.as_bytes()), Some("1.79537712649e+09"));
+        for none in [
+            "",
+            "process_start_time_seconds",
+            "process_start_time_seconds \n",
+            "process_start_time_seconds soon\n",
+            "process_start_time_seconds 0\n",
+            "process_start_time_seconds{pid=\"1\"} 3\n",
+        ] {
+            assert_eq!(started(none.as_bytes()), None, "{none:?}");
         }
     }
 

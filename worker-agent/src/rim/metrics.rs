@@ -12,7 +12,7 @@ use forebay_scheduler::learn::Calibration;
 use forebay_scheduler::model::Residuals;
 use forebay_scheduler::residency::Grade;
 
-use crate::core::{Core, End, Ending, EngineState, RefusalReason};
+use crate::core::{Core, End, Ending, EngineState, GradeChange, RefusalReason};
 
 type Labels = [(&'static str, &'static str); 1];
 
@@ -26,6 +26,7 @@ pub(super) struct Metrics {
     engine_up: Gauge,
     resident: Gauge,
     trusted: Gauge,
+    downgrades: Family<Labels, Counter>,
     predicted: Gauge,
     reported: Gauge,
     late: Gauge,
@@ -49,6 +50,9 @@ impl Metrics {
         // A counter that never counted is zero, not absent.
         for reason in RefusalReason::ALL {
             drop(metrics.refused.get_or_create(&[("reason", reason.name())]));
+        }
+        for change in [GradeChange::Overpredicted, GradeChange::Silent] {
+            drop(metrics.downgrades.get_or_create(&reason(change)));
         }
         for end in End::ALL {
             drop(metrics.ended.get_or_create(&[("end", end.name())]));
@@ -148,6 +152,11 @@ impl Metrics {
             self.refused.clone(),
         );
         registry.register(
+            "forebay_agent_residency_downgrades",
+            "How often the grade became blind: the engine had less than was predicted, or does not say what it had",
+            self.downgrades.clone(),
+        );
+        registry.register(
             "forebay_agent_ended",
             "Placements taken that are over, by end",
             self.ended.clone(),
@@ -201,6 +210,13 @@ impl Metrics {
             .inc();
     }
 
+    /// The grade of what is told of the cache changed.
+    pub(super) fn grade_changed(&self, change: GradeChange) {
+        if change != GradeChange::Restored {
+            self.downgrades.get_or_create(&reason(change)).inc();
+        }
+    }
+
     pub(super) fn ended(&self, end: End, ending: &Ending) {
         self.ended.get_or_create(&[("end", end.name())]).inc();
         self.queue.record(ending.queue);
@@ -211,4 +227,13 @@ impl Metrics {
             self.service.record(ending.service);
         }
     }
+}
+
+const fn reason(change: GradeChange) -> Labels {
+    let reason = match change {
+        GradeChange::Restored => "restored",
+        GradeChange::Overpredicted => "overpredicted",
+        GradeChange::Silent => "silent",
+    };
+    [("reason", reason)]
 }

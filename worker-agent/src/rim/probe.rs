@@ -7,7 +7,7 @@ use forebay_link::Backoff;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::engine::{Engine, models};
+use super::engine::{Engine, models, started};
 use super::pool::CallError;
 use super::work::{Patience, Shared};
 
@@ -25,6 +25,8 @@ pub(super) async fn keep_probing(shared: Arc<Shared>) {
         match read_models(&shared.engine, look).await {
             Ok(names) => {
                 backoff.reset();
+                // Before anything is placed on it: what is known of its cache depends on it.
+                shared.engine_is(ask_process(&shared.engine, look).await);
                 shared.engine_up(&names);
                 watch_health(&shared).await;
             }
@@ -44,6 +46,10 @@ async fn watch_health(shared: &Shared) {
         tokio::time::sleep(looks).await;
         let looked = if turn.is_multiple_of(MODELS_EVERY) {
             let names = read_models(&shared.engine, look).await;
+            // It may have started anew between two looks.
+            if let Some(process) = ask_process(&shared.engine, look).await {
+                shared.engine_is(Some(process));
+            }
             names.map(|names| shared.engine_up(&names))
         } else {
             ask_health(&shared.engine, look).await
@@ -77,6 +83,17 @@ async fn ask_health(engine: &Engine, patience: Duration) -> Result<(), CallError
     } else {
         Err(CallError::Failed(format!("{page} answers {status}")))
     }
+}
+
+/// Which process the engine is, where it says; a page that is late is asked for twice.
+async fn ask_process(engine: &Engine, patience: Duration) -> Option<String> {
+    for _ in 0..2 {
+        if let Ok(page) = engine.get("/metrics", patience).await {
+            let since = started(&page.body).filter(|_| page.status == 200);
+            return since.map(|since| format!("{} since {since}", engine.address()));
+        }
+    }
+    None
 }
 
 async fn read_models(engine: &Engine, patience: Duration) -> Result<Vec<String>, CallError> {

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use super::config::{Checked, Config};
 use super::disk::DataDir;
 use super::engine::Engine;
+use super::map::MapFile;
 use super::metrics::Metrics;
 use super::probe::first_models;
 use super::register::{Registered, Registrar};
@@ -131,6 +132,7 @@ impl Agent {
             engine: checked.engine.clone(),
             patience: Patience::default(),
             adapter: Adapter::of(&config.engine_kind),
+            map: Some(MapFile::in_directory(dir.path())),
         };
         let work = Work::start_with(&endpoint, setup, metrics);
         shown.show(work.status());
@@ -214,6 +216,7 @@ impl Agent {
         if stopped.is_ok() && registered.borrow().is_some() {
             say_goodbye(&client, own).await;
         }
+        work.keep_map().await;
         work.told().await;
         endpoint.close("the agent stops");
         endpoint.wait_idle().await;

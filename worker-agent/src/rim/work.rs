@@ -15,14 +15,15 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::engine::{Engine, EngineAddress};
+use super::map::{Keeper, MapFile};
 use super::metrics::Metrics;
 use super::placement::carry;
 use super::reports::{Links, report};
 use super::tasks::OwnedTask;
-use super::{probe, reports};
+use super::{map, probe, reports};
 use crate::adapter::Adapter;
 use crate::core::{
-    Admitted, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
+    Admitted, Continuity, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
     RefusalReason, Refused, Settings, Unstarted, Usage,
 };
 use crate::wire;
@@ -73,6 +74,8 @@ pub struct Setup {
     pub patience: Patience,
     /// How the engine is spoken to.
     pub adapter: Adapter,
+    /// Where the cache's map is kept for the next start; nowhere when absent.
+    pub map: Option<MapFile>,
 }
 
 /// What the agent says of itself.
@@ -94,7 +97,8 @@ pub struct Status {
 #[derive(Debug)]
 pub struct Work {
     shared: Arc<Shared>,
-    _tasks: [OwnedTask; 3],
+    map: Option<Arc<Keeper>>,
+    _tasks: Vec<OwnedTask>,
 }
 
 impl Work {
@@ -113,10 +117,14 @@ impl Work {
             engine,
             patience,
             adapter,
+            map,
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
         let slots = usize::try_from(settings.slots).unwrap_or(usize::MAX);
-        let core = Core::new(settings, incarnation, rand::random());
+        let mut core = Core::new(settings, incarnation, rand::random());
+        if let Some(kept) = map.as_ref().and_then(map::read) {
+            core.recall(kept);
+        }
         let (status, _) = watch::channel(status(&core));
         let shared = Arc::new(Shared {
             origin: Instant::now(),
@@ -135,13 +143,18 @@ impl Work {
             snapshots: Semaphore::new(SNAPSHOTS),
             carried: watch::Sender::new(0),
         });
-        let tasks = [
+        let mut tasks = vec![
             OwnedTask::spawn(accept(endpoint.clone(), shared.clone())),
             OwnedTask::spawn(report(shared.clone())),
             OwnedTask::spawn(probe::keep_probing(shared.clone())),
         ];
+        let map = map.map(|file| Arc::new(Keeper::new(file, shared.clone())));
+        if let Some(keeper) = map.clone() {
+            tasks.push(OwnedTask::spawn(async move { keeper.keep().await }));
+        }
         Self {
             shared,
+            map,
             _tasks: tasks,
         }
     }
@@ -155,6 +168,13 @@ impl Work {
     /// Takes nothing new from now on and sends back what waits.
     pub fn stop(&self) {
         self.shared.with(Core::stop);
+    }
+
+    /// Keeps what is known of the engine's cache for the next start, if there is where.
+    pub async fn keep_map(&self) {
+        if let Some(keeper) = &self.map {
+            keeper.write().await;
+        }
     }
 
     /// What the agent says of itself, kept up to date.
@@ -270,6 +290,7 @@ impl Shared {
             self.resident.send_replace(());
         }
         if let Some(grade) = grade {
+            self.metrics.grade_changed(grade);
             announce(grade);
         }
         result
@@ -329,6 +350,22 @@ impl Shared {
         }
     }
 
+    /// The engine says that it is this process, or does not say.
+    pub(super) fn engine_is(&self, process: Option<String>) {
+        match self.with(|core, _| core.engine_is(process)) {
+            Continuity::Same => {}
+            Continuity::Continued(chunks) => {
+                tracing::info!(chunks, "the engine ran on: its cache's map goes on");
+            }
+            Continuity::Restarted => {
+                tracing::info!("the engine started anew: its cache's map begins empty");
+            }
+            Continuity::Unknown => tracing::info!(
+                "the engine's /metrics has no process_start_time_seconds: it may have started anew, so its cache's map begins empty"
+            ),
+        }
+    }
+
     /// The engine answers, with these models.
     pub(super) fn engine_up(&self, models: &[String]) {
         if self.with(|core, _| {
@@ -364,11 +401,11 @@ fn announce(change: GradeChange) {
         ),
         GradeChange::Overpredicted => tracing::warn!(
             grade = "blind",
-            "the engine's cache holds less than is predicted: look at its size (--kv-tokens) and at whether prefix caching is on"
+            "the engine's cache holds less than is predicted: look at its size (--kv-tokens), at whether prefix caching is on, and at who else uses the engine; prefixes are believed to be cached for a minute until it does better"
         ),
         GradeChange::Silent => tracing::warn!(
             grade = "blind",
-            "the engine does not say how many prompt tokens were cached: start vLLM with --enable-prompt-tokens-details"
+            "the engine does not say how many prompt tokens were cached: start vLLM with --enable-prompt-tokens-details; prefixes are believed to be cached for a minute until it does"
         ),
     }
 }

@@ -180,6 +180,17 @@ impl Agent {
         patience: Patience,
         profile: Option<Profile>,
     ) -> Self {
+        let change = |setup: &mut Setup| {
+            setup.settings.slots = slots;
+            setup.settings.queue_limit = queue_limit;
+            setup.settings.profile = profile;
+            setup.patience = patience;
+        };
+        Self::set_up(engine, change).await
+    }
+
+    /// Ready, beside the engine at this address, and otherwise as `change` will have it.
+    pub async fn set_up(engine: SocketAddr, change: impl FnOnce(&mut Setup)) -> Self {
         let cell = Cell::new();
         let endpoint = Endpoint::bind(
             ([127, 0, 0, 1], 0).into(),
@@ -188,20 +199,22 @@ impl Agent {
         )
         .unwrap();
         let address = endpoint.local_addr().unwrap().to_string();
-        let setup = Setup {
+        let mut setup = Setup {
             incarnation: OWN,
             settings: Settings {
                 at_once: false,
-                slots,
-                queue_limit,
+                slots: 2,
+                queue_limit: 2,
                 body_budget_bytes: 1 << 20,
                 kv_tokens: 100_000,
-                profile,
+                profile: None,
             },
             engine: format!("http://{engine}").parse().unwrap(),
-            patience,
+            patience: Patience::default(),
             adapter: Adapter::Vllm,
+            map: None,
         };
+        change(&mut setup);
         let work = Work::start(&endpoint, setup);
         work.apply(Desired::Ready, Revision(9));
         let mut status = work.status();

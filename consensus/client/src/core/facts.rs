@@ -35,6 +35,8 @@ pub struct Facts {
     pub correlated_expiry: BTreeSet<String>,
     /// Fingerprint keys, the newest last; empty for all but balancers.
     pub keys: Vec<FingerprintKey>,
+    /// Epoch of the newest of them, as a read says it to those who get none; 0: not told.
+    pub key_epoch: u32,
     /// Newest feature that commands may use.
     pub feature_level: u32,
 }
@@ -175,6 +177,7 @@ impl Facts {
             config_revision: Revision(wire.config_revision),
             correlated_expiry: wire.correlated_expiry.into_iter().collect(),
             keys: keys(&wire.keys.unwrap_or_default())?,
+            key_epoch: wire.key_epoch,
             feature_level: wire.feature_level,
         })
     }
@@ -195,6 +198,7 @@ impl Facts {
                 keys: self.keys.iter().map(FingerprintKey::to_wire).collect(),
             }),
             feature_level: self.feature_level,
+            key_epoch: self.key_epoch,
         }
     }
 
