@@ -77,12 +77,12 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     let (mut conversation, mut index_version) = (None, 0);
     if !prompt.chunks.is_empty() {
         let workers = exchange.workers();
-        let index = exchange.shared.index.read();
+        let index = &exchange.shared.index;
+        // What is used is at least as new.
+        index_version = index.version();
         index.hits(&prompt.chunks, &mut hits);
         conversation = index.conversation(&prompt.chunks, workers);
-        index_version = index.version();
     }
-    hits.sort_unstable_by_key(|hit| hit.worker);
     let conversation = if hits.is_empty() {
         // Where nobody holds anything, its first chunk may be everybody's.
         prompt.affinity.or(conversation)

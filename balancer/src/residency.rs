@@ -15,7 +15,7 @@ use crate::shared::Shared;
 
 /// Until a stream that ended is opened anew, and at most, where none is any use.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
-/// Changes of the index under one lock: lookups wait for no more.
+/// Changes of the index under one lock: other workers' wait for no more, lookups for none.
 const BATCH: usize = 512;
 
 /// Follows one start of a worker until dropped; then nothing is known of it.
@@ -101,7 +101,7 @@ impl Following {
     fn apply(&mut self, ops: &[Op]) {
         let worker = self.incarnation.worker;
         for batch in ops.chunks(BATCH) {
-            let mut index = self.shared.index.write();
+            let mut index = self.shared.index_writer.lock();
             for op in batch {
                 match *op {
                     Op::Clear => index.clear(worker),
@@ -121,7 +121,9 @@ impl Following {
 
 impl Drop for Following {
     fn drop(&mut self) {
-        self.shared.index.write().clear(self.incarnation.worker);
+        let mut index = self.shared.index_writer.lock();
+        index.clear(self.incarnation.worker);
+        drop(index);
         self.show(0);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use dashmap::DashMap;
 use forebay_link::Link;
 use forebay_proto::{Now, Revision};
-use forebay_scheduler::index::PrefixIndex;
+use forebay_scheduler::index::{IndexWriter, PrefixIndex};
 use forebay_scheduler::{BookingId, Choice};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use rand::SeedableRng;
@@ -45,8 +45,10 @@ pub(crate) struct Shared {
     pub(crate) draining: AtomicBool,
     pub(crate) tried: Mutex<BTreeSet<String>>,
     dispatch: Mutex<Dispatcher>,
-    /// Who holds which chunk; never locked together with the view.
-    pub(crate) index: RwLock<PrefixIndex>,
+    /// Who holds which chunk; read without a lock.
+    pub(crate) index: PrefixIndex,
+    /// Changes the index; never locked together with the view.
+    pub(crate) index_writer: Mutex<IndexWriter>,
     pub(crate) lengths: Mutex<Lengths>,
     facts: RwLock<Option<Arc<Facts>>>,
     requests: DashMap<u64, Arc<About>>,
@@ -77,6 +79,7 @@ impl Facts {
 impl Shared {
     pub(crate) fn new(settings: Settings, keys: Keys, tls: Option<Tls>) -> Arc<Self> {
         let receipts = Receipts::new(settings.receipts);
+        let index_writer = IndexWriter::default();
         Arc::new(Self {
             settings,
             keys: RwLock::new(keys),
@@ -86,7 +89,8 @@ impl Shared {
             draining: AtomicBool::new(false),
             tried: Mutex::default(),
             dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng(), receipts)),
-            index: RwLock::default(),
+            index: index_writer.index().clone(),
+            index_writer: Mutex::new(index_writer),
             lengths: Mutex::default(),
             facts: RwLock::new(None),
             requests: DashMap::with_shard_amount(SHARDS),

@@ -7,7 +7,7 @@ use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::wire::work::ResidencyDelta;
 use forebay_proto::{Incarnation, Now, WorkerId};
-use forebay_scheduler::index::{Hit, PrefixIndex};
+use forebay_scheduler::index::{Hit, IndexWriter};
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{Policy, Request};
 use forebay_scheduler::residency::{Cursor, Follower, Next, Op};
@@ -35,7 +35,7 @@ struct Follow {
 
 pub(super) struct Balancer {
     view: View,
-    index: PrefixIndex,
+    index: IndexWriter,
     follows: Vec<Follow>,
     hits: Vec<Hit>,
     turn: u64,
@@ -48,7 +48,7 @@ impl Balancer {
         view.set_known(workers.iter().map(|worker| known(worker, kv_tokens)));
         let mut balancer = Self {
             view,
-            index: PrefixIndex::default(),
+            index: IndexWriter::default(),
             follows: Vec::new(),
             hits: Vec::new(),
             turn: seed,
@@ -132,13 +132,13 @@ impl Balancer {
         targets: Targets,
         policy: &dyn Policy,
     ) -> Result<(Choice, BookingId), NoChoice> {
-        self.index.hits(&job.blocks, &mut self.hits);
-        self.hits.sort_unstable_by_key(|hit| hit.worker);
+        let index = self.index.index();
+        index.hits(&job.blocks, &mut self.hits);
         let request = Request {
             targets,
             prompt_tokens: f64::from(job.prompt_tokens),
             hits: &self.hits,
-            conversation: self.index.conversation(&job.blocks, self.follows.len()),
+            conversation: index.conversation(&job.blocks, self.follows.len()),
             head: job.blocks.first().copied().unwrap_or_default(),
             turn: self.turn,
             ..Request::of(MODEL)
