@@ -1,34 +1,37 @@
 //! Who holds how much of a prompt.
 //!
-//! Looks at some places at once, because fetching one takes as long as fetching eight, then between those
-//! whose holders differ. Places are visited from the front, so it ends where nobody goes on.
+//! Looks at some places at once, because to fetch one takes as long as to fetch eight, then at some between
+//! each two that are neighbours and differ, until these stand next to each other.
 
 use std::array;
 
 use forebay_proto::WorkerId;
 
 use super::Hit;
-use super::arena::{Arena, Members};
+use super::arena::Arena;
 use super::entry::{Entry, Holders, Slot};
 use super::sync::Ordering;
 use super::table::{Directory, NOBODY};
 
-/// Parts that what lies between two places is divided into.
+/// Parts of a prompt at the ends of which is looked first.
 const PARTS: usize = 8;
+/// Places that are looked at between two that differ.
+const BETWEEN: usize = 3;
 
 pub(super) struct Lookup<'a> {
     directory: &'a Directory,
     arena: &'a Arena,
     chunks: &'a [u64],
     into: &'a mut Vec<Hit>,
-    /// The last place that was visited: all since `held` have its holders.
-    last: Seen,
-    /// Chunks that those who go on hold, as far as they are told apart.
-    held: u32,
+    /// The place visited last.
+    last: Place,
+    /// Chunks that those hold who were last told of.
+    told: u32,
 }
 
+/// A place in the prompt, and what is said of its chunk.
 #[derive(Clone, Copy)]
-struct Seen {
+struct Place {
     at: usize,
     entry: Entry,
 }
@@ -48,11 +51,11 @@ impl<'a> Lookup<'a> {
             arena,
             chunks,
             into,
-            last: Seen {
+            last: Place {
                 at: 0,
                 entry: Entry::NONE,
             },
-            held: 0,
+            told: 0,
         }
     }
 
@@ -60,83 +63,98 @@ impl<'a> Lookup<'a> {
         let Some(end) = self.chunks.len().checked_sub(1) else {
             return;
         };
-        let [first, last] = self.see([0, end]);
-        if first.entry.holders == Holders::Nobody {
+        let step = end.div_ceil(PARTS);
+        let places: [Place; PARTS + 1] = self.look(array::from_fn(|n| (n * step).min(end)));
+        if places[0].entry == Entry::NONE {
             return;
         }
-        self.last = first;
-        // Over or not, what was seen last is told.
-        let _ = self.between(first, last);
+        self.last = places[0];
+        // Over or not, what was visited last is told.
+        let _ = self.visit_all(&places);
         self.tell();
     }
 
-    fn see<const N: usize>(&self, places: [usize; N]) -> [Seen; N] {
+    fn look<const N: usize>(&self, places: [usize; N]) -> [Place; N] {
         let entries = self.directory.entries(places.map(|at| self.chunks[at]));
-        array::from_fn(|n| Seen {
+        array::from_fn(|n| Place {
             at: places[n],
             entry: entries[n],
         })
     }
 
-    /// Visits what has to be after `from`, which was visited, up to `to`.
-    fn between(&mut self, from: Seen, to: Seen) -> Result<(), Over> {
-        let gap = to.at - from.at;
-        if gap <= 1 || from.entry.holders == to.entry.holders {
-            return self.visit(to);
+    /// Visits what has to be of what stands between these, the first of which was visited, and the last.
+    fn visit_all(&mut self, places: &[Place]) -> Result<(), Over> {
+        let nobody = |place: &Place| place.entry == Entry::NONE;
+        let end = places.iter().position(nobody).unwrap_or(places.len() - 1);
+        let places = &places[..=end];
+        let differ = |pair: &&[Place]| !pair[0].alike(&pair[1]);
+        for pair in places.windows(2).filter(differ).skip(1) {
+            let between = pair[0].between(&pair[1]);
+            self.directory.fetch(between.map(|at| self.chunks[at]));
         }
-        let step = gap.div_ceil(PARTS);
-        let places: [usize; PARTS - 1] = array::from_fn(|n| (from.at + (n + 1) * step).min(to.at));
-        let mut from = from;
-        for seen in self.see(places) {
-            if seen.at == to.at {
-                break;
-            }
-            self.between(from, seen)?;
-            from = seen;
+        for pair in places.windows(2).filter(differ) {
+            self.visit_between(pair[0], pair[1])?;
         }
-        self.between(from, to)
+        self.visit(places[end])
     }
 
-    fn visit(&mut self, seen: Seen) -> Result<(), Over> {
-        if seen.entry.holders != self.last.entry.holders {
+    /// Visits both sides of each change between these two, which differ.
+    fn visit_between(&mut self, mut from: Place, mut to: Place) -> Result<(), Over> {
+        while to.at - from.at > 1 {
+            let [one, two, three] = self.look(from.between(&to));
+            let places = [from, one, two, three, to];
+            let like = |end: &Place| {
+                let like = [one, two, three].map(|it| usize::from(it.alike(end)));
+                like.iter().sum()
+            };
+            // The usual case, one change, without branches: where it is, no processor foresees.
+            let (before, after): (usize, usize) = (like(&from), like(&to));
+            let (left, right) = (places[before], places[before + 1]);
+            if before + after != BETWEEN || !left.alike(&from) || !right.alike(&to) {
+                return self.visit_all(&places);
+            }
+            (from, to) = (left, right);
+        }
+        self.visit(from)?;
+        self.visit(to)
+    }
+
+    fn visit(&mut self, place: Place) -> Result<(), Over> {
+        if !place.alike(&self.last) {
             self.tell();
-            if seen.entry.holders == Holders::Nobody {
-                self.last.entry = Entry::NONE;
+            if place.entry == Entry::NONE {
+                self.last = place;
                 return Err(Over);
             }
         }
-        self.last = seen;
+        self.last = place;
         Ok(())
     }
 
     /// Tells of those who hold the place visited last, and all before it, that they do.
     fn tell(&mut self) {
-        let Entry { holders, tokens } = self.last.entry;
-        let chunks = u32::try_from(self.last.at + 1).unwrap_or(u32::MAX);
-        let before = std::mem::replace(&mut self.held, chunks);
+        let Place { at, entry, .. } = self.last;
         let hit = Hit {
             worker: WorkerId(NOBODY),
-            chunks,
-            tokens,
+            chunks: u32::try_from(at + 1).unwrap_or(u32::MAX),
+            tokens: entry.tokens(),
         };
-        match holders {
-            Holders::Nobody => self.held = before,
-            Holders::One(one) => self.tell_of(before, hit, [one].into_iter()),
-            Holders::Two(one, two) => self.tell_of(before, hit, [one, two].into_iter()),
-            Holders::Many(set) => {
-                let members: Members<'a> = self.arena.members(set);
-                self.tell_of(before, hit, members.iter());
-            }
+        match entry.holders() {
+            Holders::Nobody => return,
+            Holders::One(one) => self.tell_of(hit, [one].into_iter()),
+            Holders::Two(one, two) => self.tell_of(hit, [one, two].into_iter()),
+            Holders::Many(set) => self.tell_of(hit, self.arena.members(set).iter()),
         }
+        self.told = hit.chunks;
     }
 
-    fn tell_of(&mut self, before: u32, hit: Hit, slots: impl ExactSizeIterator<Item = Slot>) {
+    fn tell_of(&mut self, hit: Hit, slots: impl ExactSizeIterator<Item = Slot>) {
         let workers = &*self.directory.workers;
         let worker = |Slot(slot): Slot| {
             let worker = workers.get(usize::from(slot));
             worker.map_or(NOBODY, |worker| worker.load(Ordering::Relaxed))
         };
-        if before == 0 {
+        if self.told == 0 {
             let mut dead = false;
             self.into.extend(slots.map(|slot| {
                 let worker = WorkerId(worker(slot));
@@ -165,10 +183,22 @@ impl<'a> Lookup<'a> {
             };
             if let Some(found) = hits.get_mut(from)
                 && found.worker == worker
-                && found.chunks == before
+                && found.chunks == self.told
             {
                 *found = Hit { worker, ..hit };
             }
         }
+    }
+}
+
+impl Place {
+    /// Places between this one and a later one.
+    fn between(&self, to: &Self) -> [usize; BETWEEN] {
+        let step = (to.at - self.at).div_ceil(BETWEEN + 1);
+        array::from_fn(|n| (self.at + (n + 1) * step).min(to.at))
+    }
+
+    const fn alike(&self, other: &Self) -> bool {
+        self.entry.alike(other.entry)
     }
 }

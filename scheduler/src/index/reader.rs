@@ -1,11 +1,12 @@
 //! What readers have of the index.
 
 use std::fmt;
+use std::sync::Arc;
 
 use super::arena::Arena;
 use super::entry::Holders;
 use super::lookup::Lookup;
-use super::sync::{Arc, AtomicU64, AtomicUsize, Ordering, Published};
+use super::sync::{AtomicU64, AtomicUsize, Ordering, Published};
 use super::table::{Directory, NOBODY};
 use super::{Hit, Size};
 
@@ -84,7 +85,7 @@ impl PrefixIndex {
             let mut last = (Holders::Nobody, 0);
             let mut chunks = chunks.iter();
             let rare = chunks.find(|chunk| {
-                let holders = directory.entry(**chunk).holders;
+                let holders = directory.entry(**chunk).holders();
                 if last.0 != holders {
                     last = (holders, shared.living(directory, holders));
                 }
@@ -99,7 +100,7 @@ impl PrefixIndex {
     pub fn holders(&self, chunk: u64) -> usize {
         let shared = &*self.0;
         let count = |directory: &Directory| {
-            let holders = directory.entry(chunk).holders;
+            let holders = directory.entry(chunk).holders();
             shared.living(directory, holders)
         };
         shared.directory.read(count)

@@ -5,12 +5,12 @@
 //! that none has frees it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use super::entry::{Holders, SetId, Slot};
 use super::fingerprints::Fingerprints;
 use super::reader::Shared;
 use super::slots::Slots;
-use super::sync::Arc;
 
 pub(super) struct Sets {
     shared: Arc<Shared>,

@@ -2,11 +2,12 @@
 //! whose a number is.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use forebay_proto::WorkerId;
 
 use super::entry::Slot;
-use super::sync::{Arc, AtomicU32, Ordering};
+use super::sync::{AtomicU32, Ordering};
 use super::table::NOBODY;
 
 pub(super) struct Slots {

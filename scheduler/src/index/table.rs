@@ -1,9 +1,13 @@
-//! The flat table: open addressing, a cell a chunk. A cell's key is written once; a chunk that nobody
-//! holds any more keeps its cell until the segment is built anew. So a reader that meets a key reads that
-//! chunk's entry, at whatever moment.
+//! The flat table: open addressing, a cell a chunk, a cache line four cells. A cell's key is written once;
+//! a chunk that nobody holds any more keeps its cell until the segment is built anew. So a reader that
+//! meets a key reads that chunk's entry, at whatever moment.
+
+use std::array;
+use std::hint::black_box;
+use std::sync::Arc;
 
 use super::entry::Entry;
-use super::sync::{Arc, AtomicU32, AtomicU64, Ordering, fence};
+use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// What a reader has before it for the time of a lookup.
 pub(super) struct Directory {
@@ -17,14 +21,18 @@ pub(super) const NOBODY: u32 = u32::MAX;
 
 /// A piece of the table, shared by all directories it is in.
 #[derive(Clone)]
-pub(super) struct Segment(Arc<[Cell]>);
+pub(super) struct Segment(Arc<[Line]>);
 
-#[repr(align(16))] // never across two cache lines
-struct Cell {
+/// Cells, filled from the first.
+#[repr(align(64))]
+struct Line {
     /// Zero: the cell is free.
-    key: AtomicU64,
-    entry: AtomicU64,
+    keys: [AtomicU64; CELLS],
+    entries: [AtomicU64; CELLS],
 }
+
+/// Cells a line.
+const CELLS: usize = 4;
 
 /// Where a chunk stands in a segment.
 #[derive(Clone, Copy)]
@@ -49,23 +57,20 @@ pub(super) const fn segment(key: u64, segments: usize) -> usize {
 
 impl Directory {
     /// What is said of several chunks. What has to be fetched for them is fetched at the same time.
+    #[inline]
     pub(super) fn entries<const N: usize>(&self, chunks: [u64; N]) -> [Entry; N] {
         let homes = chunks.map(|chunk| {
             let key = key(chunk);
             let segment = &self.segments[segment(key, self.segments.len())];
-            (segment, key, segment.home(key))
+            (key, segment, segment.home(key))
         });
-        let met = homes.map(|(segment, _, home)| segment.0[home].key.load(Ordering::Relaxed));
-        let mut entries = [Entry::NONE; N];
-        for (entry, ((segment, key, home), met)) in entries.iter_mut().zip(homes.iter().zip(met)) {
-            if met == *key {
-                fence(Ordering::Acquire);
-                *entry = segment.entry(*home);
-            } else if let Place::At(at) = segment.find(*key) {
-                *entry = segment.entry(at);
-            }
-        }
-        entries
+        // Nothing waits for these but what comes after all of them.
+        let first = homes.map(|(_, segment, home)| segment.0[home].keys[0].load(Ordering::Relaxed));
+        array::from_fn(|n| {
+            let (key, segment, home) = homes[n];
+            let entry = segment.0[home].entry(key, first[n]);
+            entry.unwrap_or_else(|| segment.elsewhere(key, home))
+        })
     }
 
     /// What is said of a chunk.
@@ -73,64 +78,118 @@ impl Directory {
         let [entry] = self.entries([chunk]);
         entry
     }
+
+    /// Has fetched what is said of several chunks, for when it is asked.
+    #[inline]
+    pub(super) fn fetch<const N: usize>(&self, chunks: [u64; N]) {
+        black_box(chunks.map(|chunk| {
+            let key = key(chunk);
+            let segment = &self.segments[segment(key, self.segments.len())];
+            segment.0[segment.home(key)].keys[0].load(Ordering::Relaxed)
+        }));
+    }
+}
+
+impl Line {
+    /// What is said of a chunk in this line, where its `first` key is known; none: it may be in the next.
+    #[inline]
+    fn entry(&self, key: u64, first: u64) -> Option<Entry> {
+        let [_, second, third, last] = &self.keys;
+        let [second, third, last] = [second, third, last].map(|it| it.load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        // Without branches: where in its line a chunk stands, no processor foresees.
+        let at = usize::from(second == key)
+            + usize::from(third == key) * 2
+            + usize::from(last == key) * 3;
+        let found = (first == key) | (at > 0);
+        let entry = self.entries[at % CELLS].load(Ordering::Relaxed);
+        (found || last == 0).then_some(Entry(if found { entry } else { 0 }))
+    }
 }
 
 impl Segment {
+    /// So many free cells, rounded up.
     pub(super) fn with(cells: usize) -> Self {
-        let cells = (0..cells).map(|_| Cell {
-            key: AtomicU64::new(0),
-            entry: AtomicU64::new(0),
+        let lines = (0..cells.div_ceil(CELLS)).map(|_| Line {
+            keys: array::from_fn(|_| AtomicU64::new(0)),
+            entries: array::from_fn(|_| AtomicU64::new(0)),
         });
-        Self(cells.collect())
+        Self(lines.collect())
     }
 
+    /// Cells.
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.0.len() * CELLS
     }
 
+    /// The line in which a key is looked for first.
     fn home(&self, key: u64) -> usize {
         (((key & u64::from(u32::MAX)) * self.0.len() as u64) >> 32) as usize
     }
 
-    /// Looks for a key. Some cell is always free.
-    pub(super) fn find(&self, key: u64) -> Place {
-        let mut at = self.home(key);
-        loop {
-            match self.0[at].key.load(Ordering::Acquire) {
-                0 => return Place::Free(at),
-                met if met == key => return Place::At(at),
-                _ => at = if at + 1 == self.0.len() { 0 } else { at + 1 },
-            }
+    /// What is said of a chunk that is not in this line, which is full.
+    #[cold]
+    fn elsewhere(&self, key: u64, line: usize) -> Entry {
+        match self.find_from(key, line) {
+            Place::At(at) => self.entry(at),
+            Place::Free(_) => Entry::NONE,
         }
     }
 
+    /// Looks for a key. Some cell is always free.
+    pub(super) fn find(&self, key: u64) -> Place {
+        self.find_from(key, self.home(key))
+    }
+
+    fn find_from(&self, key: u64, mut line: usize) -> Place {
+        loop {
+            for (cell, met) in self.0[line].keys.iter().enumerate() {
+                match met.load(Ordering::Acquire) {
+                    0 => return Place::Free(line * CELLS + cell),
+                    met if met == key => return Place::At(line * CELLS + cell),
+                    _ => {}
+                }
+            }
+            line = if line + 1 == self.0.len() {
+                0
+            } else {
+                line + 1
+            };
+        }
+    }
+
+    fn at(&self, cell: usize) -> (&AtomicU64, &AtomicU64) {
+        let (line, cell) = (&self.0[cell / CELLS], cell % CELLS);
+        (&line.keys[cell], &line.entries[cell])
+    }
+
     /// What is said of the chunk in a cell.
-    pub(super) fn entry(&self, at: usize) -> Entry {
-        Entry::unpack(self.0[at].entry.load(Ordering::Acquire))
+    pub(super) fn entry(&self, cell: usize) -> Entry {
+        Entry(self.at(cell).1.load(Ordering::Acquire))
     }
 
     /// Says something else of the chunk in a cell: the writer's.
-    pub(super) fn set(&self, at: usize, entry: Entry) {
-        self.0[at].entry.store(entry.pack(), Ordering::Release);
+    pub(super) fn set(&self, cell: usize, entry: Entry) {
+        self.at(cell).1.store(entry.0, Ordering::Release);
     }
 
     /// Puts a chunk into a free cell: the writer's.
-    pub(super) fn fill(&self, at: usize, key: u64, entry: Entry) {
-        self.set(at, entry);
-        self.0[at].key.store(key, Ordering::Release);
+    pub(super) fn fill(&self, cell: usize, key: u64, entry: Entry) {
+        self.set(cell, entry);
+        self.at(cell).0.store(key, Ordering::Release);
     }
 
     /// The same chunks in so many cells, without those that nobody holds.
     pub(super) fn rebuilt(&self, cells: usize) -> Self {
         let new = Self::with(cells);
-        for (at, cell) in self.0.iter().enumerate() {
-            let entry = self.entry(at);
-            if entry.holders == Entry::NONE.holders {
+        for cell in 0..self.len() {
+            let entry = self.entry(cell);
+            if entry == Entry::NONE {
                 continue;
             }
-            let key = cell.key.load(Ordering::Relaxed);
-            if let Place::Free(at) = new.find(key) {
-                new.fill(at, key, entry);
+            let key = self.at(cell).0.load(Ordering::Relaxed);
+            if let Place::Free(free) = new.find(key) {
+                new.fill(free, key, entry);
             }
         }
         new

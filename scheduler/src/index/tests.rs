@@ -254,6 +254,20 @@ fn a_gap_of_one_worker_does_not_change_what_is_said_of_another() {
 }
 
 #[test]
+fn holders_may_change_at_every_chunk_of_a_long_prompt() {
+    let mut writer = IndexWriter::default();
+    let path = chunks(&[0; 300]);
+    for worker in 1..=200 {
+        for (at, chunk) in (1..).zip(&path[..worker]) {
+            writer.store(WorkerId(worker as u32), *chunk, at * 10);
+        }
+    }
+    let expected = (1..=200).map(|it| hit(it, it as usize, it * 10));
+    let expected: Vec<Hit> = expected.collect();
+    assert_eq!(hits(writer.index(), &path), expected);
+}
+
+#[test]
 fn at_its_bounds_it_stores_nothing_more_and_goes_on() {
     let full = Size { pairs: 6, ..SMALL };
     let mut both = Both::new(full);

@@ -1,15 +1,16 @@
 //! The one who changes the index.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use forebay_proto::WorkerId;
 
 use super::Size;
-use super::entry::{Entry, Holders, Slot};
+use super::entry::{Entry, Slot};
 use super::reader::{PrefixIndex, Shared};
 use super::sets::{Full, Retired, Sets};
 use super::slots::{Left, Slots};
-use super::sync::{Arc, Ordering};
+use super::sync::{self, Ordering};
 use super::table::{self, Directory, Place, Segment};
 
 /// Cells of a segment when it is new.
@@ -59,7 +60,7 @@ struct Sweep {
 
 /// A directory, and what whoever reads in it, or in an older one, may still see.
 struct Replaced {
-    directory: Arc<Directory>,
+    directory: sync::Arc<Directory>,
     sets: Vec<Retired>,
     slots: Vec<Slot>,
 }
@@ -162,10 +163,11 @@ impl IndexWriter {
             Place::At(at) => (Some(at), table.entry(at)),
             Place::Free(_) => (None, Entry::NONE),
         };
-        let Ok(holders) = self.sets.with(from.holders, slot, &self.slots) else {
+        let held_by = from.holders();
+        let Ok(holders) = self.sets.with(held_by, slot, &self.slots) else {
             return;
         };
-        if holders != from.holders {
+        if holders != held_by {
             if self.pairs >= self.size.pairs {
                 self.sets.release(holders);
                 return;
@@ -173,7 +175,7 @@ impl IndexWriter {
             self.pairs += 1;
             self.slots.add(slot);
         }
-        let to = Entry { holders, tokens };
+        let to = Entry::new(holders, tokens);
         match at {
             Some(at) => self.say(Cell { segment, at }, from, to),
             None => self.fill(segment, key, to),
@@ -182,13 +184,14 @@ impl IndexWriter {
 
     fn take_from(&mut self, cell: Cell, slot: Slot) {
         let from = self.entry(cell);
-        match self.sets.without(from.holders, slot, &self.slots) {
+        let held_by = from.holders();
+        match self.sets.without(held_by, slot, &self.slots) {
             Ok(holders) => {
-                if holders != from.holders {
+                if holders != held_by {
                     self.pairs -= 1;
                     self.slots.subtract(slot);
                 }
-                self.say(cell, from, Entry { holders, ..from });
+                self.say(cell, from, Entry::new(holders, from.tokens()));
             }
             Err(Full) => self.forget(cell, from),
         }
@@ -201,17 +204,12 @@ impl IndexWriter {
     /// Says `to` of the chunk in a cell, the holders of which are named, instead of `from`.
     fn say(&mut self, cell: Cell, from: Entry, to: Entry) {
         let filled = &mut self.segments[cell.segment];
-        let to = if to.holders == Holders::Nobody {
-            Entry::NONE
-        } else {
-            to
-        };
-        filled.held -= usize::from(from.holders != Holders::Nobody);
-        filled.held += usize::from(to.holders != Holders::Nobody);
+        filled.held -= usize::from(from != Entry::NONE);
+        filled.held += usize::from(to != Entry::NONE);
         if to != from {
             filled.segment.set(cell.at, to);
         }
-        self.sets.release(from.holders);
+        self.sets.release(from.holders());
     }
 
     /// A chunk that is in no cell.
@@ -242,7 +240,7 @@ impl IndexWriter {
 
     /// The arena is full and a smaller set is needed: what cannot be said is not said at all.
     fn forget(&mut self, cell: Cell, from: Entry) {
-        for slot in self.sets.members(from.holders) {
+        for slot in self.sets.members(from.holders()) {
             self.slots.subtract(*slot);
             self.pairs -= 1;
         }
@@ -286,19 +284,19 @@ impl IndexWriter {
     fn sweep_cell(&mut self, cell: Cell) {
         let from = self.entry(cell);
         let dead = |slot: &Slot| self.slots.is_dead(*slot);
-        if !self.sets.members(from.holders).iter().any(dead) {
+        if !self.sets.members(from.holders()).iter().any(dead) {
             return;
         }
-        let Ok(holders) = self.sets.living(from.holders, &self.slots) else {
+        let Ok(holders) = self.sets.living(from.holders(), &self.slots) else {
             return self.forget(cell, from);
         };
-        for slot in self.sets.members(from.holders) {
+        for slot in self.sets.members(from.holders()) {
             if self.slots.is_dead(*slot) {
                 self.slots.subtract(*slot);
                 self.pairs -= 1;
             }
         }
-        self.say(cell, from, Entry { holders, ..from });
+        self.say(cell, from, Entry::new(holders, from.tokens()));
     }
 
     /// Ends a change.
@@ -332,7 +330,7 @@ impl IndexWriter {
     /// Frees what only readers of directories could see that nobody reads in any more.
     fn reclaim(&mut self) {
         while let Some(oldest) = self.replaced.front_mut()
-            && Arc::get_mut(&mut oldest.directory).is_some()
+            && sync::Arc::get_mut(&mut oldest.directory).is_some()
         {
             oldest.sets.drain(..).for_each(|set| self.sets.free(set));
             oldest
