@@ -36,6 +36,15 @@ struct Place {
     entry: Entry,
 }
 
+/// Two places that differ.
+#[derive(Clone, Copy)]
+struct Span {
+    from: Place,
+    to: Place,
+    /// The holders change more than once between them.
+    often: bool,
+}
+
 /// Nobody holds what comes next.
 struct Over;
 
@@ -86,37 +95,45 @@ impl<'a> Lookup<'a> {
     fn visit_all(&mut self, places: &[Place]) -> Result<(), Over> {
         let nobody = |place: &Place| place.entry == Entry::NONE;
         let end = places.iter().position(nobody).unwrap_or(places.len() - 1);
-        let places = &places[..=end];
-        let differ = |pair: &&[Place]| !pair[0].alike(&pair[1]);
-        for pair in places.windows(2).filter(differ).skip(1) {
-            let between = pair[0].between(&pair[1]);
-            self.directory.fetch(between.map(|at| self.chunks[at]));
+        let mut spans = [Span::new(&places[0], &places[0]); PARTS];
+        let mut differ = 0;
+        for pair in places[..=end].windows(2) {
+            spans[differ] = Span::new(&pair[0], &pair[1]);
+            differ += usize::from(!pair[0].alike(&pair[1]));
         }
-        for pair in places.windows(2).filter(differ) {
-            self.visit_between(pair[0], pair[1])?;
+        let spans = &mut spans[..differ];
+        self.narrow(spans);
+        for Span { from, to, often } in spans {
+            if *often {
+                let [one, two, three] = self.look(from.between(to));
+                self.visit_all(&[*from, one, two, three, *to])?;
+            } else {
+                self.visit(*from)?;
+                self.visit(*to)?;
+            }
         }
         self.visit(places[end])
     }
 
-    /// Visits both sides of each change between these two, which differ.
-    fn visit_between(&mut self, mut from: Place, mut to: Place) -> Result<(), Over> {
-        while to.at - from.at > 1 {
-            let [one, two, three] = self.look(from.between(&to));
-            let places = [from, one, two, three, to];
-            let like = |end: &Place| {
-                let like = [one, two, three].map(|it| usize::from(it.alike(end)));
-                like.iter().sum()
-            };
-            // The usual case, one change, without branches: where it is, no processor foresees.
-            let (before, after): (usize, usize) = (like(&from), like(&to));
-            let (left, right) = (places[before], places[before + 1]);
-            if before + after != BETWEEN || !left.alike(&from) || !right.alike(&to) {
-                return self.visit_all(&places);
+    /// Brings the ends of spans next to each other, unless the holders change more than once between them.
+    fn narrow(&self, spans: &mut [Span]) {
+        // What the next round looks at in a span is fetched while others are looked at.
+        let fetch = |span: &Span| {
+            let between = span.from.between(&span.to);
+            self.directory.fetch(between.map(|at| self.chunks[at]));
+        };
+        let mut wide = !spans.is_empty();
+        spans.iter().for_each(fetch);
+        while wide {
+            wide = false;
+            for span in spans.iter_mut().filter(|span| span.is_wide()) {
+                span.narrow(self.look(span.from.between(&span.to)));
+                if span.is_wide() {
+                    fetch(span);
+                    wide = true;
+                }
             }
-            (from, to) = (left, right);
         }
-        self.visit(from)?;
-        self.visit(to)
     }
 
     fn visit(&mut self, place: Place) -> Result<(), Over> {
@@ -187,6 +204,37 @@ impl<'a> Lookup<'a> {
             {
                 *found = Hit { worker, ..hit };
             }
+        }
+    }
+}
+
+impl Span {
+    const fn new(from: &Place, to: &Place) -> Self {
+        Self {
+            from: *from,
+            to: *to,
+            often: false,
+        }
+    }
+
+    const fn is_wide(&self) -> bool {
+        self.to.at - self.from.at > 1 && !self.often
+    }
+
+    /// Goes on between two of these, which stand between its ends. Without branches: where the change
+    /// is, no processor foresees.
+    fn narrow(&mut self, between: [Place; BETWEEN]) {
+        let [one, two, three] = between;
+        let places = [self.from, one, two, three, self.to];
+        let like = |end: &Place| {
+            let like = between.map(|it| usize::from(it.alike(end)));
+            like.iter().sum()
+        };
+        let (before, after): (usize, usize) = (like(&self.from), like(&self.to));
+        let (left, right) = (places[before], places[before + 1]);
+        self.often = before + after != BETWEEN || !left.alike(&self.from) || !right.alike(&self.to);
+        if !self.often {
+            (self.from, self.to) = (left, right);
         }
     }
 }
