@@ -110,6 +110,10 @@ fn main() {
     let (sharded, of_sharded) = costs::<Sharded>(&args, &workload, |_, _, _| {});
     let (trie, of_trie) = costs::<Trie>(&args, &workload, |_, _, _| {});
     assert!(answers == of_sharded && answers == of_trie, "they differ");
+    memory(
+        (forebay.bytes_a_pair * workload.pairs as f64) as usize,
+        args.lookups,
+    );
     let all = [forebay, sharded, trie];
     println!(
         "{:>16} {:>8} {:>9} {:>9} {:>11} {:>11} {:>11} {:>11} {:>11}",
@@ -154,6 +158,27 @@ fn main() {
             it.changed.0 / ours.changed.0,
         );
     }
+}
+
+/// What nobody can do without: fetching from as much memory.
+fn memory(bytes: usize, times: usize) {
+    let words = vec![1_usize; bytes / 8];
+    let mut state = (StdRng::seed_from_u64(4), [0; 16]);
+    let prepare = |(rng, places): &mut (StdRng, [usize; 16])| {
+        *places = std::array::from_fn(|_| rng.random_range(0..words.len()));
+    };
+    let one_by_one = Timed::prepared(times, &mut state, prepare, |(_, places)| {
+        let mut zero = 0;
+        for at in *places {
+            zero = words[(at + zero) % words.len()] - 1;
+        }
+        black_box(zero);
+    });
+    let at_once = Timed::prepared(times, &mut state, prepare, |(_, places)| {
+        black_box(places.map(|at| words[at]));
+    });
+    let [one_by_one, at_once] = [one_by_one, at_once].map(|it| it.quantile(0.5));
+    println!("16 words from as much memory: one by one {one_by_one:.2?}, at once {at_once:.2?}");
 }
 
 /// Measures one; returns also what it says of some prompts, and shows `also` to it before it is changed.

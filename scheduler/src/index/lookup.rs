@@ -1,7 +1,7 @@
 //! Who holds how much of a prompt.
 //!
-//! Looks at some places at once, because to fetch one takes as long as to fetch eight, then at some between
-//! each two that are neighbours and differ, until these stand next to each other.
+//! Looks at some places at once, because to fetch several takes little longer than to fetch one, then
+//! bisects between each two that are neighbours and differ, until these stand next to each other.
 
 use std::array;
 
@@ -15,8 +15,6 @@ use super::table::{Directory, NOBODY};
 
 /// Parts of a prompt at the ends of which is looked first.
 const PARTS: usize = 8;
-/// Places that are looked at between two that differ.
-const BETWEEN: usize = 3;
 
 pub(super) struct Lookup<'a> {
     directory: &'a Directory,
@@ -105,8 +103,8 @@ impl<'a> Lookup<'a> {
         self.narrow(spans);
         for Span { from, to, often } in spans {
             if *often {
-                let [one, two, three] = self.look(from.between(to));
-                self.visit_all(&[*from, one, two, three, *to])?;
+                let [middle] = self.look([from.middle(to)]);
+                self.visit_all(&[*from, middle, *to])?;
             } else {
                 self.visit(*from)?;
                 self.visit(*to)?;
@@ -119,15 +117,16 @@ impl<'a> Lookup<'a> {
     fn narrow(&self, spans: &mut [Span]) {
         // What the next round looks at in a span is fetched while others are looked at.
         let fetch = |span: &Span| {
-            let between = span.from.between(&span.to);
-            self.directory.fetch(between.map(|at| self.chunks[at]));
+            let middle = span.from.middle(&span.to);
+            self.directory.fetch(self.chunks[middle]);
         };
         let mut wide = !spans.is_empty();
         spans.iter().for_each(fetch);
         while wide {
             wide = false;
             for span in spans.iter_mut().filter(|span| span.is_wide()) {
-                span.narrow(self.look(span.from.between(&span.to)));
+                let [middle] = self.look([span.from.middle(&span.to)]);
+                span.narrow(middle);
                 if span.is_wide() {
                     fetch(span);
                     wide = true;
@@ -221,29 +220,19 @@ impl Span {
         self.to.at - self.from.at > 1 && !self.often
     }
 
-    /// Goes on between two of these, which stand between its ends. Without branches: where the change
-    /// is, no processor foresees.
-    fn narrow(&mut self, between: [Place; BETWEEN]) {
-        let [one, two, three] = between;
-        let places = [self.from, one, two, three, self.to];
-        let like = |end: &Place| {
-            let like = between.map(|it| usize::from(it.alike(end)));
-            like.iter().sum()
-        };
-        let (before, after): (usize, usize) = (like(&self.from), like(&self.to));
-        let (left, right) = (places[before], places[before + 1]);
-        self.often = before + after != BETWEEN || !left.alike(&self.from) || !right.alike(&self.to);
-        if !self.often {
-            (self.from, self.to) = (left, right);
-        }
+    /// Goes on in the half in which the change is. Without branches: no processor foresees which it is.
+    fn narrow(&mut self, middle: Place) {
+        let (before, after) = (middle.alike(&self.from), middle.alike(&self.to));
+        let [from, to] = [[self.from, middle], [self.to, middle]];
+        self.from = from[usize::from(before)];
+        self.to = to[usize::from(after)];
+        self.often = !before && !after;
     }
 }
 
 impl Place {
-    /// Places between this one and a later one.
-    fn between(&self, to: &Self) -> [usize; BETWEEN] {
-        let step = (to.at - self.at).div_ceil(BETWEEN + 1);
-        array::from_fn(|n| (self.at + (n + 1) * step).min(to.at))
+    const fn middle(&self, to: &Self) -> usize {
+        self.at.midpoint(to.at)
     }
 
     const fn alike(&self, other: &Self) -> bool {
