@@ -35,6 +35,7 @@ mod fingerprints;
 mod lookup;
 mod reader;
 mod sets;
+mod size;
 mod slots;
 mod sync;
 mod table;
@@ -46,6 +47,7 @@ use forebay_proto::WorkerId;
 
 pub(crate) use fingerprints::Fingerprints;
 pub use reader::PrefixIndex;
+use size::Size;
 pub use writer::IndexWriter;
 
 /// Pairs of a chunk and a worker; three times what a cell is designed for.
@@ -62,35 +64,4 @@ pub struct Hit {
     pub chunks: u32,
     /// Tokens up to the end of the last of them.
     pub tokens: u32,
-}
-
-/// How large the parts are.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Size {
-    /// Pairs of a chunk and a worker.
-    pub(crate) pairs: usize,
-    /// Pieces of the table.
-    pub(crate) segments: usize,
-    /// Workers, those counted that are cleared and not swept.
-    pub(crate) slots: usize,
-    /// Pages that sets may take.
-    pub(crate) pages: usize,
-    /// Words a page; a power of two, and more than `slots`.
-    pub(crate) page_words: usize,
-    /// Words of sets out of use until somebody looks whether readers still see them.
-    pub(crate) retired_words: usize,
-    /// Cells that a change sweeps.
-    pub(crate) swept: usize,
-}
-
-impl Size {
-    pub(crate) const CELL: Self = Self {
-        pairs: MAX_PAIRS,
-        segments: 256,
-        slots: 1 << 15,
-        pages: 2_048,
-        page_words: 1 << 16,
-        retired_words: 1 << 16,
-        swept: 32,
-    };
 }

@@ -72,7 +72,7 @@ impl Default for IndexWriter {
 }
 
 impl IndexWriter {
-    pub(crate) fn with(size: Size) -> Self {
+    pub(super) fn with(size: Size) -> Self {
         let slots = Slots::new(size.slots);
         let filled = |_| Filled {
             segment: Segment::with(FEWEST_CELLS),
