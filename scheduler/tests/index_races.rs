@@ -32,9 +32,7 @@ mod writer;
 
 mod sync {
     pub(super) use loom::sync::Arc;
-    pub(super) use loom::sync::atomic::{
-        AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
-    };
+    pub(super) use loom::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
     pub(super) struct Published<T>(loom::sync::Mutex<Arc<T>>);
 
@@ -172,6 +170,21 @@ fn holders_and_tokens_are_told_together() {
                 held.is_empty() || held == [(1, 1, 1)] || held == [(2, 1, 2)],
                 "{held:?}"
             );
+        },
+    );
+}
+
+#[test]
+fn a_set_is_seen_whole() {
+    race(
+        SMALL,
+        |writer| store(writer, &[1, 2], A, 1),
+        |writer| store(writer, &[3], A, 1),
+        |index| {
+            let held = hits(index, &[A]);
+            let three = [(1, 1, 1), (2, 1, 1), (3, 1, 1)];
+            assert!(held == three || held == three[..2], "{held:?}");
+            assert!([2, 3].contains(&index.holders(A)));
         },
     );
 }

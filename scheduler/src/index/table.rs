@@ -1,13 +1,14 @@
 //! The flat table: open addressing, a cell a chunk, a cache line four cells. A cell's key is written once;
 //! a chunk that nobody holds any more keeps its cell until the segment is built anew. So a reader that
-//! meets a key reads that chunk's entry, at whatever moment.
+//! meets a key reads that chunk's entry, at whatever moment: at first, that nobody holds it. Only entries
+//! are ordered, for the sets that they name.
 
 use std::array;
 use std::hint::black_box;
 use std::sync::Arc;
 
 use super::entry::Entry;
-use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use super::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// What a reader has before it for the time of a lookup.
 pub(super) struct Directory {
@@ -94,13 +95,12 @@ impl Line {
     fn entry(&self, key: u64, first: u64) -> Option<Entry> {
         let [_, second, third, last] = &self.keys;
         let [second, third, last] = [second, third, last].map(|it| it.load(Ordering::Relaxed));
-        fence(Ordering::Acquire);
         // Without branches: where in its line a chunk stands, no processor foresees.
         let at = usize::from(second == key)
             + usize::from(third == key) * 2
             + usize::from(last == key) * 3;
         let found = (first == key) | (at > 0);
-        let entry = self.entries[at % CELLS].load(Ordering::Relaxed);
+        let entry = self.entries[at % CELLS].load(Ordering::Acquire);
         (found || last == 0).then_some(Entry(if found { entry } else { 0 }))
     }
 }
@@ -142,7 +142,7 @@ impl Segment {
     fn find_from(&self, key: u64, mut line: usize) -> Place {
         loop {
             for (cell, met) in self.0[line].keys.iter().enumerate() {
-                match met.load(Ordering::Acquire) {
+                match met.load(Ordering::Relaxed) {
                     0 => return Place::Free(line * CELLS + cell),
                     met if met == key => return Place::At(line * CELLS + cell),
                     _ => {}
@@ -173,8 +173,8 @@ impl Segment {
 
     /// Puts a chunk into a free cell: the writer's.
     pub(super) fn fill(&self, cell: usize, key: u64, entry: Entry) {
+        self.at(cell).0.store(key, Ordering::Relaxed);
         self.set(cell, entry);
-        self.at(cell).0.store(key, Ordering::Release);
     }
 
     /// The same chunks in so many cells, without those that nobody holds.
