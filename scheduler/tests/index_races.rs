@@ -4,7 +4,7 @@
 //! The index is built here from its own files on loom's primitives, and is as small as can be. What stands
 //! in for `arc_swap` is a lock for as long as a share is taken.
 
-#![allow(dead_code, unreachable_pub)] // parts of a library
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // parts of a library; a test
 
 use forebay_proto::WorkerId;
 use forebay_scheduler::index::{Hit, MAX_PAIRS, MAX_TOKENS};

@@ -338,4 +338,15 @@ fn also(rival: &Forebay, args: &Args, workload: &Workload) {
         black_box(&asked.chunks);
     });
     println!("of that, the clock: p50 {:.2?}", nothing.quantile(0.5));
+    let began = Instant::now();
+    rival.writer.lock().clear(WorkerId(0));
+    let cleared = began.elapsed();
+    let (mut rng, mut changes, began) = (StdRng::seed_from_u64(5), 0, on_core());
+    while changes < args.pairs / 40 {
+        changes += change(rival, workload, &mut rng);
+    }
+    let rate = changes as f64 / (on_core() - began).as_secs_f64() / 1e6;
+    println!(
+        "a worker cleared in {cleared:.2?}; then, while it is swept out, {rate:.2} M changes/s a core"
+    );
 }

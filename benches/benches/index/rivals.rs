@@ -24,7 +24,7 @@ fn tokens(at: usize) -> u32 {
 }
 
 pub(crate) struct Forebay {
-    writer: Mutex<IndexWriter>,
+    pub(crate) writer: Mutex<IndexWriter>,
     pub(crate) index: PrefixIndex,
 }
 

@@ -70,10 +70,8 @@ impl Slots {
             pairs: 0,
             dead: false,
         };
-        let slot = self.free.pop().map_or_else(
-            || Slot(u16::try_from(self.owners.len()).expect("there are at most so many slots")),
-            |slot| slot,
-        );
+        let new = || u16::try_from(self.owners.len()).expect("there are at most so many slots");
+        let slot = self.free.pop().unwrap_or_else(|| Slot(new()));
         let at = usize::from(slot.0);
         if at == self.owners.len() {
             self.owners.push(owner);

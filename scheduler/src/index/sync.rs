@@ -1,7 +1,7 @@
 //! All that readers and the writer share is made of these; `tests/races.rs` puts loom's in their place.
 
 pub(super) use std::sync::Arc;
-pub(super) use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+pub(super) use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 

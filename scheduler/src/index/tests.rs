@@ -118,7 +118,7 @@ type Path = Vec<u8>;
 /// A path's chunks. Many want the same cell, so they stand in each other's way.
 fn chunks(path: &[u8]) -> Vec<u64> {
     let step = |name: &mut u64, letter: &u8| {
-        *name = (*name ^ u64::from(*letter) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        *name = (*name ^ (u64::from(*letter) + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         *name ^= *name >> 29;
         Some(!(*name & !0xffff_ffff | *name & 3))
     };
