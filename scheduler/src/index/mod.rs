@@ -12,7 +12,7 @@
 //! * `slots`: workers by small numbers. A cleared worker's number is dead at once; a later sweep takes it
 //!   out of the table, and only then can it be another's.
 //! * `writer`: who brings these together, and gives back what no reader can see any more.
-//! * `lookup`: the reading.
+//! * `reader`, `lookup`: the reading.
 //!
 //! **How a lookup reads.** A worker holds a prompt's leading chunks, so along a prompt the holders only
 //! become fewer, and where two places have the same, all between them do. So a lookup probes some places
