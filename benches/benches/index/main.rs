@@ -9,8 +9,6 @@
 //!
 //! The goals of the design: p50 1 µs, p99 5 µs, 40 bytes a pair, 1 M changes a second of a core while
 //! reading. `cargo bench -p forebay-benches --bench index`; `-- --pairs 1000000` where memory is short.
-//! `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it has the table stand in large pages, as a balancer's
-//! may, where the kernel gives them on request.
 
 // Its result; and a run that cannot go on says so.
 #![allow(clippy::print_stdout, clippy::panic)]
