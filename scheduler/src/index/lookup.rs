@@ -71,22 +71,32 @@ impl<'a> Lookup<'a> {
             return;
         };
         let step = end.div_ceil(PARTS);
-        let places: [Place; PARTS + 1] = self.look(array::from_fn(|n| (n * step).min(end)));
+        let ahead: [usize; PARTS + 1] = array::from_fn(|n| (n * step).min(end));
+        for at in ahead {
+            self.directory.fetch(self.chunks[at]);
+        }
+        let mut places = [self.last; PARTS + 1];
+        let mut seen = 0;
+        for at in ahead {
+            places[seen] = self.look(at);
+            seen += 1;
+            if places[seen - 1].entry == Entry::NONE {
+                break;
+            }
+        }
+        let places = &places[..seen];
         if places[0].entry == Entry::NONE {
             return;
         }
         self.last = places[0];
         // Over or not, what was visited last is told.
-        let _ = self.visit_all(&places);
+        let _ = self.visit_all(places);
         self.tell();
     }
 
-    fn look<const N: usize>(&self, places: [usize; N]) -> [Place; N] {
-        let entries = self.directory.entries(places.map(|at| self.chunks[at]));
-        array::from_fn(|n| Place {
-            at: places[n],
-            entry: entries[n],
-        })
+    fn look(&self, at: usize) -> Place {
+        let entry = self.directory.entry(self.chunks[at]);
+        Place { at, entry }
     }
 
     /// Visits what has to be of what stands between these, the first of which was visited, and the last.
@@ -103,7 +113,7 @@ impl<'a> Lookup<'a> {
         self.narrow(spans);
         for Span { from, to, often } in spans {
             if *often {
-                let [middle] = self.look([from.middle(to)]);
+                let middle = self.look(from.middle(to));
                 self.visit_all(&[*from, middle, *to])?;
             } else {
                 self.visit(*from)?;
@@ -125,7 +135,7 @@ impl<'a> Lookup<'a> {
         while wide {
             wide = false;
             for span in spans.iter_mut().filter(|span| span.is_wide()) {
-                let [middle] = self.look([span.from.middle(&span.to)]);
+                let middle = self.look(span.from.middle(&span.to));
                 span.narrow(middle);
                 if span.is_wide() {
                     fetch(span);

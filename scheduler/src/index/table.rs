@@ -57,44 +57,37 @@ pub(super) const fn segment(key: u64, segments: usize) -> usize {
 }
 
 impl Directory {
-    /// What is said of several chunks. What has to be fetched for them is fetched at the same time.
-    #[inline]
-    pub(super) fn entries<const N: usize>(&self, chunks: [u64; N]) -> [Entry; N] {
-        let homes = chunks.map(|chunk| {
-            let key = key(chunk);
-            let segment = &self.segments[segment(key, self.segments.len())];
-            (key, segment, segment.home(key))
-        });
-        // Nothing waits for these but what comes after all of them.
-        let first = homes.map(|(_, segment, home)| segment.0[home].keys[0].load(Ordering::Relaxed));
-        array::from_fn(|n| {
-            let (key, segment, home) = homes[n];
-            let entry = segment.0[home].entry(key, first[n]);
-            entry.unwrap_or_else(|| segment.elsewhere(key, home))
-        })
-    }
-
     /// What is said of a chunk.
+    #[inline]
     pub(super) fn entry(&self, chunk: u64) -> Entry {
-        let [entry] = self.entries([chunk]);
-        entry
+        let key = key(chunk);
+        let segment = self.segment(key);
+        let home = segment.home(key);
+        let entry = segment.0[home].entry(key);
+        entry.unwrap_or_else(|| segment.elsewhere(key, home))
     }
 
-    /// Has fetched what is said of a chunk, for when it is asked.
+    /// Has fetched what is said of a chunk, for when it is asked. Nothing waits for it but what comes after
+    /// all that is fetched.
     #[inline]
     pub(super) fn fetch(&self, chunk: u64) {
         let key = key(chunk);
-        let segment = &self.segments[segment(key, self.segments.len())];
+        let segment = self.segment(key);
         black_box(segment.0[segment.home(key)].keys[0].load(Ordering::Relaxed));
+    }
+
+    fn segment(&self, key: u64) -> &Segment {
+        &self.segments[segment(key, self.segments.len())]
     }
 }
 
 impl Line {
-    /// What is said of a chunk in this line, where its `first` key is known; none: it may be in the next.
+    /// What is said of a chunk in this line; none: it may be in the next.
     #[inline]
-    fn entry(&self, key: u64, first: u64) -> Option<Entry> {
-        let [_, second, third, last] = &self.keys;
-        let [second, third, last] = [second, third, last].map(|it| it.load(Ordering::Relaxed));
+    fn entry(&self, key: u64) -> Option<Entry> {
+        let [first, second, third, last] = &self.keys;
+        let [first, second, third, last] =
+            [first, second, third, last].map(|it| it.load(Ordering::Relaxed));
         // Without branches: where in its line a chunk stands, no processor foresees.
         let at = usize::from(second == key)
             + usize::from(third == key) * 2
