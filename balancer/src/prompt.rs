@@ -122,7 +122,7 @@ fn read_by(
 /// How many of the prompt's first chunks the worker has that has most of them.
 fn longest(exchange: &Exchange, prompt: &Fingerprinted) -> u32 {
     let mut hits = Vec::new();
-    exchange.shared.index.read().hits(&prompt.chunks, &mut hits);
+    exchange.shared.index.hits(&prompt.chunks, &mut hits);
     hits.iter().map(|hit| hit.chunks).max().unwrap_or(0)
 }
 
@@ -133,12 +133,12 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     let (mut conversation, mut index_version) = (None, 0);
     if !prompt.chunks.is_empty() {
         let workers = exchange.workers();
-        let index = exchange.shared.index.read();
+        let index = &exchange.shared.index;
+        // What is used is at least as new.
+        index_version = index.version();
         index.hits(&prompt.chunks, &mut hits);
         conversation = index.conversation(&prompt.chunks, workers);
-        index_version = index.version();
     }
-    hits.sort_unstable_by_key(|hit| hit.worker);
     let conversation = if hits.is_empty() {
         // Where nobody holds anything, its first chunk may be everybody's.
         prompt.affinity.or(conversation)

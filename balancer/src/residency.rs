@@ -19,7 +19,7 @@ use crate::shared::Shared;
 
 /// Until a stream that ended is opened anew, and at most, where none is any use.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
-/// Changes of the index under one lock: lookups wait for no more.
+/// Changes of the index under one lock: other workers' wait for no more, lookups for none.
 const BATCH: usize = 512;
 
 /// Workers whose snapshots are taken at once; others wait for their turn.
@@ -190,7 +190,7 @@ impl Following {
                 // A snapshot has thousands of these: requests go between them.
                 tokio::task::yield_now().await;
             }
-            let mut index = self.shared.index.write();
+            let mut index = self.shared.index_writer.lock();
             for op in batch {
                 match *op {
                     Op::Clear => index.clear(worker),
@@ -224,7 +224,7 @@ impl Following {
 impl Drop for Following {
     fn drop(&mut self) {
         let worker = self.incarnation.worker;
-        self.shared.index.write().clear(worker);
+        self.shared.index_writer.lock().clear(worker);
         self.count(0);
         let metrics = &self.shared.metrics;
         self.shared.caches.set(metrics, worker, None);

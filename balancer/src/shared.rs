@@ -10,7 +10,7 @@ use dashmap::DashMap;
 use forebay_link::Link;
 use forebay_proto::{FingerprintKey, Now, Revision};
 use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
-use forebay_scheduler::index::PrefixIndex;
+use forebay_scheduler::index::{IndexWriter, PrefixIndex};
 use forebay_scheduler::{BookingId, Choice};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use rand::SeedableRng;
@@ -48,8 +48,10 @@ pub(crate) struct Shared {
     pub(crate) draining: AtomicBool,
     pub(crate) tried: Mutex<BTreeSet<String>>,
     dispatch: Mutex<Dispatcher>,
-    /// Who holds which chunk; never locked together with the view.
-    pub(crate) index: RwLock<PrefixIndex>,
+    /// Who holds which chunk; read without a lock.
+    pub(crate) index: PrefixIndex,
+    /// Changes the index; never locked together with the view.
+    pub(crate) index_writer: Mutex<IndexWriter>,
     pub(crate) caches: Caches,
     pub(crate) lengths: Mutex<Lengths>,
     pub(crate) questions: Questions,
@@ -99,6 +101,7 @@ impl Facts {
 impl Shared {
     pub(crate) fn new(settings: Settings, keys: Keys, tls: Option<Tls>) -> Arc<Self> {
         let receipts = Receipts::new(settings.receipts);
+        let index_writer = IndexWriter::default();
         Arc::new(Self {
             settings,
             keys: RwLock::new(keys),
@@ -108,7 +111,8 @@ impl Shared {
             draining: AtomicBool::new(false),
             tried: Mutex::default(),
             dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng(), receipts)),
-            index: RwLock::default(),
+            index: index_writer.index().clone(),
+            index_writer: Mutex::new(index_writer),
             caches: Caches::default(),
             lengths: Mutex::default(),
             questions: Questions::default(),

@@ -13,12 +13,11 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use forebay_benches::Timed;
 use forebay_benches::fleets::{Fleet, world};
+use forebay_benches::{Timed, on_core};
 use forebay_proto::{Now, WorkerId};
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::Targets;
@@ -50,17 +49,6 @@ unsafe impl GlobalAlloc for Counting {
         // SAFETY: the caller's promises are passed on.
         unsafe { System.dealloc(at, layout) }
     }
-}
-
-/// Time that this thread had a core, which others may share; without such a clock, time.
-fn on_core() -> Duration {
-    static START: OnceLock<Instant> = OnceLock::new();
-    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    let nanos = stat.split(' ').next().and_then(|nanos| nanos.parse().ok());
-    nanos.map_or_else(
-        || START.get_or_init(Instant::now).elapsed(),
-        Duration::from_nanos,
-    )
 }
 
 /// One row: decisions about prompts of random length.

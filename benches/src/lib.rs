@@ -8,6 +8,7 @@
 pub mod bodies;
 pub mod fleets;
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -22,17 +23,54 @@ impl Timed {
     ///
     /// Never: the histogram resizes itself.
     pub fn run(times: usize, mut operation: impl FnMut()) -> Self {
-        (0..times / 10).for_each(|_| operation());
-        let mut histogram = Histogram::new(3).expect("three digits are supported");
-        for _ in 0..times {
+        Self::prepared(times, &mut (), |()| {}, |()| operation())
+    }
+
+    /// The same where each operation needs something ready that is not timed.
+    ///
+    /// # Panics
+    ///
+    /// Never: the histogram resizes itself.
+    pub fn prepared<S>(
+        times: usize,
+        state: &mut S,
+        mut prepare: impl FnMut(&mut S),
+        mut operation: impl FnMut(&mut S),
+    ) -> Self {
+        let mut timed = Self::default();
+        for time in 0..times + times / 10 {
+            prepare(state);
             let began = Instant::now();
-            operation();
-            let nanos = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            histogram
-                .record(nanos.max(1))
-                .expect("the histogram resizes itself");
+            operation(state);
+            let took = began.elapsed();
+            if time >= times / 10 {
+                timed.add(took);
+            }
         }
-        Self(histogram)
+        timed
+    }
+
+    /// One more time.
+    ///
+    /// # Panics
+    ///
+    /// Never: the histogram resizes itself.
+    pub fn add(&mut self, took: Duration) {
+        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        let recorded = self.0.record(nanos.max(1));
+        recorded.expect("the histogram resizes itself");
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The value that `quantile` (0 to 1) of the operations did not exceed.
@@ -40,4 +78,22 @@ impl Timed {
     pub fn quantile(&self, quantile: f64) -> Duration {
         Duration::from_nanos(self.0.value_at_quantile(quantile))
     }
+}
+
+impl Default for Timed {
+    fn default() -> Self {
+        Self(Histogram::new(3).expect("three digits are supported"))
+    }
+}
+
+/// Time that this thread had a core, which others may share; without such a clock, time.
+#[must_use]
+pub fn on_core() -> Duration {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanos = stat.split(' ').next().and_then(|nanos| nanos.parse().ok());
+    nanos.map_or_else(
+        || START.get_or_init(Instant::now).elapsed(),
+        Duration::from_nanos,
+    )
 }

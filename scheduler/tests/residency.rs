@@ -8,7 +8,7 @@ use bytes::Bytes;
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::wire::work;
 use forebay_proto::{Incarnation, WorkerId};
-use forebay_scheduler::index::PrefixIndex;
+use forebay_scheduler::index::IndexWriter;
 use forebay_scheduler::residency::{
     Change, Cursor, Follower, Grade, MAX_CHUNKS, MAX_DELTA_BYTES, MAX_DELTAS, Next, Op, Publisher,
     Resync,
@@ -47,7 +47,7 @@ struct World {
     /// Of the start before, still under way somewhere.
     stray: Vec<Message>,
     follower: Follower,
-    index: PrefixIndex,
+    index: IndexWriter,
     /// Resident beside the universe, so that a snapshot has several pieces.
     base: u64,
 }
@@ -60,8 +60,8 @@ const fn incarnation(start: u32) -> Incarnation {
     }
 }
 
-fn fresh_index() -> PrefixIndex {
-    let mut index = PrefixIndex::default();
+fn fresh_index() -> IndexWriter {
+    let mut index = IndexWriter::default();
     (0..UNIVERSE).for_each(|chunk| index.store(OTHER, chunk, 7));
     index
 }
@@ -252,7 +252,7 @@ impl World {
         let mut hits = Vec::new();
         let mut held = Cache::new();
         for chunk in 0..UNIVERSE {
-            self.index.hits(&[chunk], &mut hits);
+            self.index.index().hits(&[chunk], &mut hits);
             let mut hits = hits.iter();
             held.extend(
                 hits.find(|hit| hit.worker == worker)
@@ -273,7 +273,7 @@ impl World {
         let Some(had) = self.told.get(&(cache, seq)) else {
             return Err(TestCaseError::fail(format!("never told: {cache}/{seq}")));
         };
-        prop_assert_eq!(self.index.len() as u64, had.len() as u64 + UNIVERSE);
+        prop_assert_eq!(self.index.index().len() as u64, had.len() as u64 + UNIVERSE);
         let of_universe = had.range(..UNIVERSE);
         let of_universe: Cache = of_universe
             .map(|(chunk, tokens)| (*chunk, *tokens))

@@ -18,7 +18,7 @@ use forebay_benches::bodies;
 use forebay_benches::fleets::{Fleet, world};
 use forebay_proto::{FingerprintKey, Now, WorkerId};
 use forebay_scheduler::fingerprint::{Endpoint, RenderProfile, Root, Settings, read};
-use forebay_scheduler::index::{Hit, PrefixIndex};
+use forebay_scheduler::index::{Hit, IndexWriter, PrefixIndex};
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Request};
 use rand::rngs::StdRng;
@@ -219,7 +219,7 @@ const CHUNKS: usize = 128;
 /// 200 workers and 100 families of prompts, each held by 40 of them up to a random depth.
 fn families() -> (PrefixIndex, Vec<Vec<u64>>) {
     let mut rng = StdRng::seed_from_u64(1);
-    let mut index = PrefixIndex::default();
+    let mut index = IndexWriter::default();
     let families: Vec<Vec<u64>> = (0..100)
         .map(|_| (0..CHUNKS).map(|_| rng.random()).collect())
         .collect();
@@ -232,7 +232,7 @@ fn families() -> (PrefixIndex, Vec<Vec<u64>>) {
             }
         }
     }
-    (index, families)
+    (index.index().clone(), families)
 }
 
 fn lookup(times: u32) {

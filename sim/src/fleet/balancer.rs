@@ -8,7 +8,7 @@ use forebay_proto::wire::fleet::Desired;
 use forebay_proto::wire::work::ResidencyDelta;
 use forebay_proto::{Incarnation, Now, WorkerId};
 use forebay_scheduler::asking::Asking;
-use forebay_scheduler::index::{Hit, PrefixIndex};
+use forebay_scheduler::index::{Hit, IndexWriter};
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{Policy, Request};
 use forebay_scheduler::residency::{Cursor, Follower, Next, Op};
@@ -39,7 +39,7 @@ pub(super) type Answer = (WorkerId, u32);
 
 pub(super) struct Balancer {
     view: View,
-    index: PrefixIndex,
+    index: IndexWriter,
     follows: Vec<Follow>,
     hits: Vec<Hit>,
     pub(super) asking: Asking,
@@ -53,7 +53,7 @@ impl Balancer {
         view.set_known(workers.iter().map(|worker| known(worker, kv_tokens)));
         let mut balancer = Self {
             view,
-            index: PrefixIndex::default(),
+            index: IndexWriter::default(),
             follows: Vec::new(),
             hits: Vec::new(),
             asking: Asking::default(),
@@ -147,13 +147,13 @@ impl Balancer {
             rng,
             ..
         } = self;
-        let conversation = index.conversation(&job.blocks, self.follows.len());
+        let conversation = index.index().conversation(&job.blocks, self.follows.len());
         let request = request(job, targets, hits, conversation, self.turn);
         view.best(now, &request, policy, count, rng)
     }
 
     fn look_up(&mut self, job: &Job, answers: &[Answer]) {
-        self.index.hits(&job.blocks, &mut self.hits);
+        self.index.index().hits(&job.blocks, &mut self.hits);
         for (worker, cached_tokens) in answers {
             self.hits.retain(|hit| hit.worker != *worker);
             self.hits.push(Hit {
@@ -176,7 +176,8 @@ impl Balancer {
     ) -> Result<(Choice, BookingId), NoChoice> {
         self.look_up(job, answers);
         let only: Vec<WorkerId> = answers.iter().map(|(worker, _)| *worker).collect();
-        let conversation = self.index.conversation(&job.blocks, self.follows.len());
+        let index = self.index.index();
+        let conversation = index.conversation(&job.blocks, self.follows.len());
         let request = Request {
             only: &only,
             ..request(job, targets, &self.hits, conversation, self.turn)
