@@ -211,9 +211,7 @@ async fn waiting_ends_at_the_pools_deadline() {
 
 #[tokio::test]
 async fn after_a_refusal_by_an_old_view_the_best_few_are_asked_and_who_answers_is_preferred() {
-    let mut setup = Setup::default();
-    setup.agents = 3;
-    let world = World::new(setup).await;
+    let world = World::with(3).await;
     *world.agents[2].quotes.lock() = Some(3);
     // On a busy machine an answer may come too late to be waited for.
     for _ in 0..20 {
