@@ -172,6 +172,7 @@ impl Exchange {
             attempt,
             must_queue,
             facts_revision: self.revision,
+            zone: self.zone.as_deref().unwrap_or_default().into(),
         };
         Frame::message(Kind::Place, &place)
     }
@@ -415,7 +416,7 @@ fn refusal(reason: work::RefusalReason) -> Ended {
     use work::RefusalReason as Reason;
     match reason {
         Reason::RefusalStaleView => Ended::Stale,
-        Reason::RefusalWrongModel => Ended::Refused { for_good: true },
+        Reason::RefusalWrongModel | Reason::RefusalWrongZone => Ended::Refused { for_good: true },
         Reason::RefusalInvalid => Ended::Hopeless(died()),
         Reason::RefusalUnspecified
         | Reason::RefusalFenced

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use forebay_proto::Incarnation;
 use forebay_proto::config::Pool;
 use forebay_scheduler::NoChoice;
+use forebay_scheduler::policy::Request;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
@@ -63,6 +64,8 @@ pub(crate) struct Exchange {
     /// Counts against the key's requests at once.
     pub(crate) _running: Running,
     pub(crate) tenant: Arc<str>,
+    /// Where the request must stay.
+    pub(crate) zone: Option<Arc<str>>,
     pub(crate) path: &'static str,
     pub(crate) head: Head,
     pub(crate) model: Arc<str>,
@@ -240,7 +243,11 @@ impl Exchange {
 
     /// When the first of the workers will have room, as far as is known.
     fn likely_wait(&self) -> Option<Duration> {
-        let wait = self.shared.dispatch().view().least_wait(&self.model)?;
+        let asked = Request {
+            zone: self.zone.as_deref(),
+            ..Request::of(&self.model)
+        };
+        let wait = self.shared.dispatch().view().least_wait(&asked)?;
         Some(wait.clamp(Duration::from_secs(1), LONGEST_RETRY))
     }
 
@@ -297,7 +304,7 @@ impl<'a> Waiting<'a> {
         joined
             .then_some(Self { shared, ask, woken })
             .ok_or_else(|| {
-                let wait = shared.dispatch().view().least_wait(&ask.model);
+                let wait = shared.dispatch().view().least_wait(&ask.request());
                 let wait = wait.map(|wait| wait.clamp(Duration::from_secs(1), LONGEST_RETRY));
                 full().after(wait)
             })

@@ -251,6 +251,7 @@ async fn place(
         tracked,
         request_id: id.into(),
         tenant: principal.tenant.clone(),
+        zone: principal.zone.clone(),
         path,
         model,
         pool: facts.fleet.pool(&pool_name),

@@ -151,6 +151,7 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     } = exchange.length(&hits);
     Sought {
         request_id: exchange.request_id.clone(),
+        zone: exchange.zone.clone(),
         policy: policy::named(&exchange.pool.policy).unwrap_or_else(policy::default),
         prompt_tokens,
         longer_tokens,

@@ -212,6 +212,34 @@ async fn a_key_may_be_for_some_models_only() {
 }
 
 #[tokio::test]
+async fn a_key_with_a_zone_is_served_there_and_nowhere_else_whatever_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut setup = Setup {
+        agents: 3,
+        zones: ["a", "b", "b"].map(String::from).to_vec(),
+        ..Setup::default()
+    };
+    setup.settings.any_key_tenant = None;
+    setup.settings.keys = Some(keys(dir.path(), "zone = \"a\"\n"));
+    let mut world = World::new(setup).await;
+    for _ in 0..10 {
+        assert_eq!(ask(&world, "").await.status, 200);
+    }
+    let placed = |agent: usize| world.agents[agent].placed.lock().clone();
+    assert_eq!(
+        (placed(0).len(), placed(1).len(), placed(2).len()),
+        (10, 0, 0)
+    );
+    assert!(placed(0).iter().all(|place| place.zone == "a"));
+    world.agents[0].closes();
+    let began = Instant::now();
+    while ask(&world, "").await.code() != (503, "no_capacity".into()) {
+        assert!(began.elapsed() < PATIENCE);
+    }
+    assert!(world.agents[1].placed.lock().is_empty());
+}
+
+#[tokio::test]
 async fn an_answer_that_fits_no_context_is_refused_before_a_worker_is_asked() {
     let world = World::with(1).await;
     let mut fleet = (*world.fleet.borrow().clone().unwrap()).clone();

@@ -43,6 +43,7 @@ pub(crate) struct Bound {
     context_ms: f64,
     worker: WorkerId,
     access: Access,
+    longest: f64,
 }
 
 impl Bound {
@@ -66,6 +67,7 @@ impl Bound {
             context_ms: outlook.context_ms,
             worker: standing.worker,
             access: standing.access,
+            longest: standing.longest,
         }
     }
 
@@ -103,8 +105,12 @@ impl View {
         let mut best = Score::WORST;
         // Whoever costs more is no tie however old the view of the best may be.
         let mut limit = f64::INFINITY;
-        for place in self.serving(request.model) {
+        let context_tokens = self.context_tokens(request);
+        for place in self.serving(request) {
             let bound = &self.bounds[*place];
+            if context_tokens > bound.longest {
+                continue;
+            }
             let silent = at.ms > bound.suspect_after_ms;
             if bound.access != Access::Open || silent || request.excludes(bound.worker) {
                 let full = bound.access == Access::Full && !silent;

@@ -175,25 +175,25 @@ impl View {
         best
     }
 
-    /// The shortest wait for a slot among workers that serve a model; `None`: none can be reached.
+    /// The shortest wait for a slot among workers that may serve a request; `None`: none can be reached.
     #[must_use]
-    pub fn least_wait(&self, model: &str) -> Option<Duration> {
-        let reachable = self.reachable(model);
+    pub fn least_wait(&self, request: &Request<'_>) -> Option<Duration> {
+        let reachable = self.reachable(request);
         reachable.map(|worker| worker.queueing().wait()).min()
     }
 
     /// Whether any worker is there to serve the request, now or once it has room.
     #[must_use]
-    pub fn has_capacity(&self, model: &str, tried: &[WorkerId]) -> bool {
-        self.reachable(model)
-            .any(|standing| !tried.contains(&standing.worker))
+    pub fn has_capacity(&self, request: &Request<'_>) -> bool {
+        self.reachable(request)
+            .any(|standing| !request.excludes(standing.worker))
     }
 
     /// Whether none of the only ones that a request may have takes anything now.
     #[must_use]
     pub fn is_closed(&self, now: Now, request: &Request<'_>) -> bool {
         let moment = Moment::of(now);
-        let mut serving = self.serving(request.model).iter();
+        let mut serving = self.serving(request).iter();
         !request.only.is_empty()
             && !serving.any(|place| {
                 let standing = &self.standings[*place];
@@ -202,8 +202,8 @@ impl View {
             })
     }
 
-    fn reachable(&self, model: &str) -> impl Iterator<Item = &Standing> {
-        let serving = self.serving(model).iter();
+    fn reachable(&self, request: &Request<'_>) -> impl Iterator<Item = &Standing> {
+        let serving = self.serving(request).iter();
         let standings = serving.map(|place| &self.standings[*place]);
         standings.filter(|standing| matches!(standing.access, Access::Open | Access::Full))
     }
@@ -216,8 +216,11 @@ impl View {
         policy: &dyn Policy,
         draws: &Draws,
     ) -> Result<(Decided, Field), NoChoice> {
-        if self.serving(request.model).is_empty() {
-            return Err(NoChoice::UnknownModel);
+        if self.serving(request).is_empty() {
+            return Err(match request.zone {
+                None => NoChoice::UnknownModel,
+                Some(_) => NoChoice::NoCapacity,
+            });
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.ranked.clear();
@@ -252,11 +255,13 @@ impl View {
     ) -> Field {
         let (mut held, mut field) = (Held::of(request), Field::default());
         let moment = Moment::of(now);
+        let context_tokens = self.context_tokens(request);
         scratch.candidates.clear();
         scratch.places.clear();
-        for place in self.serving(request.model) {
+        for place in self.serving(request) {
             let standing = &self.standings[*place];
-            let out = standing.suspect(moment) || request.excludes(standing.worker);
+            let short = context_tokens > standing.longest;
+            let out = short || standing.suspect(moment) || request.excludes(standing.worker);
             match standing.access {
                 Access::Open if !out => {
                     let cached = held.by(standing.worker);
@@ -298,7 +303,7 @@ impl View {
     ) -> Option<Decided> {
         let moment = Moment::of(now);
         places.clear();
-        places.extend(self.serving(request.model).iter().filter(|place| {
+        places.extend(self.serving(request).iter().filter(|place| {
             let standing = &self.standings[**place];
             let open = matches!(standing.access, Access::Open | Access::Full);
             open && standing.suspect(moment) && !request.excludes(standing.worker)

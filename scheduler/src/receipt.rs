@@ -74,6 +74,9 @@ pub struct Asked {
     pub turn: u64,
     /// Workers that were not to be asked again.
     pub tried: Vec<WorkerId>,
+    /// The zone that it had to stay in.
+    #[serde(default)]
+    pub zone: Option<String>,
 }
 
 /// Workers that serve the model and were not scored, each counted once.
@@ -85,6 +88,9 @@ pub struct Filtered {
     pub closed: usize,
     /// Already tried.
     pub tried: usize,
+    /// Their context is shorter than the prompt.
+    #[serde(default)]
+    pub short: usize,
     /// Not heard for too long.
     pub suspect: usize,
     /// Slots and queue are taken.
@@ -205,11 +211,15 @@ impl View {
 
     fn filtered(&self, now: Now, request: &Request<'_>) -> Filtered {
         let (mut filtered, moment) = (Filtered::default(), Moment::of(now));
-        for place in self.serving(request.model) {
+        let context_tokens = self.context_tokens(request);
+        for place in self.serving(request) {
             let standing = &self.standings[*place];
             match standing.access {
                 Access::Unreachable => filtered.unreachable += 1,
                 Access::Closed => filtered.closed += 1,
+                Access::Open | Access::Full if context_tokens > standing.longest => {
+                    filtered.short += 1;
+                }
                 Access::Open | Access::Full if request.excludes(standing.worker) => {
                     filtered.tried += 1;
                 }
@@ -278,7 +288,8 @@ impl Receipt {
 
     fn nobody(&self) -> NoChoice {
         let filtered = &self.filtered;
-        let there = filtered.unreachable + filtered.closed + filtered.tried + filtered.suspect;
+        let mut there = filtered.unreachable + filtered.closed + filtered.tried + filtered.suspect;
+        there += filtered.short + usize::from(self.asked.zone.is_some());
         match (filtered.full, there) {
             (0, 0) => NoChoice::UnknownModel,
             (0, _) => NoChoice::NoCapacity,
@@ -300,6 +311,7 @@ impl Asked {
             head: request.head,
             turn: request.turn,
             tried: request.tried.to_vec(),
+            zone: request.zone.map(str::to_owned),
         }
     }
 
@@ -307,6 +319,7 @@ impl Asked {
         Request {
             model: &self.model,
             tried: &self.tried,
+            zone: self.zone.as_deref(),
             only: &[],
             prompt_tokens: self.prompt_tokens,
             longer_tokens: self.longer_tokens,

@@ -58,6 +58,8 @@ pub(crate) struct Standing {
     kv_tokens: f64,
     recent: Recent,
     pub(crate) own_bookings: usize,
+    /// The longest context that it takes, in tokens.
+    pub(crate) longest: f64,
 }
 
 impl Standing {
@@ -117,6 +119,10 @@ impl Standing {
             kv_tokens,
             recent: worker.recent,
             own_bookings: worker.beyond.open,
+            longest: match worker.known.spec.max_context_tokens {
+                0 => f64::INFINITY,
+                tokens => f64::from(tokens),
+            },
         }
     }
 

@@ -14,8 +14,29 @@ use forebay_proto::{Incarnation, Now, WorkerId};
 use crate::load::Load;
 use crate::narrow::Bound;
 use crate::pick::{Scratch, Work};
+use crate::policy::Request;
 use crate::standing::{Moment, Standing};
 use crate::worker::{Booking, BookingId, Known, Worker};
+
+/// Workers that serve a model, or those of them in one zone.
+#[derive(Clone, Debug, Default)]
+struct Group {
+    /// In the view, by id.
+    places: Vec<usize>,
+    /// The longest context that one of them takes, in tokens.
+    longest: f64,
+    /// Empty in a zone's own.
+    zones: BTreeMap<String, Group>,
+}
+
+impl Group {
+    fn add(&mut self, place: usize, longest: f64) {
+        if self.places.last() != Some(&place) {
+            self.places.push(place);
+            self.longest = self.longest.max(longest);
+        }
+    }
+}
 
 /// All workers, as seen from one balancer. Bounded by the workers in the facts and the requests
 /// that the balancer has in flight.
@@ -26,8 +47,8 @@ pub struct View {
     /// Of each worker, in the same place.
     pub(crate) standings: Vec<Standing>,
     pub(crate) bounds: Vec<Bound>,
-    /// Places in `workers` of those that serve a model or adapter.
-    serving: BTreeMap<String, Vec<usize>>,
+    /// Those that serve a model or adapter.
+    serving: BTreeMap<String, Group>,
     next_booking: u64,
     /// The latest moment that it was told.
     now: Now,
@@ -57,9 +78,13 @@ impl View {
         self.serving.clear();
         for (at, worker) in self.workers.iter().enumerate() {
             for name in worker.known.names() {
+                let longest = self.standings[at].longest;
                 let serving = self.serving.entry(name.to_owned()).or_default();
-                if serving.last() != Some(&at) {
-                    serving.push(at);
+                serving.add(at, longest);
+                let zone = &worker.known.spec.zone;
+                if !zone.is_empty() {
+                    let zone = serving.zones.entry(zone.clone()).or_default();
+                    zone.add(at, longest);
                 }
             }
         }
@@ -201,9 +226,27 @@ impl View {
             .map(|worker| (&worker.known, worker.connected, worker.load.as_ref()))
     }
 
-    /// Places of those that serve a model or adapter, by id.
-    pub(crate) fn serving(&self, model: &str) -> &[usize] {
-        self.serving.get(model).map_or(&[], Vec::as_slice)
+    /// Places of those that serve what is asked for, where it may be served, by id.
+    pub(crate) fn serving(&self, request: &Request<'_>) -> &[usize] {
+        self.group(request).map_or(&[], |group| &group.places)
+    }
+
+    /// The context that a worker must take to be asked: none, if nobody takes the prompt. Its engine has a
+    /// word for that.
+    pub(crate) fn context_tokens(&self, request: &Request<'_>) -> f64 {
+        let longest = self.group(request).map_or(0.0, |group| group.longest);
+        if request.prompt_tokens > longest {
+            0.0
+        } else {
+            request.prompt_tokens
+        }
+    }
+
+    fn group(&self, request: &Request<'_>) -> Option<&Group> {
+        let group = self.serving.get(request.model)?;
+        request
+            .zone
+            .map_or(Some(group), |zone| group.zones.get(zone))
     }
 
     /// Time does not go back: returns the latest moment that was told.

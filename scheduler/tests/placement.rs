@@ -317,8 +317,91 @@ fn an_adapter_is_served_by_the_workers_that_have_it_and_by_no_other() {
         assert_eq!(choice.incarnation.worker, WorkerId(2));
     }
     assert!(view.models().contains_key("m-tuned"));
-    assert!(view.has_capacity("m-tuned", &[]));
-    assert!(!view.has_capacity("m-tuned", &[WorkerId(2)]));
+    let mut request = Request::of("m-tuned");
+    assert!(view.has_capacity(&request));
+    request.tried = &[WorkerId(2)];
+    assert!(!view.has_capacity(&request));
     let unknown = view.pick(at(0), &Request::of("m-other"), policy::default(), &mut rng);
     assert_eq!(unknown.unwrap_err(), NoChoice::UnknownModel);
+}
+
+#[test]
+fn a_request_that_must_stay_in_a_zone_goes_nowhere_else() {
+    let mut view = View::default();
+    let zones = ["a", "b", ""];
+    let workers = (1..).zip(zones).map(|(id, zone)| {
+        let mut known = known(id, "m", 4);
+        known.spec.zone = zone.into();
+        known
+    });
+    view.set_known(workers);
+    for worker in [1, 2, 3] {
+        assert!(view.connected(at(0), incarnation(worker, 1)));
+        assert!(view.report(at(0), load(worker, 1, 0, 0, 4)));
+    }
+    let mut rng = StdRng::seed_from_u64(7);
+    for policy in policy::ALL {
+        for (zone, worker) in [("a", 1), ("b", 2)] {
+            let request = Request {
+                zone: Some(zone),
+                ..Request::of("m")
+            };
+            let choice = view.pick(at(0), &request, policy, &mut rng).unwrap();
+            assert_eq!(
+                choice.incarnation.worker,
+                WorkerId(worker),
+                "{}",
+                policy.name()
+            );
+        }
+        // No zone is none of them, and nobody is in c.
+        for zone in ["", "c"] {
+            let request = Request {
+                zone: Some(zone),
+                ..Request::of("m")
+            };
+            assert!(!view.has_capacity(&request));
+            let nobody = view.pick(at(0), &request, policy, &mut rng);
+            assert_eq!(nobody.unwrap_err(), NoChoice::NoCapacity);
+        }
+    }
+}
+
+#[test]
+fn a_prompt_goes_to_workers_that_take_so_long_a_context_and_else_to_whoever_says_so() {
+    let mut view = View::default();
+    let contexts = [8_000, 32_000, 0];
+    let workers = |contexts: &[u32]| {
+        let workers = (1..).zip(contexts).map(|(id, tokens)| {
+            let mut known = known(id, "m", 4);
+            known.spec.max_context_tokens = *tokens;
+            known
+        });
+        workers.collect::<Vec<_>>()
+    };
+    view.set_known(workers(&contexts));
+    for worker in [1, 2, 3] {
+        assert!(view.connected(at(0), incarnation(worker, 1)));
+        assert!(view.report(at(0), load(worker, 1, 0, 0, 4)));
+    }
+    let mut rng = StdRng::seed_from_u64(7);
+    let mut went = |view: &mut View, prompt_tokens: f64| {
+        let mut went = std::collections::BTreeSet::new();
+        for policy in [policy::default(), policy::named("random").unwrap()] {
+            for _ in 0..40 {
+                let request = Request {
+                    prompt_tokens,
+                    ..Request::of("m")
+                };
+                let choice = view.pick(at(0), &request, policy, &mut rng).unwrap();
+                went.insert(choice.incarnation.worker.0);
+            }
+        }
+        went.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(went(&mut view, 8_000.0), [1, 2, 3]);
+    assert_eq!(went(&mut view, 9_000.0), [2, 3]);
+    assert_eq!(went(&mut view, 40_000.0), [3]);
+    view.set_known(workers(&contexts[..2]));
+    assert_eq!(went(&mut view, 40_000.0), [1, 2], "an engine has to say it");
 }

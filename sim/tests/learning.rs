@@ -189,6 +189,7 @@ impl Pair {
             max_tokens: output_tokens,
             stream: true,
             cache_salt: None,
+            zone: None,
         };
         let admitted = self.core.place(now, &offer).unwrap();
         let queueing = Queueing {

@@ -55,6 +55,7 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         max_tokens: place.max_tokens,
         stream: place.stream,
         cache_salt: Some(place.cache_salt).filter(|salt| !salt.is_empty()),
+        zone: Some(place.zone).filter(|zone| !zone.is_empty()),
     })
 }
 
@@ -127,6 +128,7 @@ pub(crate) fn refused(refused: &Refused) -> Frame {
         RefusalReason::Deadline => Wire::RefusalDeadline,
         RefusalReason::BodyBudget => Wire::RefusalBodyBudget,
         RefusalReason::Invalid => Wire::RefusalInvalid,
+        RefusalReason::WrongZone => Wire::RefusalWrongZone,
     };
     let refused = work::Refused {
         reason: reason.into(),

@@ -173,6 +173,7 @@ async fn every_refusal_comes_before_the_body_and_says_why() {
     check(R::RefusalInvalid, &|p| p.incarnation = None).await;
     check(R::RefusalInvalid, &|p| p.path = "/metrics".into()).await;
     check(R::RefusalWrongModel, &|p| p.model = "n".into()).await;
+    check(R::RefusalWrongZone, &|p| p.zone = "b".into()).await;
     check(R::RefusalDeadline, &|p| p.deadline_ms = 0).await;
     check(R::RefusalBodyBudget, &|p| p.body_bytes = (1 << 20) + 1).await;
     let _running = balancer.place(&chat(true, 1_000)).await;

@@ -20,6 +20,8 @@ pub(crate) struct Principal {
     pub(crate) debug: bool,
     /// Models that it may ask; empty: all.
     models: Arc<[String]>,
+    /// The zone that its requests must stay in.
+    pub(crate) zone: Option<Arc<str>>,
     pub(crate) meter: Arc<Meter>,
 }
 
@@ -78,6 +80,7 @@ struct Entry {
     debug: bool,
     #[serde(default)]
     models: Vec<String>,
+    zone: Option<String>,
     requests_per_minute: Option<u32>,
     max_parallel: Option<u32>,
 }
@@ -91,6 +94,7 @@ impl Keys {
                 tenant: tenant.into(),
                 debug: true,
                 models: Arc::default(),
+                zone: None,
                 meter: Arc::default(),
             }),
         }
@@ -115,6 +119,10 @@ impl Keys {
                 .ok_or_else(|| wrong(format!("keys[{i}].sha256 is not 64 hex digits")))?;
             forebay_proto::ids::check_name("tenant", &entry.tenant)
                 .map_err(|_| wrong(format!("keys[{i}].tenant is not a name")))?;
+            if entry.zone.as_deref() == Some("") {
+                let problem = format!("keys[{i}].zone is empty: leave it out for any zone");
+                return Err(wrong(problem));
+            }
             if entry.requests_per_minute == Some(0) || entry.max_parallel == Some(0) {
                 let problem = format!("keys[{i}] may ask nothing: a limit of 0 is none");
                 return Err(wrong(problem));
@@ -123,6 +131,7 @@ impl Keys {
                 tenant: entry.tenant.into(),
                 debug: entry.debug,
                 models: entry.models.into(),
+                zone: entry.zone.map(Into::into),
                 meter: Meter::new(Allowance {
                     requests_per_minute: entry.requests_per_minute,
                     max_parallel: entry.max_parallel,
@@ -273,6 +282,12 @@ mod tests {
         let principal = keys(&text).unwrap().principal(Some(b"Bearer k")).unwrap();
         assert!(principal.may_ask("m") && !principal.may_ask("n"));
         assert!(Keys::anyone("dev").principal(None).unwrap().may_ask("n"));
+        assert_eq!(principal.zone, None);
+        let pinned = keys(&format!("{text}zone = \"eu\"\n")).unwrap();
+        let pinned = pinned.principal(Some(b"Bearer k")).unwrap();
+        assert_eq!(pinned.zone.as_deref(), Some("eu"));
+        let nowhere = keys(&format!("{text}zone = \"\"\n")).unwrap_err();
+        assert!(nowhere.contains("keys[0].zone is empty"));
         let none = format!("{text}requests_per_minute = 0\n");
         assert!(keys(&none).unwrap_err().contains("keys[0] may ask nothing"));
     }

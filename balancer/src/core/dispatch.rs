@@ -54,6 +54,8 @@ pub(crate) struct Ask {
 /// What a request asks of a worker beyond its model.
 pub(crate) struct Sought {
     pub(crate) request_id: Arc<str>,
+    /// Where it must stay.
+    pub(crate) zone: Option<Arc<str>>,
     pub(crate) policy: &'static dyn Policy,
     pub(crate) prompt_tokens: f64,
     /// How much longer it may be, at the 0.95 quantile.
@@ -71,6 +73,7 @@ impl Default for Sought {
     fn default() -> Self {
         Self {
             request_id: Arc::default(),
+            zone: None,
             policy: policy::default(),
             prompt_tokens: 0.0,
             longer_tokens: 0.0,
@@ -83,10 +86,24 @@ impl Default for Sought {
     }
 }
 
+impl Ask {
+    /// Whoever has room for this one has room for the other, who may not overtake it.
+    fn competes_with(&self, other: &Self) -> bool {
+        let zone = &self.sought.zone;
+        self.model == other.model && (zone.is_none() || *zone == other.sought.zone)
+    }
+
+    /// What is asked, whoever has been tried.
+    pub(crate) fn request(&self) -> Request<'_> {
+        self.sought.request(&self.model, &[], 0)
+    }
+}
+
 impl Sought {
     fn request<'a>(&'a self, model: &'a str, tried: &'a [WorkerId], turn: u64) -> Request<'a> {
         Request {
             tried,
+            zone: self.zone.as_deref(),
             prompt_tokens: self.prompt_tokens,
             longer_tokens: self.longer_tokens,
             targets: self.targets,
@@ -257,11 +274,14 @@ impl<L: Clone, W> Dispatch<L, W> {
             queue
                 .iter()
                 .take_while(|waiter| waiter.ask.ticket < ask.ticket)
-                .any(|waiter| waiter.ask.model == ask.model)
+                .any(|waiter| waiter.ask.competes_with(ask))
         });
         if ahead {
             // Waiting helps nobody where there is nobody to wait for.
-            let capacity = self.view.has_capacity(&ask.model, &self.tried(ask));
+            let tried = self.tried(ask);
+            let capacity = self
+                .view
+                .has_capacity(&ask.sought.request(&ask.model, &tried, 0));
             return Err(if capacity {
                 NoChoice::Busy
             } else {
@@ -338,7 +358,7 @@ impl<L: Clone, W> Dispatch<L, W> {
                     }
                     Err(_) => {
                         // One that avoids some workers says nothing about the rest.
-                        if ask.tried.is_empty() {
+                        if ask.tried.is_empty() && ask.sought.zone.is_none() {
                             without_room.push(ask.model);
                         }
                         at += 1;

@@ -57,6 +57,8 @@ pub struct Setup {
     pub key: Option<FingerprintKey>,
     /// What each agent serves beside its model.
     pub adapters: Vec<String>,
+    /// Where they are, in turn; none: nobody said.
+    pub zones: Vec<String>,
 }
 
 impl Default for Setup {
@@ -71,6 +73,7 @@ impl Default for Setup {
             settings,
             key: None,
             adapters: Vec::new(),
+            zones: Vec::new(),
         }
     }
 }
@@ -104,6 +107,9 @@ impl World {
                 let name = format!("w{id}");
                 let mut agent = agent(&load(Role::Agent, &name), &name, id, setup.slots, &next);
                 agent.known.spec.adapters = setup.adapters.clone();
+                if let Some(zone) = setup.zones.get(id - 1) {
+                    agent.known.spec.zone.clone_from(zone);
+                }
                 agent
             })
             .collect();

@@ -67,6 +67,9 @@ struct HashArgs {
     /// A model that it may ask, repeatable. Default: all.
     #[arg(long = "model", value_name = "NAME")]
     models: Vec<String>,
+    /// The zone that its requests must stay in. Default: any.
+    #[arg(long, value_name = "ZONE")]
+    zone: Option<String>,
     /// Requests that it may ask in a minute, of each balancer. Default: any number.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     requests_per_minute: Option<u32>,
@@ -85,6 +88,8 @@ struct Hashed {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     models: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    zone: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     requests_per_minute: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_parallel: Option<u32>,
@@ -99,6 +104,9 @@ impl Hashed {
             // JSON's strings without control characters are TOML's.
             let models = serde_json::Value::from(self.models.as_slice());
             entry += &format!("\nmodels = {models}");
+        }
+        if let Some(zone) = &self.zone {
+            entry += &format!("\nzone = {}", serde_json::Value::from(zone.as_str()));
         }
         let limits = [
             ("requests_per_minute", self.requests_per_minute),
@@ -184,6 +192,7 @@ fn hash_one(args: HashArgs) -> Result<(), CliError> {
         sha256: hash(&text).map_err(CliError::usage)?,
         tenant: args.tenant,
         models: args.models,
+        zone: args.zone,
         requests_per_minute: args.requests_per_minute,
         max_parallel: args.max_parallel,
     };
@@ -219,16 +228,19 @@ mod tests {
             sha256: "00".into(),
             tenant: "a".into(),
             models: Vec::new(),
+            zone: None,
             requests_per_minute: None,
             max_parallel: None,
         };
         assert_eq!(hashed.entry().lines().count(), 3);
         hashed.models = vec!["a/\"b\\".into(), "c".into()];
+        hashed.zone = Some("eu-1".into());
         hashed.requests_per_minute = Some(60);
         hashed.max_parallel = Some(5);
         let entry: toml::Table = toml::from_str(&hashed.entry()).unwrap();
         let key = entry["keys"][0].as_table().unwrap();
         assert_eq!(key["models"][0].as_str(), Some("a/\"b\\"));
+        assert_eq!(key["zone"].as_str(), Some("eu-1"));
         assert_eq!(key["requests_per_minute"].as_integer(), Some(60));
         assert_eq!(key["max_parallel"].as_integer(), Some(5));
     }

@@ -44,6 +44,8 @@ pub struct Request<'a> {
     pub model: &'a str,
     /// Workers that are not to be asked again.
     pub tried: &'a [WorkerId],
+    /// The zone that it must stay in.
+    pub zone: Option<&'a str>,
     /// The only ones that may be; empty: anyone.
     pub only: &'a [WorkerId],
     /// Length of the prompt, as far as it is known.
@@ -69,6 +71,7 @@ impl<'a> Request<'a> {
         Self {
             model,
             tried: &[],
+            zone: None,
             only: &[],
             prompt_tokens: 0.0,
             longer_tokens: 0.0,

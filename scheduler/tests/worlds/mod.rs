@@ -107,6 +107,7 @@ impl World {
         Request {
             model: "m",
             tried: &self.tried,
+            zone: None,
             only: &[],
             prompt_tokens: self.prompt_tokens,
             longer_tokens: self.prompt_tokens * (self.turn % 3) as f64 * 0.1,

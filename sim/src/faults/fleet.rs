@@ -291,6 +291,7 @@ impl World {
             max_tokens: 10,
             stream: true,
             cache_salt: None,
+            zone: None,
         };
         let (said, load) = match core.place(now, &offer) {
             Ok(admitted) => {

@@ -344,6 +344,7 @@ pub(super) fn offer(job: &Job, block_tokens: u32, incarnation: Incarnation) -> O
         max_tokens: 0,
         stream: true,
         cache_salt: None,
+        zone: None,
     }
 }
 

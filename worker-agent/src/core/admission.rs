@@ -40,6 +40,8 @@ pub struct Offer {
     pub stream: bool,
     /// The isolation scope, for the engine's cache.
     pub cache_salt: Option<String>,
+    /// The zone that it must stay in.
+    pub zone: Option<String>,
 }
 
 /// Why a placement was not taken. Nothing was started.
@@ -65,11 +67,13 @@ pub enum RefusalReason {
     BodyBudget,
     /// The header does not say what it must.
     Invalid,
+    /// It must stay in another zone.
+    WrongZone,
 }
 
 impl RefusalReason {
     /// Every reason, for metrics and tests.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Fenced,
         Self::Cordoned,
         Self::Draining,
@@ -80,6 +84,7 @@ impl RefusalReason {
         Self::Deadline,
         Self::BodyBudget,
         Self::Invalid,
+        Self::WrongZone,
     ];
 
     /// Its name in metrics.
@@ -96,6 +101,7 @@ impl RefusalReason {
             Self::Deadline => "deadline",
             Self::BodyBudget => "body_budget",
             Self::Invalid => "invalid",
+            Self::WrongZone => "wrong_zone",
         }
     }
 }
@@ -230,6 +236,9 @@ impl Core {
         }
         if !self.models.contains(&offer.model) {
             return Some(R::WrongModel);
+        }
+        if offer.zone.as_ref().is_some_and(|zone| *zone != self.zone) {
+            return Some(R::WrongZone);
         }
         if offer.deadline.is_zero() {
             return Some(R::Deadline);

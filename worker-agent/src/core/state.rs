@@ -62,6 +62,8 @@ pub struct Core {
     pub(super) settings: Settings,
     pub(super) incarnation: Incarnation,
     pub(super) models: Arc<[String]>,
+    /// Where it is; empty: nobody said.
+    pub(super) zone: String,
     engine: EngineState,
     wanted: Option<Wanted>,
     stopping: bool,
@@ -101,6 +103,7 @@ impl Core {
             settings,
             incarnation,
             models: Arc::default(),
+            zone: String::new(),
             engine: EngineState::Unknown,
             wanted: None,
             stopping: false,
@@ -321,6 +324,13 @@ impl Core {
         }
         self.note(before);
         continuity
+    }
+
+    /// Where this worker is, as it declares itself.
+    #[must_use]
+    pub fn in_zone(mut self, zone: &str) -> Self {
+        zone.clone_into(&mut self.zone);
+        self
     }
 
     /// The engine answers, with these models.

@@ -47,6 +47,7 @@ pub(super) fn offer() -> Offer {
         max_tokens: 0,
         stream: true,
         cache_salt: None,
+        zone: None,
     }
 }
 

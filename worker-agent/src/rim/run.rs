@@ -129,6 +129,7 @@ impl Agent {
         let setup = Setup {
             incarnation,
             settings: checked.settings,
+            zone: config.zone.clone(),
             engine: checked.engine.clone(),
             patience: Patience::default(),
             adapter: Adapter::of(&config.engine_kind),

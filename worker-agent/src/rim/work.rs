@@ -68,6 +68,8 @@ pub struct Setup {
     pub incarnation: Incarnation,
     /// Slots, queue and body budget.
     pub settings: Settings,
+    /// Where the worker is; empty: nobody said.
+    pub zone: String,
     /// The engine beside this agent.
     pub engine: EngineAddress,
     /// How long it waits for others.
@@ -114,6 +116,7 @@ impl Work {
         let Setup {
             incarnation,
             settings,
+            zone,
             engine,
             patience,
             adapter,
@@ -121,7 +124,7 @@ impl Work {
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
         let slots = usize::try_from(settings.slots).unwrap_or(usize::MAX);
-        let mut core = Core::new(settings, incarnation, rand::random());
+        let mut core = Core::new(settings, incarnation, rand::random()).in_zone(&zone);
         if let Some(kept) = map.as_ref().and_then(map::read) {
             core.recall(kept);
         }

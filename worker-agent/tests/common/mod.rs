@@ -209,6 +209,7 @@ impl Agent {
                 kv_tokens: 100_000,
                 profile: None,
             },
+            zone: "a".into(),
             engine: format!("http://{engine}").parse().unwrap(),
             patience: Patience::default(),
             adapter: Adapter::Vllm,
