@@ -16,9 +16,6 @@ const WORKERS: u32 = 4;
 /// that two cores are far from busy, and an iteration is long beside what sockets take.
 const ENGINE_SPEED: f64 = 2.0;
 const KV_TOKENS: u64 = 3_000_000;
-/// Between what an agent makes of many changes (20 ms) and the longest that it is silent at work
-/// (100 ms).
-const STALENESS: Duration = Duration::from_millis(40);
 /// Of the emulated engine's cache.
 const ENGINE_BLOCK: u32 = 16;
 /// Chance alone moves simulated figures by so much; the mean of these is compared.
@@ -136,7 +133,7 @@ fn simulated(trace: Trace) -> Figures {
     let load = Workload::new(&in_engine_blocks(trace));
     let setup = Setup {
         workers: WORKERS,
-        reports: Reports::Every(STALENESS),
+        reports: Reports::Deployed,
         profile: Profile::default().at_speed(ENGINE_SPEED),
         kv_tokens: KV_TOKENS,
         // The arrivals are those of the trace.
