@@ -94,6 +94,15 @@ impl Listed {
         }
     }
 
+    /// The balancer used this worker and was told its state with the answer: a quote, a refusal, the end of
+    /// a placement.
+    pub(super) fn answered(&self, now: Now) {
+        if let Some(to) = self.links.0.lock().links.get_mut(&self.key) {
+            to.cadence.used(now);
+            to.unseen = 0;
+        }
+    }
+
     pub(super) const fn key(&self) -> u64 {
         self.key
     }

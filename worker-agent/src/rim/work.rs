@@ -527,11 +527,12 @@ async fn serve(link: Link, shared: Arc<Shared>) {
                 }
                 Err(closed) => break closed,
             },
-            Some(_) = placements.join_next() => listed.used(shared.now()),
+            Some(_) = placements.join_next() => listed.answered(shared.now()),
             asked = link.read_datagram() => match asked {
                 Ok(frame) => {
-                    listed.used(shared.now());
-                    answer(&shared, &link, &frame);
+                    if answer(&shared, &link, &frame) {
+                        listed.answered(shared.now());
+                    }
                 }
                 Err(closed) => break closed,
             },
@@ -540,15 +541,16 @@ async fn serve(link: Link, shared: Arc<Shared>) {
     tracing::info!(?link, %closed, "a balancer is gone");
 }
 
-/// Says what a request would meet; whatever else comes as a datagram is passed over.
-fn answer(shared: &Shared, link: &Link, frame: &Frame) {
+/// Says what a request would meet; `false` for any other datagram, which is passed over.
+fn answer(shared: &Shared, link: &Link, frame: &Frame) -> bool {
     if frame.kind != Kind::Question {
-        return;
+        return false;
     }
     let Some((id, question)) = wire::question(frame) else {
-        return;
+        return false;
     };
     let quote = shared.with(|core, now| core.quote(now, &question));
     // One that is lost is not waited for.
     let _ = link.send_datagram(&wire::quote(id, &quote));
+    true
 }
