@@ -16,10 +16,9 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use forebay_benches::fleets::{Fleet, world};
+use forebay_benches::fleets::{Fleet, held_by_a_tenth, world};
 use forebay_benches::{Timed, on_core};
 use forebay_proto::{Now, WorkerId};
-use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Policy, Request};
 use forebay_scheduler::{Versions, Work};
@@ -55,14 +54,7 @@ unsafe impl GlobalAlloc for Counting {
 fn row(name: &str, policy: &dyn Policy, workers: u32, fleet: Fleet, targets: Targets) {
     let mut rng = StdRng::seed_from_u64(1);
     let mut view = world(workers, fleet, &mut rng);
-    let hits: Vec<Hit> = (1..=workers)
-        .step_by(10)
-        .map(|worker| Hit {
-            worker: WorkerId(worker),
-            chunks: 10,
-            tokens: rng.random_range(64..4_000),
-        })
-        .collect();
+    let hits = held_by_a_tenth(workers, &mut rng);
     let prompts: Vec<f64> = (0..1_024)
         .map(|_| rng.random_range(1.0..16_000.0))
         .collect();

@@ -5,6 +5,7 @@ use std::time::Duration;
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
+use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::{Backlog, Profile, Residuals};
 use forebay_scheduler::{Acceptance, Known, Load, View, Work};
 use rand::Rng;
@@ -90,4 +91,16 @@ pub fn world(workers: u32, fleet: Fleet, rng: &mut StdRng) -> View {
         }
     }
     view
+}
+
+/// A part of a prompt, held by every tenth worker.
+pub fn held_by_a_tenth(workers: u32, rng: &mut StdRng) -> Vec<Hit> {
+    (1..=workers)
+        .step_by(10)
+        .map(|worker| Hit {
+            worker: WorkerId(worker),
+            chunks: 10,
+            tokens: rng.random_range(64..4_000),
+        })
+        .collect()
 }

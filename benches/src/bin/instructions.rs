@@ -15,10 +15,10 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use forebay_benches::bodies;
-use forebay_benches::fleets::{Fleet, world};
+use forebay_benches::fleets::{Fleet, held_by_a_tenth, world};
 use forebay_proto::{FingerprintKey, Now, WorkerId};
 use forebay_scheduler::fingerprint::{Endpoint, RenderProfile, Root, Settings, read};
-use forebay_scheduler::index::{Hit, IndexWriter, PrefixIndex};
+use forebay_scheduler::index::{IndexWriter, PrefixIndex};
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Request};
 use rand::rngs::StdRng;
@@ -260,14 +260,7 @@ fn lookup_in_vain(times: u32) {
 fn decision(workers: u32, times: u32) {
     let mut rng = StdRng::seed_from_u64(1);
     let mut view = world(workers, Fleet::Busy, &mut rng);
-    let hits: Vec<Hit> = (1..=workers)
-        .step_by(10)
-        .map(|worker| Hit {
-            worker: WorkerId(worker),
-            chunks: 10,
-            tokens: rng.random_range(64..4_000),
-        })
-        .collect();
+    let hits = held_by_a_tenth(workers, &mut rng);
     let (now, policy) = (Now::at(Duration::from_millis(100)), policy::default());
     let mut turn = 0;
     repeat(times, || {
