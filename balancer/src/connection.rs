@@ -58,8 +58,8 @@ where
             }
         })
     };
-    let builder = builder(limits.header);
-    let socket = TokioIo::new(Socket::new(stream, limits));
+    let builder = builder();
+    let socket = TokioIo::new(Socket::new(stream, limits, usage.clone()));
     let mut connection = pin!(builder.serve_connection(socket, service));
     let mut idle = pin!(usage.idle(limits.idle));
     let mut leaving = false;
@@ -87,12 +87,13 @@ where
     }
 }
 
-fn builder(header: Duration) -> auto::Builder<TokioExecutor> {
+fn builder() -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(header)
+        // It would count the pause between two requests too: the socket keeps this deadline.
+        .header_read_timeout(None)
         .max_buf_size(MAX_HEAD_BYTES as usize);
     builder
         .http2()
@@ -117,22 +118,27 @@ async fn asked(draining: &mut watch::Receiver<bool>) {
 
 /// How a connection is used.
 #[derive(Default)]
-struct Usage {
+pub(crate) struct Usage {
     running: AtomicUsize,
     begun: AtomicU64,
 }
 
 impl Usage {
-    fn running(&self) -> usize {
+    pub(crate) fn running(&self) -> usize {
         self.running.load(Ordering::Relaxed)
+    }
+
+    /// Requests whose heads are whole, since the connection's beginning.
+    pub(crate) fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// Ends when there was no request for `patience`, at the latest after twice as long.
     async fn idle(&self, patience: Duration) {
         loop {
-            let before = self.begun.load(Ordering::Relaxed);
+            let (before, idle) = (self.begun(), self.running() == 0);
             sleep(patience).await;
-            if self.running() == 0 && self.begun.load(Ordering::Relaxed) == before {
+            if idle && self.begun() == before {
                 return;
             }
         }

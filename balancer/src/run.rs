@@ -27,13 +27,14 @@ pub struct Limits {
     /// From the connection to the end of the TLS handshake, and from there to enough bytes to know
     /// the protocol.
     pub first_bytes: Duration,
-    /// From one request's end to the end of the next one's head.
+    /// From the first byte of a request's head to its last, over HTTP/1.
     pub header: Duration,
     /// Longest wait for the next byte of a body.
     pub body_pause: Duration,
     /// How long a client may take no byte.
     pub stall: Duration,
-    /// An h2 connection without a request ends after this long, at the latest after twice as long.
+    /// A connection without a request ends after this long, at the latest after twice as long: later
+    /// than proxies and clients give up theirs, whose next request would meet its end.
     pub idle: Duration,
 }
 
@@ -45,7 +46,7 @@ impl Default for Limits {
             header: Duration::from_secs(10),
             body_pause: Duration::from_secs(10),
             stall: Duration::from_secs(30),
-            idle: Duration::from_secs(60),
+            idle: Duration::from_secs(75),
         }
     }
 }

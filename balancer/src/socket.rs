@@ -1,13 +1,14 @@
 //! A client's connection, with the deadlines that HTTP itself does not keep.
 //!
-//! Nothing is said for too long before a request line, or nothing is taken for too long: the
-//! connection ends. And after an answer that came before the request was read to its end, the rest
+//! Nothing is said for too long after the connection's beginning, a request's head does not become
+//! whole, or nothing is taken for too long: the connection ends. And after an answer that came before the request was read to its end, the rest
 //! is read and thrown away for a moment: closing at once would reset the connection, and the client
 //! might never see the answer.
 #![allow(clippy::disallowed_methods)] // the rim: this is where time passes
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::Limits;
+use crate::connection::Usage;
 
 /// How long, and how much, is read after the last answer.
 const LINGER: Duration = Duration::from_secs(1);
@@ -27,11 +29,21 @@ pub(crate) struct Socket<S> {
     opening: Option<Pin<Box<Sleep>>>,
     preface_seen: usize,
     head: Head,
+    /// How long a head may take from its first byte, and that of an HTTP/1 head which has begun.
+    header: Duration,
+    begun: Option<Begun>,
+    usage: Arc<Usage>,
     /// How long the client may take no byte.
     patience: Duration,
     /// While the client takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
     lingering: Option<(Pin<Box<Sleep>>, usize)>,
+}
+
+/// A head that has begun to come: it is whole when its request is counted.
+struct Begun {
+    requests_before: u64,
+    until: Pin<Box<Sleep>>,
 }
 
 /// The first head of an HTTP/1 connection, as far as it has come.
@@ -68,12 +80,15 @@ impl Head {
 }
 
 impl<S> Socket<S> {
-    pub(crate) fn new(inner: S, limits: Limits) -> Self {
+    pub(crate) fn new(inner: S, limits: Limits, usage: Arc<Usage>) -> Self {
         Self {
             inner,
             opening: Some(Box::pin(sleep(limits.first_bytes))),
             preface_seen: 0,
             head: Head::default(),
+            header: limits.header,
+            begun: None,
+            usage,
             patience: limits.stall,
             stalled: None,
             lingering: None,
@@ -92,6 +107,21 @@ impl<S> Socket<S> {
         if common < bytes.len() || self.preface_seen == PREFACE.len() {
             self.opening = None;
         }
+    }
+
+    /// Whether a head that has begun is late. Between requests nothing is: a client may keep its
+    /// connection.
+    fn is_late(&mut self, read: usize, context: &mut Context<'_>) -> bool {
+        let requests = self.usage.begun();
+        self.begun.take_if(|begun| begun.requests_before != requests);
+        if read > 0 && self.begun.is_none() && self.usage.running() == 0 {
+            self.begun = Some(Begun {
+                requests_before: requests,
+                until: Box::pin(sleep(self.header)),
+            });
+        }
+        let begun = self.begun.as_mut();
+        begun.is_some_and(|begun| begun.until.as_mut().poll(context).is_ready())
     }
 
     fn watch_writes<T>(
@@ -127,8 +157,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
             }
             self.opened_by(&buffer.filled()[before..]);
         }
-        if self.preface_seen < PREFACE.len() && !self.head.take(&buffer.filled()[before..]) {
-            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        if self.preface_seen < PREFACE.len() {
+            if !self.head.take(&buffer.filled()[before..]) {
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            }
+            if self.is_late(buffer.filled().len() - before, context) {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
         }
         read
     }

@@ -135,3 +135,32 @@ async fn a_connection_that_does_not_say_what_it_speaks_is_closed() {
     client.chat(false).await;
     assert_eq!(client.answer().await.body, WHOLE);
 }
+
+#[tokio::test]
+async fn a_head_has_to_become_whole_and_the_pause_before_it_is_the_clients() {
+    let world = world(|limits| limits.header = SHORT).await;
+    let mut client = world.client().await;
+    for _ in 0..2 {
+        client.chat(false).await;
+        assert_eq!(client.answer().await.body, WHOLE);
+        tokio::time::sleep(SHORT * 2).await;
+    }
+    let began = Instant::now();
+    client.send("POST /v1/chat/completions HTTP/1.1\r\n").await;
+    assert!(client.is_closed().await);
+    let took = began.elapsed();
+    assert!((SHORT..SOON).contains(&took), "{took:?}");
+}
+
+#[tokio::test]
+async fn an_http1_connection_that_nobody_uses_ends() {
+    let world = world(|limits| limits.idle = SHORT).await;
+    let mut client = world.client().await;
+    world.next(&[Act::Slow(SHORT * 4)]);
+    client.chat(false).await;
+    assert_eq!(client.answer().await.body, WHOLE);
+    let began = Instant::now();
+    assert!(client.is_closed().await);
+    let took = began.elapsed();
+    assert!((SHORT..SOON).contains(&took), "{took:?}");
+}
