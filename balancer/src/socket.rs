@@ -113,7 +113,8 @@ impl<S> Socket<S> {
     /// connection.
     fn is_late(&mut self, read: usize, context: &mut Context<'_>) -> bool {
         let requests = self.usage.begun();
-        self.begun.take_if(|begun| begun.requests_before != requests);
+        self.begun
+            .take_if(|begun| begun.requests_before != requests);
         if read > 0 && self.begun.is_none() && self.usage.running() == 0 {
             self.begun = Some(Begun {
                 requests_before: requests,

@@ -24,7 +24,7 @@ mod view;
 mod wait;
 mod worker;
 
-pub use lineup::{Lineup, NOMINAL_TARGET, SECOND_CHANCE};
+pub use lineup::{Lineup, NOMINAL_TARGET, second_chance_ms};
 pub use load::{Acceptance, Load, LoadError};
 pub use pick::{Choice, Draws, NoChoice, Work};
 pub use receipt::{Asked, Considered, Filtered, MOST_CONSIDERED, Outcome, Receipt, Versions};

@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 
 /// The target of what was promised nothing.
 pub const NOMINAL_TARGET: Duration = Duration::from_secs(10);
-/// How much later the second target of what missed its first is.
-pub const SECOND_CHANCE: Duration = Duration::from_secs(10);
+/// How much later than its first the second target of what is late may be, at most.
+const SECOND_CHANCE: Duration = Duration::from_secs(10);
+/// And in times what it was promised, or its prefill if that takes longer: who was promised little
+/// does not wait as long as who was promised much.
+const SECOND_TIMES: f64 = 2.5;
 
 /// From now, in milliseconds.
 const EDGES_MS: [f32; 8] = [
@@ -94,10 +97,17 @@ pub(crate) fn slack_ms(ttft_target_ms: f64, prefill_ms: f64) -> f64 {
     }
     let slack = ttft_target_ms - prefill_ms;
     if slack < 0.0 {
-        slack + SECOND_CHANCE.as_secs_f64() * 1e3
+        slack + second_chance_ms(ttft_target_ms, prefill_ms)
     } else {
         slack
     }
+}
+
+/// How long after its first target the second one is, of what takes so long to prefill.
+#[must_use]
+pub fn second_chance_ms(ttft_target_ms: f64, prefill_ms: f64) -> f64 {
+    let most = SECOND_CHANCE.as_secs_f64() * 1e3;
+    (SECOND_TIMES * ttft_target_ms.max(prefill_ms)).min(most)
 }
 
 #[cfg(test)]
@@ -127,7 +137,9 @@ mod tests {
     #[test]
     fn who_is_late_gets_a_second_chance_and_who_was_promised_nothing_a_nominal_one() {
         assert_eq!(slack_ms(1_500.0, 500.0), 1_000.0);
-        assert_eq!(slack_ms(500.0, 1_500.0), 9_000.0);
+        assert_eq!(slack_ms(500.0, 600.0), 1_400.0);
+        assert_eq!(slack_ms(500.0, 1_500.0), 2_750.0);
+        assert_eq!(slack_ms(5_000.0, 6_000.0), 9_000.0);
         assert_eq!(slack_ms(f64::INFINITY, 500.0), 10_000.0);
     }
 

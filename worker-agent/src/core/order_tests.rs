@@ -82,13 +82,13 @@ fn without_targets_the_first_to_come_is_first() {
 #[test]
 fn what_is_late_lets_those_pass_that_are_not_until_its_second_target() {
     let all = [
-        asked(2_000, 500.0),
+        asked(2_000, 2_000.0),
         asked(2_000, 3_000.0),
-        asked(2_000, 7_000.0),
+        asked(2_000, 9_000.0),
     ];
     assert_eq!(order(&all, 100), [0, 1, 2], "in time");
-    assert_eq!(order(&all, 1_000), [1, 2, 0], "its second is 10.5 s");
-    assert_eq!(order(&all, 5_000), [2, 0, 1], "the other's is 13 s");
+    assert_eq!(order(&all, 2_500), [1, 0, 2], "its second is 7 s");
+    assert_eq!(order(&all, 5_000), [0, 2, 1], "the other's is 10.5 s");
     assert_eq!(order(&all, 20_000), [0, 1, 2], "all late: by their second");
 }
 

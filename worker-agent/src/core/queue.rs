@@ -6,14 +6,14 @@
 //! come, first served, behind those that were promised one soon.
 //!
 //! Who has not started by then is late, whatever is done. In front it would only make those behind it
-//! late too, at the back it would starve: it gets one second target, [`SECOND_CHANCE`] after the first,
+//! late too, at the back it would starve: it gets one second target, [`second_chance_ms`] after the first,
 //! and competes with that again. Past that it is the most urgent there is, by age: nothing waits for
 //! longer than the second target and those that are as late.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use forebay_proto::Now;
-use forebay_scheduler::{Lineup, NOMINAL_TARGET, SECOND_CHANCE};
+use forebay_scheduler::{Lineup, NOMINAL_TARGET, second_chance_ms};
 
 use super::placement::PlacementId;
 
@@ -40,7 +40,7 @@ impl StartBy {
             };
         }
         let after = |target_ms: f64| micros(arrived).saturating_add(whole(target_ms - prefill_ms));
-        let second_ms = SECOND_CHANCE.as_secs_f64() * 1e3;
+        let second_ms = second_chance_ms(ttft_ms, prefill_ms);
         Self {
             micros: after(ttft_ms),
             second: Some(after(ttft_ms + second_ms)),
