@@ -108,3 +108,24 @@ impl Exchange {
         answers
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_that_is_given_up_is_forgotten_and_its_late_answers_are_nobodys() {
+        let questions = Questions::default();
+        let (first, mut second) = (questions.open(), questions.open());
+        let late = first.id;
+        questions.answered(late, (WorkerId(1), 5));
+        drop(first);
+        assert_eq!(questions.open.lock().len(), 1);
+        questions.answered(late, (WorkerId(1), 6));
+        assert!(second.answers.try_recv().is_err());
+        questions.answered(second.id, (WorkerId(2), 7));
+        assert_eq!(second.answers.try_recv(), Ok((WorkerId(2), 7)));
+        drop(second);
+        assert!(questions.open.lock().is_empty());
+    }
+}

@@ -230,6 +230,31 @@ async fn after_a_refusal_by_an_old_view_the_best_few_are_asked_and_who_answers_i
 }
 
 #[tokio::test]
+async fn who_leaves_while_workers_are_asked_leaves_nothing_behind() {
+    let mut world = World::with(1).await;
+    let mut left_in_time = 0;
+    // On a busy machine the answers' two milliseconds may be over before the leaving is noticed.
+    for _ in 0..20 {
+        world.agents[0].will(&[Act::Refuse(RefusalReason::RefusalStaleView)]);
+        let before = world.agents[0].placed.lock().len();
+        let mut client = world.client().await;
+        client.chat(true).await;
+        world.agents[0].sees(&Saw::Asked).await;
+        drop(client);
+        world.settles().await;
+        left_in_time += u32::from(world.agents[0].placed.lock().len() == before + 1);
+    }
+    assert!(left_in_time > 0, "each was placed again after it had left");
+    let (_, metrics) = world.page("/metrics").await;
+    let cancelled = metrics.lines().filter(|line| line.contains("cancelled_"));
+    let cancelled = cancelled.filter_map(|line| line.rsplit(' ').next()?.parse::<u32>().ok());
+    assert!(cancelled.sum::<u32>() >= left_in_time, "{metrics}");
+    // What was refused and given up keeps no place from others.
+    assert_eq!(world.chat(false).await.body, WHOLE);
+    world.settles().await;
+}
+
+#[tokio::test]
 async fn after_some_refusals_the_worker_has_to_queue_it() {
     let mut world = World::with(1).await;
     let refuse = Act::Refuse(RefusalReason::RefusalStaleView);

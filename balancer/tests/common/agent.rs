@@ -57,7 +57,12 @@ pub enum Act {
 /// What an agent saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Saw {
-    Placed { attempt: u32, must_queue: bool },
+    Placed {
+        attempt: u32,
+        must_queue: bool,
+    },
+    /// What a request would meet.
+    Asked,
     Body(usize),
     Cancelled,
 }
@@ -429,6 +434,7 @@ pub fn agent(credentials: &Credentials, name: &str, id: usize, slots: u32, next:
             let (asked, answering, quoting) = (link.clone(), inside.clone(), quoting.clone());
             tokio::spawn(async move {
                 while let Ok(frame) = asked.read_datagram().await {
+                    answering.tell(Saw::Asked);
                     let question = frame.decode::<work::Question>();
                     let cached = *quoting.lock();
                     let (Ok(question), Some(cached_tokens)) = (question, cached) else {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use forebay_admin::prometheus_client::registry::Registry;
 use forebay_link::{Code, Endpoint, Link};
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::rpc::Rpc;
@@ -178,6 +179,11 @@ impl Work {
         if let Some(keeper) = &self.map {
             keeper.write().await;
         }
+    }
+
+    /// Adds what a scrape sees of this work side.
+    pub fn register_metrics(&self, registry: &mut Registry) {
+        self.shared.metrics.register(registry);
     }
 
     /// What the agent says of itself, kept up to date.
