@@ -2,14 +2,18 @@
 #![allow(clippy::disallowed_methods)] // the rim: this is where links are dialled and time passes
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forebay_link::{Alpn, Backoff, Code, Endpoint, Expect, Link, Reachability, probe};
+use forebay_link::{
+    Alpn, Backoff, Code, ConnectError, Endpoint, Expect, Link, Reachability, probe,
+};
 use forebay_proto::frame::Kind;
 use forebay_proto::wire::work;
 use forebay_proto::{Incarnation, Role, WorkerId};
 use forebay_scheduler::Load;
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::core::dispatch::LinkNumber;
@@ -18,6 +22,11 @@ use crate::residency;
 use crate::shared::Shared;
 
 const DIAL_PATIENCE: Duration = Duration::from_secs(2);
+/// Dials that began just now: a thousand at once would all be late together and begin anew, for as long as
+/// it takes.
+const STARTING: usize = 16;
+/// A dial that takes longer waits for its worker rather than for us, and another one may begin.
+const START: Duration = Duration::from_millis(250);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// A link that stood this long was a good one.
 const STEADY: Duration = Duration::from_secs(1);
@@ -46,14 +55,16 @@ pub(crate) struct Links {
     shared: Arc<Shared>,
     endpoint: Endpoint,
     keepers: BTreeMap<String, (String, Task)>,
+    starting: Arc<Semaphore>,
 }
 
 impl Links {
-    pub(crate) const fn new(shared: Arc<Shared>, endpoint: Endpoint) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, endpoint: Endpoint) -> Self {
         Self {
             shared,
             endpoint,
             keepers: BTreeMap::new(),
+            starting: Arc::new(Semaphore::new(STARTING)),
         }
     }
 
@@ -82,6 +93,7 @@ impl Links {
                 let keeper = Keeper {
                     shared: self.shared.clone(),
                     endpoint: self.endpoint.clone(),
+                    starting: self.starting.clone(),
                     name: worker.name.as_str().into(),
                     address: address.clone(),
                 };
@@ -97,6 +109,7 @@ impl Links {
 struct Keeper {
     shared: Arc<Shared>,
     endpoint: Endpoint,
+    starting: Arc<Semaphore>,
     name: Arc<str>,
     address: String,
 }
@@ -104,14 +117,9 @@ struct Keeper {
 impl Keeper {
     async fn run(self) {
         let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
-        let expect = Expect::named(Role::Agent, &self.name);
         let mut last_problem = String::new();
         loop {
-            let dialled = self
-                .endpoint
-                .connect(&self.address, Alpn::Work, &expect, DIAL_PATIENCE)
-                .await;
-            match dialled {
+            match self.dial().await {
                 Ok(link) => {
                     let since = Instant::now();
                     self.serve(&link).await;
@@ -132,6 +140,22 @@ impl Keeper {
             self.shared.tried.lock().insert(self.name.to_string());
             let wait = backoff.next(self.shared.dispatch().rng());
             tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Dials when it is its turn.
+    async fn dial(&self) -> Result<Link, ConnectError> {
+        let turn = self.starting.acquire().await;
+        let expect = Expect::named(Role::Agent, &self.name);
+        let dialled = self
+            .endpoint
+            .connect(&self.address, Alpn::Work, &expect, DIAL_PATIENCE);
+        let mut dialled = pin!(dialled);
+        let soon = tokio::time::timeout(START, &mut dialled).await;
+        drop(turn);
+        match soon {
+            Ok(dialled) => dialled,
+            Err(_) => dialled.await,
         }
     }
 
@@ -159,6 +183,7 @@ impl Keeper {
                 match link.read_datagram().await {
                     Ok(frame) if frame.kind == Kind::Load => {
                         if let Ok(report) = frame.decode::<work::LoadReport>() {
+                            self.shared.metrics.reports.inc();
                             self.shared.hear(&report, incarnation.worker);
                         }
                     }

@@ -62,6 +62,8 @@ pub(crate) struct Metrics {
     predicted_tokens: Counter,
     reported_tokens: Counter,
     pub(crate) resyncs: Counter,
+    pub(crate) deltas: Counter,
+    pub(crate) reports: Counter,
     questions: Counter,
     quotes: Counter,
     pub(crate) by_older_key: Counter,
@@ -119,6 +121,16 @@ impl Metrics {
                 "residency_resyncs",
                 "Streams of residency that had to begin anew",
                 &self.resyncs,
+            ),
+            (
+                "residency_deltas",
+                "Changes of what is in workers' caches that were taken over, as they came",
+                &self.deltas,
+            ),
+            (
+                "reports",
+                "Reports of workers' load that came by themselves, not with an answer",
+                &self.reports,
             ),
             (
                 "questions",

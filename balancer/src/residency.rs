@@ -177,7 +177,9 @@ impl Following {
             }
             Kind::ResidencyDelta => {
                 let delta = frame.decode().map_err(|_| Resync::Malformed)?;
-                self.follower.delta(&delta)
+                let ops = self.follower.delta(&delta)?;
+                self.shared.metrics.deltas.inc();
+                Ok(ops)
             }
             _ => Err(Resync::Malformed),
         }
