@@ -62,6 +62,8 @@ pub(crate) enum Verb {
     Workers(verbs::workers::WorkersArgs),
     /// Show the fleet on one page, and what is wrong with it.
     Status(verbs::status::StatusArgs),
+    /// Show who changed what, keep it, and check that nothing of it was changed.
+    Audit(verbs::audit::AuditArgs),
     /// Show or replace the fleet's configuration document.
     Config(verbs::config::ConfigArgs),
     /// Send a real trace to an endpoint and measure what its users would see.

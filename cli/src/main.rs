@@ -57,6 +57,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Raft(args) => verbs::raft::run(args),
         Verb::Workers(args) => verbs::workers::run(&args),
         Verb::Status(args) => verbs::status::run(&args),
+        Verb::Audit(args) => verbs::audit::run(&args),
         Verb::Config(args) => verbs::config::run(args),
         Verb::Replay(args) => verbs::replay::run(args),
         Verb::Compare(args) => verbs::compare::run(&args),

@@ -1,6 +1,7 @@
 //! The operators' verbs: one file each, which declares its options, asks, and prints.
 
 pub(crate) mod ask;
+pub(crate) mod audit;
 pub(crate) mod ca;
 pub(crate) mod compare;
 pub(crate) mod config;

@@ -8,6 +8,7 @@
     unreachable_pub
 )]
 
+mod audit;
 mod clients;
 mod compare;
 mod control_gone;

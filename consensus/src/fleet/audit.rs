@@ -237,7 +237,7 @@ pub fn verify(entries: &[wire::AuditEntry], head: &[u8]) -> Result<(), Broken> {
 }
 
 /// SHA-256 over the previous hash and the entry's fields, each with its length in front.
-fn hash(entry: &wire::AuditEntry) -> [u8; 32] {
+pub(super) fn hash(entry: &wire::AuditEntry) -> [u8; 32] {
     let none = wire::Actor::default();
     let actor = entry.actor.as_ref().unwrap_or(&none);
     let mut hash = Sha256::new();

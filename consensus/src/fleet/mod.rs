@@ -8,6 +8,7 @@
 //! Deliberately not here: Raft, disks, leases (see [`lease`]: they are the leader's memory) and who
 //! may propose what (the server checks the RPC table before an entry is made).
 
+pub mod archive;
 pub mod audit;
 mod config;
 mod expiry;

@@ -154,14 +154,15 @@ impl Publisher {
         NextTold::Deltas(state.deltas.range(first..).cloned().collect())
     }
 
-    /// The newest audit entries, oldest first, and the head of the chain.
+    /// The newest audit entries, oldest first, the head of the chain, and how many it ever had.
     #[must_use]
-    pub fn audit(&self, limit: usize) -> (Vec<wire::AuditEntry>, [u8; 32]) {
+    pub fn audit(&self, limit: usize) -> (Vec<wire::AuditEntry>, [u8; 32], u64) {
         let state = self.state.lock();
         let skip = state.audit.len().saturating_sub(limit);
         (
             state.audit.iter().skip(skip).cloned().collect(),
             state.audit_head,
+            state.audit_count,
         )
     }
 }

@@ -180,21 +180,21 @@ async fn execute(
             .map(Response::Measured),
         (Request::Read(read), _) => {
             let running = member(shared)?;
-            let waited = Millis(u64::from(read.deadline_ms));
-            match running.replica.read_index(deadline(read.deadline_ms)).await {
-                Ok(_) => Ok(Response::Facts(for_operators(&running.published.facts()))),
-                Err(ReadError::Timeout) => Err(Failure::NoQuorum(control::NoQuorum {
-                    waited_ms: waited.0,
-                })),
-                Err(ReadError::Overloaded) => Err(overloaded("reads")),
-                Err(ReadError::Stopped) => Err(stopped(shared)),
-            }
+            up_to_date(shared, &running, read.deadline_ms).await?;
+            Ok(Response::Facts(for_operators(&running.published.facts())))
         }
         (Request::Audit(audit), _) => {
             let limit = usize::try_from(audit.limit).unwrap_or(usize::MAX);
-            let (entries, head) = informed(shared)?.published.audit(limit);
-            let head = bytes::Bytes::copy_from_slice(&head);
-            Ok(Response::Audit(control::AuditTail { entries, head }))
+            let running = informed(shared)?;
+            if audit.deadline_ms > 0 {
+                up_to_date(shared, &running, audit.deadline_ms).await?;
+            }
+            let (entries, head, count) = running.published.audit(limit);
+            Ok(Response::Audit(control::AuditTail {
+                entries,
+                head: bytes::Bytes::copy_from_slice(&head),
+                count: Some(count),
+            }))
         }
         (Request::Renew(renew), _) => renewed(shared, link.peer(), &renew)
             .await
@@ -204,6 +204,17 @@ async fn execute(
             .map(Response::Outcome),
         (Request::Propose(_), None) => Err(bad("the proposal has no command")),
         (Request::Watch(_), _) => Err(bad("a watch takes its stream for itself")),
+    }
+}
+
+/// Waits until this node has applied what was agreed on before.
+async fn up_to_date(shared: &Shared, running: &Running, deadline_ms: u32) -> Result<(), Failure> {
+    let waited_ms = u64::from(deadline_ms);
+    match running.replica.read_index(deadline(deadline_ms)).await {
+        Ok(_) => Ok(()),
+        Err(ReadError::Timeout) => Err(Failure::NoQuorum(control::NoQuorum { waited_ms })),
+        Err(ReadError::Overloaded) => Err(overloaded("reads")),
+        Err(ReadError::Stopped) => Err(stopped(shared)),
     }
 }
 

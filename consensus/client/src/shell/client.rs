@@ -145,7 +145,8 @@ impl ControlClient {
         Ok(facts)
     }
 
-    /// The newest `limit` entries of the audit and the head of its chain.
+    /// The newest `limit` entries of the audit and the head of its chain, as the first node that answers
+    /// has them; needs no quorum.
     ///
     /// # Errors
     ///
@@ -155,7 +156,34 @@ impl ControlClient {
         limit: u32,
         deadline: Duration,
     ) -> Result<wire::AuditTail, ClientError> {
-        let ask = |_| Ask::Audit(wire::Audit { limit });
+        let ask = |_| {
+            Ask::Audit(wire::Audit {
+                limit,
+                deadline_ms: 0,
+            })
+        };
+        match self.call(deadline, ask).await? {
+            (_, Response::Audit(tail)) => Ok(tail),
+            (address, _) => Err(unexpected(&address)),
+        }
+    }
+
+    /// As [`ControlClient::audit`], at least as new as anything that was agreed on before this call.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it could not be read, among that that there is no quorum.
+    pub async fn agreed_audit(
+        &self,
+        limit: u32,
+        deadline: Duration,
+    ) -> Result<wire::AuditTail, ClientError> {
+        let ask = |left| {
+            Ask::Audit(wire::Audit {
+                limit,
+                deadline_ms: Millis::from_duration(left).wire(),
+            })
+        };
         match self.call(deadline, ask).await? {
             (_, Response::Audit(tail)) => Ok(tail),
             (address, _) => Err(unexpected(&address)),

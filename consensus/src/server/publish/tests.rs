@@ -74,7 +74,8 @@ impl World {
     fn batch(&mut self, entries: &[Entry]) {
         let outputs: Vec<_> = entries.iter().map(|entry| self.apply(entry)).collect();
         self.published.publish(&self.fleet, self.index, &outputs);
-        let (entries, head) = self.published.audit(usize::MAX);
+        let (entries, head, count) = self.published.audit(usize::MAX);
+        assert_eq!(count, self.fleet.audit_count());
         assert_eq!(*self.published.facts(), self.fleet.facts());
         assert_eq!(crate::fleet::audit::verify(&entries, &head), Ok(()));
         assert_eq!((entries, head), self.fleet.audit_tail(usize::MAX));

@@ -1,0 +1,84 @@
+//! `forebay audit`: who changed what, from where, why, and what came of it.
+
+mod file;
+mod tail;
+
+use clap::{Args, Subcommand};
+use forebay_consensus::fleet::archive::{Fault, Record, Tail};
+use forebay_consensus::fleet::audit::KEPT_ENTRIES;
+use forebay_proto::{ClusterId, Millis};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::ask::{Asked, of_read};
+use crate::exit::{CliError, Exit};
+
+/// Options of `forebay audit`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Each change that was asked of the control plane is an entry, done or refused, linked to the one before it by its hash. The cluster keeps the newest 1,000; `forebay audit export FILE`, repeated before they are gone (hourly, say), keeps all of them."
+)]
+pub(crate) struct AuditArgs {
+    #[command(subcommand)]
+    verb: AuditVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum AuditVerb {
+    /// Show the newest entries.
+    Tail(tail::TailArgs),
+    /// Write the entries to a file, or add to it those that it has not.
+    Export(file::ExportArgs),
+    /// Check the chain: the cluster's, or a file's and that it is the cluster's.
+    Verify(file::VerifyArgs),
+}
+
+/// Runs `forebay audit`.
+pub(crate) fn run(args: &AuditArgs) -> Result<(), CliError> {
+    match &args.verb {
+        AuditVerb::Tail(args) => tail::run(args),
+        AuditVerb::Export(args) => file::export(args),
+        AuditVerb::Verify(args) => file::verify(args),
+    }
+}
+
+/// The cluster's audit as agreed by now, checked, and the cell's time.
+async fn newest(asked: &Asked) -> Result<(Tail, Millis), CliError> {
+    let facts = asked.read().await?;
+    let tail = kept(asked, facts.cluster_id).await?;
+    Ok((tail, facts.cell_time))
+}
+
+async fn kept(asked: &Asked, cluster_id: ClusterId) -> Result<Tail, CliError> {
+    let limit = u32::try_from(KEPT_ENTRIES).unwrap_or(u32::MAX);
+    let told = asked.client.agreed_audit(limit, asked.timeout).await;
+    let told = told.map_err(of_read)?;
+    let count = told.count.ok_or_else(|| {
+        let message = "this control node does not number the audit's entries: change its version";
+        CliError::because(Exit::Failed, message)
+    })?;
+    let tail = Tail::new(cluster_id, count, &told.entries, &told.head);
+    tail.map_err(|fault| broken("the cluster's audit", &fault))
+}
+
+fn broken(whose: &str, fault: &Fault) -> CliError {
+    CliError::because(Exit::Failed, format!("{whose} is not whole: {fault}"))
+}
+
+/// What is to be known of entries that are no more, if there are any.
+fn beginning(tail: &Tail) -> Option<String> {
+    let begins = tail.begins();
+    (begins > 1).then(|| {
+        format!(
+            "the chain begins at entry {begins} here: the cluster keeps the newest {KEPT_ENTRIES}, older ones are in files that were exported before"
+        )
+    })
+}
+
+/// When an entry was made, in UTC and to the millisecond.
+fn time(record: &Record) -> String {
+    let nanos = i128::from(record.at_ms) * 1_000_000;
+    let time = OffsetDateTime::from_unix_timestamp_nanos(nanos).ok();
+    let text = time.and_then(|time| time.format(&Rfc3339).ok());
+    text.unwrap_or_else(|| record.at_ms.to_string())
+}
