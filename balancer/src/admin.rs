@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use forebay_admin::{Admin, Content, Page};
-use forebay_scheduler::Receipt;
+use forebay_admin::{Admin, Content, NotFound, Page, Search};
+use forebay_scheduler::Load;
 use forebay_scheduler::residency::Grade;
-use serde::Serialize;
 use serde_json::json;
 
+use crate::core::receipts::{Wanted, shown};
 use crate::shared::Shared;
 
 /// Workers that could not be reached hold readiness up this long.
@@ -44,12 +44,13 @@ pub(crate) fn admin(shared: &Arc<Shared>, name: &str) -> Admin {
             "workers as this balancer sees them",
             workers,
         ),
-        page(
-            "/debug/receipts",
-            "receipts of the last decisions, one a line, newest last; kept with --receipts",
-            receipts,
-        ),
     ];
+    let searched = shared.clone();
+    admin.searches.push(Search {
+        path: "/debug/receipts",
+        about: "receipts of the last decisions, newest last: ?request=ID, ?worker=NAME, &last=N (1,000)",
+        find: Box::new(move |query| receipts(&searched, query)),
+    });
     let shared = shared.clone();
     admin.ready = Box::new(move || ready(&shared));
     admin
@@ -126,6 +127,8 @@ fn workers(shared: &Shared) -> Content {
                 "queued": load.map(|load| load.queued),
                 "slots": load.map(|load| load.slots),
                 "seq": load.map(|load| load.seq),
+                "kv_used": load.and_then(|load| kv_used(known.spec.kv_tokens, load)),
+                "tpot_ms": load.and_then(tpot_ms),
                 "bookings": view.open_bookings(Some(known.incarnation.worker)),
                 "residency": shared.caches.grade(known.incarnation.worker).map(Grade::name),
             })
@@ -135,25 +138,41 @@ fn workers(shared: &Shared) -> Content {
     Content::Json(json!({"revision": revision, "workers": workers}))
 }
 
-fn receipts(shared: &Shared) -> Content {
-    let kept = shared.dispatch().receipts.all();
-    let mut lines = String::new();
-    for one in kept {
-        let line = Line {
-            number: one.number,
-            request_id: &one.request_id,
-            receipt: &one.receipt,
-        };
-        lines += &serde_json::to_string(&line).expect("strings and numbers serialise");
-        lines.push('\n');
-    }
-    Content::Lines(lines)
+/// Share of the KV cache that requests use or are about to; none: nobody said how large it is.
+#[allow(clippy::cast_precision_loss)] // for people
+fn kv_used(kv_tokens: u64, load: &Load) -> Option<f64> {
+    let used = load.backlog.context_tokens + load.backlog.pending_tokens;
+    (kv_tokens > 0).then(|| used / kv_tokens as f64)
 }
 
-/// A receipt as it is shown.
-#[derive(Serialize)]
-struct Line<'a> {
-    number: u64,
-    request_id: &'a str,
-    receipt: &'a Receipt,
+/// From token to token at present, by the worker's latency model; none: nothing decodes, or it has none.
+fn tpot_ms(load: &Load) -> Option<f64> {
+    let (model, backlog) = (load.model?, &load.backlog);
+    let iteration = model.iteration_ms(0.0, backlog.decodes, backlog.context_tokens, 0.0);
+    (iteration > 0.0).then_some(iteration)
+}
+
+fn receipts(shared: &Shared, query: &str) -> Result<Content, NotFound> {
+    if shared.settings.receipts == 0 {
+        let problem = "this balancer keeps no receipts: start it with --receipts above 0";
+        return Err(NotFound::Nothing(problem.to_owned()));
+    }
+    let wanted = Wanted::parse(query).map_err(NotFound::Question)?;
+    let names = shared.names();
+    let of = match &wanted.worker {
+        None => None,
+        Some(name) => {
+            let worker = names.iter().find(|(_, known)| *known == name);
+            let unknown = || NotFound::Nothing(format!("there is no worker {name}"));
+            Some(*worker.ok_or_else(unknown)?.0)
+        }
+    };
+    let mut lines = String::new();
+    for kept in shared.find(&wanted, of) {
+        if let Some(receipt) = kept.packed.receipt() {
+            lines += &shown(&kept, &receipt, &names).to_string();
+            lines.push('\n');
+        }
+    }
+    Ok(Content::Lines(lines))
 }

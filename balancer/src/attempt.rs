@@ -41,6 +41,20 @@ pub(crate) enum Ended {
     Broken(ApiError),
 }
 
+impl Ended {
+    /// For whoever asks later what became of a placement.
+    pub(crate) const fn word(&self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Stale => "refused: more is before it than was thought",
+            Self::Refused { .. } => "refused",
+            Self::Failed(Failure::WorkerLost) => "the worker was lost",
+            Self::Failed(_) | Self::Hopeless(_) => "failed before the first byte",
+            Self::Broken(_) => "broke off, or its client left",
+        }
+    }
+}
+
 /// Where events go. Knows whether anything went.
 pub(crate) struct Sink {
     events: mpsc::Sender<Event>,
@@ -265,6 +279,9 @@ impl Answer<'_> {
             Kind::Refused if !self.taken => {
                 let refused: work::Refused = frame.decode().map_err(|_| broken())?;
                 self.hear(refused.load.as_ref());
+                if let Some(kept) = &self.placement.kept {
+                    kept.end(said(refused.reason()));
+                }
                 Err(refusal(refused.reason()))
             }
             Kind::Head if self.taken && self.head.is_none() => {
@@ -354,8 +371,8 @@ impl Answer<'_> {
     async fn trailer(&mut self, trailer: &work::Trailer) -> Ended {
         self.placement.over_by(trailer.report_seq);
         self.hear(trailer.load.as_ref());
-        self.exchange
-            .learn(trailer, self.placement.choice.cached_tokens);
+        let Placement { worker, choice, .. } = &*self.placement;
+        self.exchange.learn(worker, trailer, choice.cached_tokens);
         match trailer.end() {
             work::End::Complete if self.head.is_some() => self.complete().await,
             work::End::NotStarted if !self.sink.begun() => Ended::Refused { for_good: true },
@@ -409,6 +426,24 @@ impl Answer<'_> {
             let worker = self.placement.choice.incarnation.worker;
             self.exchange.shared.hear(load, worker);
         }
+    }
+}
+
+fn said(reason: work::RefusalReason) -> &'static str {
+    use work::RefusalReason as Reason;
+    match reason {
+        Reason::RefusalStaleView => "refused: more is before it than was thought",
+        Reason::RefusalWrongModel => "refused: it does not serve the model",
+        Reason::RefusalWrongZone => "refused: it is in another zone",
+        Reason::RefusalInvalid => "refused: it did not understand the placement",
+        Reason::RefusalUnspecified => "refused",
+        Reason::RefusalFenced => "refused: another start of it serves",
+        Reason::RefusalEngineDown => "refused: its engine is down",
+        Reason::RefusalCordoned => "refused: cordoned",
+        Reason::RefusalDraining => "refused: draining",
+        Reason::RefusalFull => "refused: full",
+        Reason::RefusalDeadline => "refused: it could not start in time",
+        Reason::RefusalBodyBudget => "refused: no memory for its body",
     }
 }
 

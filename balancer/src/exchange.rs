@@ -21,10 +21,11 @@ use crate::core::dispatch::{Answer, Ask, Sought, Ticket};
 use crate::core::error::{ApiError, Code};
 use crate::core::head::Head;
 use crate::core::limits::Running;
+use crate::core::receipts;
 use crate::core::retry::{Attempts, Failure, Next};
 use crate::metrics::Outcome;
 use crate::prompt::{self, Fingerprinted};
-use crate::shared::{Phase, Placement, Shared, Tracked};
+use crate::shared::{Phase, Placement, Shared, Tracked, wall_clock};
 
 /// What a reply is made of, in order: a head, data, an end; or an error instead, or in between.
 pub(crate) enum Event {
@@ -101,6 +102,36 @@ impl Exchange {
         }
     }
 
+    /// Where it would go if it was sent now, and why.
+    pub(crate) fn what_if(mut self) -> serde_json::Value {
+        self.prompt = prompt::read(&self);
+        let sought = Arc::new(prompt::seek(&self));
+        let (shared, now) = (self.shared.clone(), self.shared.now());
+        let (receipt, ahead) = {
+            let mut dispatch = shared.dispatch();
+            let ask = Ask {
+                ticket: dispatch.arrive(),
+                pool: self.pool_name.clone(),
+                model: self.model.clone(),
+                tried: Vec::new(),
+                answers: Vec::new(),
+                sought,
+            };
+            (dispatch.what_if(now, &ask), dispatch.waiting_in(&ask.pool))
+        };
+        self.tracked.ended(Outcome::WhatIf);
+        let names = shared.names();
+        serde_json::json!({
+            "schema_version": 1,
+            "request_id": &*self.request_id,
+            "at_ms": wall_clock().0,
+            "pool": &*self.pool_name,
+            "waiting_before": ahead,
+            "workers": receipts::named(&receipt, &names),
+            "receipt": receipt,
+        })
+    }
+
     async fn serve(&mut self, sink: &mut Sink) -> Result<(), ApiError> {
         let mut attempts = Attempts::default();
         self.prompt = prompt::read(self);
@@ -122,9 +153,13 @@ impl Exchange {
             let (worker, incarnation) = (placement.worker.clone(), placement.choice.incarnation);
             self.tracked.placed_on(&worker, attempts.number());
             self.tracked.phase(Phase::Prefill);
+            let kept = placement.kept.clone();
             let ended = self
                 .attempt(placement, attempts.number(), must_queue, sink)
                 .await;
+            if let Some(kept) = kept {
+                kept.end(ended.word());
+            }
             let (failure, error) = match ended {
                 Ended::Complete => {
                     self.shared.metrics.placed(&worker, Outcome::Complete);

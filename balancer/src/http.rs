@@ -35,6 +35,7 @@ const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const DROPPED_REASON: HeaderName = HeaderName::from_static("x-forebay-dropped-reason");
 const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attempts");
+const WHAT_IF: HeaderName = HeaderName::from_static("x-forebay-what-if");
 const RATE_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
 const RATE_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
 const RATE_RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
@@ -213,6 +214,12 @@ async fn place(
         ));
     }
     let principal = principal(shared, &request)?;
+    let what_if = request.headers().contains_key(WHAT_IF);
+    if what_if && !principal.debug {
+        let message =
+            "x-forebay-what-if is for keys with `debug = true` in the keys file: leave it out";
+        return Err(ApiError::new(Code::DebugKeyRequired, message));
+    }
     let asked = principal.meter.ask(shared.now());
     *left = asked.1;
     let running = asked.0.map_err(exceeded)?;
@@ -261,6 +268,9 @@ async fn place(
         head,
         prompt: Fingerprinted::default(),
     };
+    if what_if {
+        return Ok(whole(StatusCode::OK, &exchange.what_if()));
+    }
     let streaming = exchange.head.stream;
     let (sender, mut events) = mpsc::channel(EVENTS_AHEAD);
     let task = Task::spawn(exchange.run(sender));

@@ -29,7 +29,7 @@ mod shared;
 mod socket;
 mod tls;
 
-pub use crate::core::auth::KeysError;
+pub use crate::core::auth::{KeysError, count_keys};
 pub use fleet::Fleet;
 pub use run::{BalancerError, Bound, Config, Limits, Settings, run, serve};
 pub use tls::{TlsError, TlsPaths};

@@ -29,6 +29,8 @@ pub(crate) enum Outcome {
     Failed,
     /// The client took no byte for too long.
     Stalled,
+    /// It was asked where it would go, and went nowhere.
+    WhatIf,
 }
 
 impl Outcome {
@@ -43,6 +45,7 @@ impl Outcome {
             Self::Refused => "refused",
             Self::Failed => "failed",
             Self::Stalled => "stalled",
+            Self::WhatIf => "what_if",
         }
     }
 
@@ -61,6 +64,8 @@ pub(crate) struct Metrics {
     prompt_tokens: Counter,
     predicted_tokens: Counter,
     reported_tokens: Counter,
+    prompt_tokens_on: Family<Labels<1>, Counter>,
+    cached_tokens_on: Family<Labels<1>, Counter>,
     pub(crate) resyncs: Counter,
     pub(crate) deltas: Counter,
     pub(crate) reports: Counter,
@@ -95,6 +100,16 @@ impl Metrics {
             "placements",
             "Placements by worker and how they ended",
             self.placements.clone(),
+        );
+        registry.register(
+            "worker_prompt_tokens",
+            "Prompt tokens by worker, where the engine told how many were cached",
+            self.prompt_tokens_on.clone(),
+        );
+        registry.register(
+            "worker_cached_tokens",
+            "Those of them that were in its cache",
+            self.cached_tokens_on.clone(),
         );
         registry.register(
             "retries",
@@ -201,7 +216,16 @@ impl Metrics {
     }
 
     /// What an engine counted, and what was predicted. A count that is absent is not zero.
-    pub(crate) fn counted(&self, trailer: &work::Trailer, predicted: u32) {
+    pub(crate) fn counted(&self, worker: &str, trailer: &work::Trailer, predicted: u32) {
+        if let (Some(prompt), Some(cached)) = (trailer.prompt_tokens, trailer.cached_tokens) {
+            let on = [("worker", worker.to_owned())];
+            self.prompt_tokens_on
+                .get_or_create(&on)
+                .inc_by(prompt.into());
+            self.cached_tokens_on
+                .get_or_create(&on)
+                .inc_by(cached.into());
+        }
         if let Some(tokens) = trailer.prompt_tokens {
             self.prompt_tokens.inc_by(tokens.into());
         }
@@ -226,6 +250,9 @@ impl Metrics {
 
     /// A worker is gone from the facts: so are its rows.
     pub(crate) fn forget(&self, worker: &str) {
+        let on = [("worker", worker.to_owned())];
+        self.prompt_tokens_on.remove(&on);
+        self.cached_tokens_on.remove(&on);
         for outcome in Outcome::OF_PLACEMENTS {
             self.placements.remove(&of(worker, outcome));
         }

@@ -192,11 +192,11 @@ impl Exchange {
     }
 
     /// Learns from what the engine counted.
-    pub(crate) fn learn(&self, trailer: &work::Trailer, predicted: u32) {
+    pub(crate) fn learn(&self, worker: &str, trailer: &work::Trailer, predicted: u32) {
         if let Some(tokens) = trailer.prompt_tokens {
             let mut lengths = self.shared.lengths.lock();
             lengths.learn(&self.model, &self.prompt.makeup, tokens);
         }
-        self.shared.metrics.counted(trailer, predicted);
+        self.shared.metrics.counted(worker, trailer, predicted);
     }
 }

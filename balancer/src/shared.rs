@@ -4,11 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use forebay_link::Link;
-use forebay_proto::{FingerprintKey, Now, Revision};
+use forebay_proto::{FingerprintKey, Millis, Now, Revision, WorkerId};
 use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
 use forebay_scheduler::index::{IndexWriter, PrefixIndex};
 use forebay_scheduler::{BookingId, Choice};
@@ -22,7 +22,7 @@ use crate::asking::Questions;
 use crate::core::auth::Keys;
 use crate::core::dispatch::{Dispatch, Placed};
 use crate::core::lengths::Lengths;
-use crate::core::receipts::Receipts;
+use crate::core::receipts::{self, Kept, Receipts};
 use crate::core::retry::Budget;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     pub(crate) draining: AtomicBool,
     pub(crate) tried: Mutex<BTreeSet<String>>,
     dispatch: Mutex<Dispatcher>,
+    /// Never locked together with the view.
+    receipts: Mutex<Receipts>,
     /// Who holds which chunk; read without a lock.
     pub(crate) index: PrefixIndex,
     /// Changes the index; never locked together with the view.
@@ -100,7 +102,8 @@ impl Facts {
 
 impl Shared {
     pub(crate) fn new(settings: Settings, keys: Keys, tls: Option<Tls>) -> Arc<Self> {
-        let receipts = Receipts::new(settings.receipts);
+        let receipts = Receipts::new(settings.receipts, receipts::MOST_BYTES);
+        let dispatch = Dispatch::new(StdRng::from_os_rng(), settings.receipts > 0);
         let index_writer = IndexWriter::default();
         Arc::new(Self {
             settings,
@@ -110,7 +113,8 @@ impl Shared {
             budgets: Mutex::default(),
             draining: AtomicBool::new(false),
             tried: Mutex::default(),
-            dispatch: Mutex::new(Dispatch::new(StdRng::from_os_rng(), receipts)),
+            dispatch: Mutex::new(dispatch),
+            receipts: Mutex::new(receipts),
             index: index_writer.index().clone(),
             index_writer: Mutex::new(index_writer),
             caches: Caches::default(),
@@ -183,6 +187,22 @@ impl Shared {
         let named = |pool: &str| fleet.config.pool(pool).is_some();
         self.budgets.lock().retain(|pool, _| named(pool));
         self.change(|dispatch, _| dispatch.facts(fleet))
+    }
+
+    /// Names of the workers in the facts.
+    pub(crate) fn names(&self) -> BTreeMap<WorkerId, String> {
+        let facts = self.facts();
+        let known = facts.iter().flat_map(|facts| &facts.fleet.workers);
+        let named = known.map(|known| (known.incarnation.worker, known.name.clone()));
+        named.collect()
+    }
+
+    /// Receipts of placements, newest last.
+    pub(crate) fn find(&self, wanted: &receipts::Wanted, of: Option<WorkerId>) -> Vec<Arc<Kept>> {
+        wanted.find(
+            |look| look(&self.receipts.lock()),
+            |incarnation| Some(incarnation.worker) == of,
+        )
     }
 
     /// Looks at the view without changing what a waiter might wait for.
@@ -347,6 +367,8 @@ pub(crate) struct Placement {
     pub(crate) choice: Choice,
     pub(crate) link: Link,
     pub(crate) worker: Arc<str>,
+    /// Why there, if decisions are kept.
+    pub(crate) kept: Option<Arc<Kept>>,
     booking: BookingId,
     over_by: Option<u64>,
 }
@@ -354,8 +376,16 @@ pub(crate) struct Placement {
 impl Placement {
     pub(crate) fn new(shared: &Arc<Shared>, placed: Placed<Link>) -> Self {
         shared.metrics.bookings.inc();
+        let packed = placed
+            .receipt
+            .map(|receipt| (receipt.outcome, receipt.packed()));
+        let kept = packed.and_then(|packed| {
+            let mut receipts = shared.receipts.lock();
+            receipts.keep(&placed.request_id, wall_clock(), packed)
+        });
         Self {
             shared: shared.clone(),
+            kept,
             choice: placed.choice,
             link: placed.link,
             worker: placed.worker,
@@ -385,6 +415,12 @@ impl Drop for Placement {
         self.shared
             .change(|dispatch, _| dispatch.released(booking, seq));
     }
+}
+
+/// Milliseconds since 1970: when a decision was made, for people.
+pub(crate) fn wall_clock() -> Millis {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    Millis::from_duration(since.unwrap_or_default())
 }
 
 /// A part of the memory for bodies, given back when dropped.

@@ -212,6 +212,35 @@ async fn a_key_may_be_for_some_models_only() {
 }
 
 #[tokio::test]
+async fn only_a_key_for_looking_is_told_where_its_request_would_go_and_nothing_is_sent() {
+    let what_if = async |world: &World| {
+        let mut client = world.client().await;
+        let headers = "authorization: Bearer k\r\nx-forebay-what-if: 1\r\n";
+        let body = "{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"xyzzy\"}]}";
+        client.post("/v1/chat/completions", headers, body).await;
+        client.answer().await
+    };
+    let (world, _dir) = with_keys("").await;
+    assert_eq!(
+        what_if(&world).await.code(),
+        (403, "debug_key_required".into())
+    );
+    let (world, _dir) = with_keys("debug = true\n").await;
+    let answer = what_if(&world).await;
+    assert_eq!(answer.status, 200);
+    for part in [
+        "\"schema_version\":1",
+        "\"chosen\":{",
+        "\"workers\":{\"1\":\"w1\"}",
+    ] {
+        assert!(answer.body.contains(part), "{part}: {}", answer.body);
+    }
+    assert!(!answer.body.contains("xyzzy"));
+    world.settles().await;
+    assert!(world.agents[0].placed.lock().is_empty());
+}
+
+#[tokio::test]
 async fn a_key_with_a_zone_is_served_there_and_nowhere_else_whatever_fails() {
     let dir = tempfile::tempdir().unwrap();
     let mut setup = Setup {

@@ -62,6 +62,10 @@ pub(crate) enum Verb {
     Workers(verbs::workers::WorkersArgs),
     /// Show the fleet on one page, and what is wrong with it.
     Status(verbs::status::StatusArgs),
+    /// Look for whatever is wrong, and say what to do about it.
+    Check(verbs::check::CheckArgs),
+    /// Show why a request went to its worker, or where it would go.
+    Explain(Box<verbs::explain::ExplainArgs>),
     /// Show who changed what, keep it, and check that nothing of it was changed.
     Audit(verbs::audit::AuditArgs),
     /// Show or replace the fleet's configuration document.

@@ -1,5 +1,6 @@
 //! Where the control plane is, and with which certificate a verb speaks to it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -80,6 +81,27 @@ pub(crate) struct ContextFile {
     pub(crate) cert: PathBuf,
     /// Our private key.
     pub(crate) key: PathBuf,
+    /// Where processes show themselves.
+    #[serde(flatten)]
+    pub(crate) urls: Urls,
+}
+
+/// Where the processes of a fleet show themselves over HTTP: URLs by name, such as
+/// `b1 = "http://10.0.0.7:7411"`. All may be left out; verbs that look into processes then see less.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Urls {
+    /// Where clients ask balancers.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) endpoints: BTreeMap<String, String>,
+    /// Admin sides of balancers.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) balancers: BTreeMap<String, String>,
+    /// Admin sides of agents.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) agents: BTreeMap<String, String>,
+    /// Admin sides of control nodes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) control_nodes: BTreeMap<String, String>,
 }
 
 /// Why a verb does not know whom to ask.
@@ -102,7 +124,7 @@ pub(crate) enum ContextError {
     },
     /// The file is not a context.
     #[error(
-        "{path} is not a context: {problem}; it has `control = [\"HOST:PORT\"]`, `ca`, `cert` and `key`"
+        "{path} is not a context: {problem}; it has `control = [\"HOST:PORT\"]`, `ca`, `cert` and `key`, and may have tables of URLs: `endpoints`, `balancers`, `agents`, `control_nodes`"
     )]
     Malformed {
         /// The file.
@@ -167,6 +189,15 @@ impl ContextArgs {
             credentials: Credentials::load(&paths)?,
             timeout: Duration::from_secs(self.timeout),
         })
+    }
+
+    /// Where processes show themselves, as far as the context file says; without one, nowhere.
+    pub(crate) fn urls(&self) -> Result<Urls, ContextError> {
+        match self.file() {
+            Ok(file) => Ok(file.urls),
+            Err(ContextError::Missing(_)) => Ok(Urls::default()),
+            Err(error) => Err(error),
+        }
     }
 
     fn file(&self) -> Result<ContextFile, ContextError> {

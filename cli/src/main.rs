@@ -10,6 +10,8 @@ mod args;
 mod context;
 mod dev;
 mod exit;
+mod http;
+mod look;
 mod output;
 mod roles;
 mod settings;
@@ -57,6 +59,8 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Raft(args) => verbs::raft::run(args),
         Verb::Workers(args) => verbs::workers::run(&args),
         Verb::Status(args) => verbs::status::run(&args),
+        Verb::Check(args) => verbs::check::run(&args),
+        Verb::Explain(args) => verbs::explain::run(&args),
         Verb::Audit(args) => verbs::audit::run(&args),
         Verb::Config(args) => verbs::config::run(args),
         Verb::Replay(args) => verbs::replay::run(args),

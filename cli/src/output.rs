@@ -5,6 +5,8 @@ use std::io::Write as _;
 use clap::{Args, ValueEnum};
 use comfy_table::{Cell, Table, presets};
 use serde::Serialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// How a result looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -69,6 +71,17 @@ pub(crate) fn table<const N: usize>(
     lines.join("\n")
 }
 
+/// A moment, given in milliseconds since 1970: UTC, to the millisecond.
+pub(crate) fn clock(at_ms: u64) -> String {
+    let seconds = i64::try_from(at_ms / 1_000).unwrap_or(i64::MAX);
+    let time = OffsetDateTime::from_unix_timestamp(seconds).ok();
+    let text = time.and_then(|time| time.format(&Rfc3339).ok());
+    let Some(text) = text else {
+        return at_ms.to_string();
+    };
+    format!("{}.{:03}Z", text.trim_end_matches('Z'), at_ms % 1_000)
+}
+
 fn or_dash(text: String) -> String {
     if text.is_empty() { "-".into() } else { text }
 }
@@ -76,6 +89,13 @@ fn or_dash(text: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_moment_has_three_places() {
+        assert_eq!(clock(1_795_975_585_710), "2026-11-29T18:06:25.710Z");
+        assert_eq!(clock(5), "1970-01-01T00:00:00.005Z");
+        assert_eq!(clock(u64::MAX), u64::MAX.to_string());
+    }
 
     #[test]
     fn an_empty_cell_is_a_dash_and_no_line_ends_in_blanks() {

@@ -27,7 +27,9 @@ mod worker;
 pub use lineup::{Lineup, NOMINAL_TARGET, second_chance_ms};
 pub use load::{Acceptance, Load, LoadError};
 pub use pick::{Choice, Draws, NoChoice, Work};
-pub use receipt::{Asked, Considered, Filtered, MOST_CONSIDERED, Outcome, Receipt, Versions};
+pub use receipt::{
+    Asked, Considered, Filtered, MOST_CONSIDERED, Outcome, Packed, Receipt, Versions,
+};
 pub use terms::Terms;
 pub use view::View;
 pub use wait::{Queueing, exceeds, first_token};

@@ -32,6 +32,23 @@ pub struct Lineup {
 }
 
 impl Lineup {
+    /// All that it holds, to be written.
+    pub(crate) fn parts(&self) -> [f32; EDGES_MS.len() + 1] {
+        let mut parts = [self.all_ms; EDGES_MS.len() + 1];
+        parts[..EDGES_MS.len()].copy_from_slice(&self.up_to_ms);
+        parts
+    }
+
+    /// As it was written.
+    pub(crate) fn of_parts(parts: [f32; EDGES_MS.len() + 1]) -> Self {
+        let mut up_to_ms = [0.0; EDGES_MS.len()];
+        up_to_ms.copy_from_slice(&parts[..EDGES_MS.len()]);
+        Self {
+            up_to_ms,
+            all_ms: parts[EDGES_MS.len()],
+        }
+    }
+
     /// Adds one that has to start in so many milliseconds, and takes so many.
     pub fn add(&mut self, start_in_ms: f64, prefill_ms: f64) {
         #[allow(clippy::cast_possible_truncation)] // seven digits are enough

@@ -4,6 +4,8 @@
 //! [`Receipt::replay`] predicts, scores and breaks ties anew. Of a fleet that a bound narrowed down it
 //! keeps the best [`MOST_CONSIDERED`]; the others are counted. No text of the prompt is in it.
 
+mod pack;
+
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -14,9 +16,11 @@ use crate::policy::{self, Candidate, Policy, Request, Score};
 use crate::standing::{Access, Moment};
 use crate::view::View;
 
+pub use pack::Packed;
+
 /// Workers in the receipt of a decision that was narrowed down: half of them the best by score, half
 /// those that a tie would prefer.
-pub const MOST_CONSIDERED: usize = 32;
+pub const MOST_CONSIDERED: usize = 16;
 
 /// One decision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -264,13 +268,8 @@ impl Receipt {
         for candidate in &mut candidates {
             candidate.predict(&request);
         }
-        let field = policy::Field {
-            candidates: self.eligible,
-            in_flight: self.in_flight,
-            draws: self.draws.policy,
-        };
         let mut scores = Vec::new();
-        policy.scores(&request, &candidates, &field, &mut scores);
+        policy.scores(&request, &candidates, &self.field(), &mut scores);
         let both = candidates.iter().zip(scores).enumerate();
         let ranked = both.map(|(place, (candidate, score))| Ranked {
             place,
@@ -284,6 +283,14 @@ impl Receipt {
             Some(best) => Outcome::Chosen(self.considered[best.place].incarnation),
             None => Outcome::Nobody(self.nobody()),
         })
+    }
+
+    fn field(&self) -> policy::Field {
+        policy::Field {
+            candidates: self.eligible,
+            in_flight: self.in_flight,
+            draws: self.draws.policy,
+        }
     }
 
     fn nobody(&self) -> NoChoice {

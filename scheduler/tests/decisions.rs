@@ -108,6 +108,9 @@ proptest! {
             let read: Receipt = serde_json::from_str(&text).unwrap();
             prop_assert_eq!(&read, &receipt);
             prop_assert_eq!(read.replay(), Some(outcome));
+            let packed = receipt.packed();
+            prop_assert!(packed.len() <= 300 + 170 * receipt.considered.len(), "{}", packed.len());
+            prop_assert_eq!(packed.receipt(), Some(receipt), "{}", policy.name());
         }
     }
 

@@ -55,6 +55,15 @@ pub enum KeysError {
     },
 }
 
+/// Checks the text of a keys file, and counts its keys; `path` is for messages.
+///
+/// # Errors
+///
+/// Says why a balancer would not take it.
+pub fn count_keys(path: &Path, text: &str) -> Result<usize, KeysError> {
+    Keys::parse(path, text).map(|keys| keys.count())
+}
+
 /// Who may ask.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Keys {

@@ -12,11 +12,10 @@ use forebay_scheduler::asking::Asking;
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Policy, Request};
-use forebay_scheduler::{BookingId, Choice, Load, NoChoice, Versions, View};
+use forebay_scheduler::{BookingId, Choice, Load, NoChoice, Receipt, Versions, View};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::core::receipts::Receipts;
 use crate::fleet::Fleet;
 
 /// Waiters of one pool that are looked at in vain for one change of the view, so that a long queue
@@ -33,6 +32,10 @@ pub(crate) struct Placed<L> {
     pub(crate) booking: BookingId,
     pub(crate) link: L,
     pub(crate) worker: Arc<str>,
+    /// Of which request.
+    pub(crate) request_id: Arc<str>,
+    /// Why there, if decisions are explained.
+    pub(crate) receipt: Option<Box<Receipt>>,
 }
 
 /// A worker, and how many tokens of the prompt it has by its own word.
@@ -157,13 +160,14 @@ pub(crate) struct Dispatch<L, W> {
     /// Decisions by model, of those that the facts have.
     turns: BTreeMap<Arc<str>, u64>,
     facts_revision: Revision,
-    pub(crate) receipts: Receipts,
+    /// Whether decisions are explained.
+    explains: bool,
     pub(crate) asking: Asking,
     rng: StdRng,
 }
 
 impl<L: Clone, W> Dispatch<L, W> {
-    pub(crate) fn new(rng: StdRng, receipts: Receipts) -> Self {
+    pub(crate) fn new(rng: StdRng, explains: bool) -> Self {
         Self {
             view: View::default(),
             links: BTreeMap::new(),
@@ -172,7 +176,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             links_made: 0,
             turns: BTreeMap::new(),
             facts_revision: Revision::default(),
-            receipts,
+            explains,
             asking: Asking::default(),
             rng,
         }
@@ -330,6 +334,10 @@ impl<L: Clone, W> Dispatch<L, W> {
         }
     }
 
+    pub(crate) fn waiting_in(&self, pool: &Arc<str>) -> usize {
+        self.queues.get(pool).map_or(0, VecDeque::len)
+    }
+
     pub(crate) fn waiting(&self) -> usize {
         self.queues.values().map(VecDeque::len).sum()
     }
@@ -375,13 +383,46 @@ impl<L: Clone, W> Dispatch<L, W> {
     }
 
     fn book(&mut self, now: Now, ask: &Ask) -> Result<Placed<L>, NoChoice> {
-        let tried = self.tried(ask);
-        let sought = &*ask.sought;
-        let turn = match self.turns.get(&ask.model) {
+        let turn = self.turn(&ask.model);
+        let (choice, receipt) = self.decide(now, ask, turn, self.explains);
+        let choice = choice?;
+        self.turns.insert(ask.model.clone(), turn + 1);
+        let worker = choice.incarnation.worker;
+        let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;
+        Ok(Placed {
+            choice,
+            booking: self.view.book(worker, choice.work),
+            link: connected.link.clone(),
+            worker: connected.name.clone(),
+            request_id: ask.sought.request_id.clone(),
+            receipt,
+        })
+    }
+
+    /// Where the request would go if it came now and nobody waited, and why; nothing is booked.
+    pub(crate) fn what_if(&mut self, now: Now, ask: &Ask) -> Receipt {
+        let turn = self.turn(&ask.model);
+        let (_, receipt) = self.decide(now, ask, turn, true);
+        *receipt.expect("it was asked for")
+    }
+
+    fn turn(&mut self, model: &Arc<str>) -> u64 {
+        match self.turns.get(model) {
             Some(turn) => *turn,
             // Balancers that start together do not all begin with the same worker.
             None => u64::from(self.rng.random::<u32>()),
-        };
+        }
+    }
+
+    fn decide(
+        &mut self,
+        now: Now,
+        ask: &Ask,
+        turn: u64,
+        explain: bool,
+    ) -> (Result<Choice, NoChoice>, Option<Box<Receipt>>) {
+        let tried = self.tried(ask);
+        let sought = &*ask.sought;
         let answered: Vec<WorkerId> = ask.answers.iter().map(|(worker, _)| *worker).collect();
         let mut request = sought.request(&ask.model, &tried, turn);
         let hits = sought.corrected(&ask.answers);
@@ -392,29 +433,16 @@ impl<L: Clone, W> Dispatch<L, W> {
         if self.view.is_closed(now, &request) {
             request.only = &[];
         }
-        let choice = if self.receipts.are_kept() {
-            let versions = Versions {
-                facts_revision: self.facts_revision,
-                index_version: sought.index_version,
-            };
-            let (policy, rng) = (sought.policy, &mut self.rng);
-            let (choice, receipt) = self.view.explain(now, &request, policy, rng, versions);
-            let choice = choice?;
-            self.receipts.keep(&sought.request_id, receipt);
-            choice
-        } else {
-            let (policy, rng) = (sought.policy, &mut self.rng);
-            self.view.pick(now, &request, policy, rng)?
+        let (policy, rng) = (sought.policy, &mut self.rng);
+        if !explain {
+            return (self.view.pick(now, &request, policy, rng), None);
+        }
+        let versions = Versions {
+            facts_revision: self.facts_revision,
+            index_version: sought.index_version,
         };
-        self.turns.insert(ask.model.clone(), turn + 1);
-        let worker = choice.incarnation.worker;
-        let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;
-        Ok(Placed {
-            choice,
-            booking: self.view.book(worker, choice.work),
-            link: connected.link.clone(),
-            worker: connected.name.clone(),
-        })
+        let (choice, receipt) = self.view.explain(now, &request, policy, rng, versions);
+        (choice, Some(Box::new(receipt)))
     }
 
     /// Workers that are not to be asked: a later start of one that failed has not been tried.

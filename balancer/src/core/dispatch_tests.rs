@@ -6,7 +6,7 @@ use forebay_proto::Revision;
 use forebay_proto::config::Config;
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
-use forebay_scheduler::{Acceptance, Known};
+use forebay_scheduler::{Acceptance, Known, Outcome};
 use rand::SeedableRng;
 
 use super::*;
@@ -57,7 +57,7 @@ impl World {
             keys: Vec::new(),
         };
         let mut world = Self {
-            dispatch: Dispatch::new(StdRng::seed_from_u64(1), Receipts::new(2)),
+            dispatch: Dispatch::new(StdRng::seed_from_u64(1), true),
             seq: 0,
         };
         world.dispatch.facts(&fleet);
@@ -267,7 +267,7 @@ fn an_end_that_comes_late_does_not_take_the_next_link_down() {
 }
 
 #[test]
-fn the_last_receipts_are_kept_with_their_requests_and_what_waits_leaves_none() {
+fn a_placement_has_its_receipt_and_what_waits_has_none() {
     let mut world = World::new(&["m", "m", "m"]);
     for id in ["r1", "r2", "r3", "r4"] {
         let mut ask = world.ask("m", &[]);
@@ -278,24 +278,35 @@ fn the_last_receipts_are_kept_with_their_requests_and_what_waits_leaves_none() {
         });
         let placed = world.dispatch.place(NOW, &ask);
         assert_eq!(placed.is_ok(), id != "r4", "the fleet has three slots");
-    }
-    let kept = world.dispatch.receipts.all();
-    let ids: Vec<_> = kept
-        .iter()
-        .map(|one| (one.number, &*one.request_id))
-        .collect();
-    assert_eq!(ids, [(2, "r2"), (3, "r3")]);
-    for one in kept {
-        assert_eq!(one.receipt.versions.facts_revision, Revision(1));
-        assert_eq!(one.receipt.versions.index_version, 7);
-        assert_eq!(one.receipt.replay(), Some(one.receipt.outcome));
+        let Ok(placed) = placed else {
+            continue;
+        };
+        assert_eq!(&*placed.request_id, id);
+        let receipt = placed.receipt.unwrap();
+        assert_eq!(receipt.versions.facts_revision, Revision(1));
+        assert_eq!(receipt.versions.index_version, 7);
+        assert_eq!(receipt.replay(), Some(receipt.outcome));
     }
 }
 
 #[test]
-fn without_room_for_receipts_none_is_made() {
-    let mut world = World::new(&["m"]);
-    world.dispatch.receipts = Receipts::new(0);
+fn what_if_books_nothing_and_takes_no_turn() {
+    let mut world = World::new(&["m", "m"]);
+    let ask = world.ask("m", &[]);
     assert!(world.place("m").is_some());
-    assert!(world.dispatch.receipts.all().is_empty());
+    for _ in 0..3 {
+        let receipt = world.dispatch.what_if(NOW, &ask);
+        assert!(matches!(receipt.outcome, Outcome::Chosen(_)), "{receipt:?}");
+        assert_eq!(world.dispatch.view().open_bookings(None), 1);
+    }
+    assert!(world.place("m").is_some());
+    let receipt = world.dispatch.what_if(NOW, &ask);
+    assert_eq!(receipt.outcome, Outcome::Nobody(NoChoice::Busy));
+}
+
+#[test]
+fn unless_it_is_asked_for_no_receipt_is_made() {
+    let mut world = World::new(&["m"]);
+    world.dispatch.explains = false;
+    assert!(world.place("m").unwrap().receipt.is_none());
 }

@@ -20,6 +20,8 @@ pub enum Code {
     InvalidApiKey,
     /// The key may not ask this model.
     ModelNotAllowed,
+    /// Only a key with `debug` may ask why.
+    DebugKeyRequired,
     /// The key has asked as much as it may.
     RateLimitExceeded,
     /// No worker has so large a context.
@@ -67,13 +69,14 @@ pub struct Row {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::BadRequest,
         Self::InvalidJson,
         Self::DuplicateKey,
         Self::ModelRequired,
         Self::InvalidApiKey,
         Self::ModelNotAllowed,
+        Self::DebugKeyRequired,
         Self::RateLimitExceeded,
         Self::ContextLengthExceeded,
         Self::ModelNotFound,
@@ -125,6 +128,7 @@ impl Code {
             Self::ModelRequired => row(400, INVALID, "model_required"),
             Self::InvalidApiKey => row(401, "authentication_error", "invalid_api_key"),
             Self::ModelNotAllowed => row(403, "permission_error", "model_not_allowed"),
+            Self::DebugKeyRequired => row(403, "permission_error", "debug_key_required"),
             Self::RateLimitExceeded => {
                 again(row(429, "rate_limit_error", "rate_limit_exceeded"), 1)
             }

@@ -12,13 +12,13 @@ use toml::{Table, Value};
 use super::child::Plan;
 use super::layout::Fleet;
 use super::{EngineOptions, write_whole};
-use crate::context::ContextFile;
+use crate::context::{ContextFile, Urls};
 use crate::exit::CliError;
 
 /// What the balancers are told beyond their places.
 pub(super) struct Balancers {
     pub(super) hold_headers_ms: u32,
-    pub(super) receipts: u16,
+    pub(super) receipts: u32,
 }
 
 /// Writes what is missing, and returns how to run each process.
@@ -49,7 +49,7 @@ pub(super) fn prepare(
     for ((n, balancer), http) in (1..).zip(&fleet.balancers).zip(listen) {
         plans.push(maker.balancer(&format!("b{n}"), *http, balancer.admin)?);
     }
-    maker.context()?;
+    maker.context(&plans)?;
     Ok(plans)
 }
 
@@ -164,13 +164,27 @@ impl Maker<'_> {
         })
     }
 
-    fn context(&self) -> Result<(), CliError> {
+    fn context(&self, plans: &[Plan]) -> Result<(), CliError> {
+        let urls = |role: &str, kind: &str| {
+            let of_role = plans.iter().filter(|plan| plan.role == role);
+            let urls = of_role.filter_map(|plan| {
+                let address = plan.addresses.get(kind)?;
+                Some((plan.name.clone(), format!("http://{address}")))
+            });
+            urls.collect()
+        };
         let (cert, key) = self.certificate(Role::Operator(Level::Admin), "admin")?;
         let context = ContextFile {
             control: self.control.clone(),
             ca: self.dir.join("ca/ca.pem"),
             cert,
             key,
+            urls: Urls {
+                endpoints: urls("balancer", "http"),
+                balancers: urls("balancer", "admin"),
+                agents: urls("agent", "admin"),
+                control_nodes: urls("control", "admin"),
+            },
         };
         let text = toml::to_string(&context).expect("a context is plain data");
         write_whole(&self.dir.join("context.toml"), &text)

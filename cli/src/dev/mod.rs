@@ -60,15 +60,14 @@ pub(crate) struct DevArgs {
     /// How long balancers hold a stream's status line back for its first byte, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 15_000)]
     hold_headers_ms: u32,
-    /// Receipts of decisions that each balancer keeps and shows as JSON lines on /debug/receipts of its
-    /// admin port.
+    /// Receipts of decisions that each balancer keeps for `forebay explain`.
     #[arg(
         long,
         value_name = "N",
-        default_value_t = 0,
-        value_parser = clap::value_parser!(u16).range(..=crate::roles::balancer::MOST_RECEIPTS)
+        default_value_t = crate::roles::balancer::RECEIPTS,
+        value_parser = clap::value_parser!(u32).range(..=crate::roles::balancer::MOST_RECEIPTS)
     )]
-    receipts: u16,
+    receipts: u32,
     /// Start a process that died again, after a pause that grows while it keeps dying.
     #[arg(long)]
     restart: bool,

@@ -9,13 +9,12 @@ use forebay_link::Endpoint;
 use forebay_proto::wire::fleet::command::Action;
 use forebay_proto::wire::fleet::{ApplyConfig, Observed};
 use forebay_proto::{ClientId, ClusterId};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use super::DevError;
 use crate::context::{CellArgs, ContextArgs};
 use crate::exit::{CliError, Exit};
+use crate::http;
 use crate::output::say;
 
 /// Whom the fleet needs.
@@ -157,28 +156,16 @@ async fn missing(client: &ControlClient, wanted: &Wanted) -> Vec<String> {
         }
     }
     for (name, admin) in &wanted.balancers {
-        match timeout(ASK, get(*admin, "/readyz")).await {
-            Ok(Ok((200, _))) => {}
-            Ok(Ok((_, body))) => reasons.push(format!("balancer {name}: {}", body.trim())),
-            Ok(Err(error)) => reasons.push(format!("balancer {name}: {error}")),
-            Err(_) => reasons.push(format!("balancer {name} does not answer on {admin}")),
+        match http::get(&format!("http://{admin}"), "/readyz", ASK).await {
+            Ok(answer) if answer.status == 200 => {}
+            Ok(answer) => {
+                let said = String::from_utf8_lossy(&answer.body);
+                reasons.push(format!("balancer {name}: {}", said.trim()));
+            }
+            Err(error) => reasons.push(format!("balancer {name}: {error}")),
         }
     }
     reasons
-}
-
-/// One HTTP request to an admin page on this machine: its status and its body.
-async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    let mut answer = vec![];
-    stream.take(MAX_ANSWER).read_to_end(&mut answer).await?;
-    let answer = String::from_utf8_lossy(&answer);
-    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    let wrong = || std::io::Error::new(std::io::ErrorKind::InvalidData, "answers no HTTP");
-    Ok((status.ok_or_else(wrong)?, body.to_owned()))
 }
 
 /// The control plane as the operator of this data directory sees it.
@@ -205,4 +192,3 @@ const ASK: Duration = Duration::from_secs(2);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const PAUSE: Duration = Duration::from_millis(100);
 const TELL_EVERY: Duration = Duration::from_secs(3);
-const MAX_ANSWER: u64 = 64 << 10;

@@ -85,24 +85,25 @@ pub(crate) struct BalancerArgs {
         env = "FOREBAY_DRAIN_TIMEOUT_MS"
     )]
     drain_timeout_ms: u64,
-    /// Receipts of its last decisions that it keeps and shows as JSON lines on /debug/receipts of the
-    /// admin port; while there are any, a decision costs more. 0: none.
+    /// Receipts of its last decisions that it keeps for `forebay explain`, in at most 256 MiB. A decision
+    /// costs some microseconds more with them. 0: none.
     #[arg(
         long,
         value_name = "N",
-        default_value_t = 0,
-        value_parser = clap::value_parser!(u16).range(..=MOST_RECEIPTS),
+        default_value_t = RECEIPTS,
+        value_parser = clap::value_parser!(u32).range(..=MOST_RECEIPTS),
         env = "FOREBAY_RECEIPTS"
     )]
-    receipts: u16,
+    receipts: u32,
     #[command(flatten)]
     cell: CellArgs,
     #[command(flatten)]
     process: ProcessArgs,
 }
 
-/// Of 15 kB each at the most: the inputs of 32 workers.
-pub(crate) const MOST_RECEIPTS: i64 = 10_000;
+/// As many as fit when each has the inputs of 16 workers.
+pub(crate) const RECEIPTS: u32 = 100_000;
+pub(crate) const MOST_RECEIPTS: i64 = 1_000_000;
 
 /// Runs a balancer until it is asked to stop.
 pub(crate) fn run(args: BalancerArgs) -> Result<(), CliError> {
@@ -122,7 +123,7 @@ pub(crate) fn run(args: BalancerArgs) -> Result<(), CliError> {
         max_body_bytes: args.max_body_bytes,
         hold_headers_ms: args.hold_headers_ms,
         drain_timeout_ms: args.drain_timeout_ms,
-        receipts: args.receipts.into(),
+        receipts: usize::try_from(args.receipts).unwrap_or(usize::MAX),
     };
     args.process.enter()?;
     super::threads()?.block_on(async {

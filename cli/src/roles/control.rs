@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use clap::Args;
@@ -63,7 +63,10 @@ pub(crate) fn run(args: ControlArgs) -> Result<(), CliError> {
     super::threads()?.block_on(async {
         let stop = super::asked_to_stop()?;
         tokio::pin!(stop);
-        let member = Arc::new(Member::default());
+        let member = Arc::new(Member {
+            data_dir: config.data_dir.clone(),
+            ..Member::default()
+        });
         // Before the disk is opened: a taken port should be found while nothing was touched.
         let admin = forebay_admin::serve(args.admin, pages(&member)).await?;
         let node = server::start(config).await?;
@@ -88,6 +91,8 @@ pub(crate) fn run(args: ControlArgs) -> Result<(), CliError> {
 /// The node: what it says of itself, and its side of leading.
 #[derive(Default)]
 struct Member {
+    /// Its disk.
+    data_dir: PathBuf,
     /// Empty until its disk is open.
     node: OnceLock<ControlNode>,
     /// Empty while it waits for `forebay init`.
@@ -159,6 +164,13 @@ impl Member {
     }
 }
 
+/// -1: the system does not say.
+fn free_bytes(dir: &Path) -> i64 {
+    let left = rustix::fs::statvfs(dir).ok();
+    let bytes = left.and_then(|left| left.f_bavail.checked_mul(left.f_frsize));
+    bytes.map_or(-1, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX))
+}
+
 impl fmt::Debug for Member {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Member({})", self.leader.get().is_some())
@@ -192,6 +204,11 @@ impl Collector for Member {
             ),
             ("workers", "Workers that are registered.", count(workers)),
             ("workers_lost", "Workers whose lease ran out.", count(lost)),
+            (
+                "disk_free_bytes",
+                "What the data directory's file system has left for it.",
+                free_bytes(&self.data_dir),
+            ),
         ] {
             encoder
                 .encode_descriptor(name, help, None, MetricType::Gauge)?

@@ -3,9 +3,11 @@
 pub(crate) mod ask;
 pub(crate) mod audit;
 pub(crate) mod ca;
+pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod config;
 pub(crate) mod docs;
+pub(crate) mod explain;
 pub(crate) mod init;
 pub(crate) mod keys;
 pub(crate) mod members;

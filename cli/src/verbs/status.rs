@@ -14,11 +14,15 @@ use super::members::Row;
 use super::workers::state;
 use crate::context::ContextArgs;
 use crate::exit::CliError;
+use crate::look;
+use crate::look::limit::{Limit, limited_by};
 use crate::output::{OutputArgs, table};
 
 /// Options of `forebay status`.
 #[derive(Debug, Args)]
-#[command(after_help = "Exits with 7 when the control plane has no quorum.")]
+#[command(
+    after_help = "What limits the fleet is the first of these that holds: control (the facts cannot be read), balancers (none is ready), workers (none takes requests), kv (at half of the workers or more, requests use 90 % of the KV cache), capacity (90 % of all slots are taken), queue (requests wait all the same), nothing. Balancers are asked, those of the table [balancers] in the context file; without one it is unknown.\n\nExits with 7 when the control plane has no quorum."
+)]
 pub(crate) struct StatusArgs {
     #[command(flatten)]
     output: OutputArgs,
@@ -32,6 +36,10 @@ struct Status {
     cluster_id: Option<ClusterId>,
     leader: Option<String>,
     quorum: bool,
+    /// See `forebay status --help` for the rule.
+    limited_by: Limit,
+    /// The numbers that say so.
+    limited_because: String,
     control: Control,
     members: Vec<Row>,
     revision: Option<Revision>,
@@ -72,18 +80,24 @@ impl Problem {
 
 /// A page is wanted now: this is longer than an election takes.
 const READ_TIME: Duration = Duration::from_secs(5);
+/// A process shows itself within this time, for each of its pages.
+const LOOK_TIME: Duration = Duration::from_secs(2);
 
 /// Runs `forebay status`.
 pub(crate) fn run(args: &StatusArgs) -> Result<(), CliError> {
-    let context = args.context.resolve()?;
+    let (context, urls) = (args.context.resolve()?, args.context.urls()?);
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;
         // In this order: a read waits for an election, and the nodes then know who won it.
-        let facts = asked.client.read(asked.timeout.min(READ_TIME)).await;
-        let facts = facts.map_err(of_read);
-        let nodes = asked.nodes().await;
+        let controlled = async {
+            let facts = asked.client.read(asked.timeout.min(READ_TIME)).await;
+            (facts.map_err(of_read), asked.nodes().await)
+        };
+        let looked = look::processes(&urls.balancers, LOOK_TIME);
+        let ((facts, nodes), balancers) = futures::join!(controlled, looked);
         let rows: Vec<Row> = nodes.iter().map(Row::of).collect();
-        let status = status(rows, &facts);
+        let limited = limited_by(facts.is_ok(), &balancers);
+        let status = status(rows, &facts, limited);
         args.output.print(&status, || page(&status));
         // The page has said why; a script that reads none of it sees the exit code.
         facts.map(drop).map_err(|error| {
@@ -92,7 +106,11 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), CliError> {
     })
 }
 
-fn status(nodes: Vec<Row>, facts: &Result<Facts, CliError>) -> Status {
+fn status(
+    nodes: Vec<Row>,
+    facts: &Result<Facts, CliError>,
+    (limited_by, limited_because): (Limit, String),
+) -> Status {
     let leader = nodes
         .iter()
         .filter(|row| row.leader)
@@ -104,6 +122,8 @@ fn status(nodes: Vec<Row>, facts: &Result<Facts, CliError>) -> Status {
         cluster_id: None,
         leader,
         quorum: facts.is_ok(),
+        limited_by,
+        limited_because,
         control: Control {
             total: nodes.len(),
             reachable: nodes.iter().filter(|row| row.reachable).count(),
@@ -224,10 +244,12 @@ fn page(status: &Status) -> String {
         .map(|(s, n)| format!("{n} {s}"))
         .collect();
     let mut text = format!(
-        "cluster   {}\nleader    {}\nquorum    {}\ncontrol   {} of {} nodes reachable\nrevision  {}\nworkers   {}\nalarms    {}\n",
+        "cluster   {}\nleader    {}\nquorum    {}\nlimit     {}: {}\ncontrol   {} of {} nodes reachable\nrevision  {}\nworkers   {}\nalarms    {}\n",
         or_none(status.cluster_id.map(|id| id.to_string())),
         or_none(status.leader.clone()),
         if status.quorum { "yes" } else { "no" },
+        status.limited_by.name(),
+        status.limited_because,
         status.control.reachable,
         status.control.total,
         or_none(status.revision.map(|revision| revision.to_string())),

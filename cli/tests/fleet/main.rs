@@ -13,6 +13,7 @@ mod clients;
 mod compare;
 mod control_gone;
 mod differential;
+mod explain;
 mod failures;
 mod figures;
 mod harness;

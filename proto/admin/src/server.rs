@@ -32,6 +32,27 @@ pub struct Admin {
     pub ready: Box<dyn Fn() -> Result<(), Vec<String>> + Send + Sync>,
     /// More pages.
     pub pages: Vec<Page>,
+    /// Pages that show what is asked for in their address, after a `?`.
+    pub searches: Vec<Search>,
+}
+
+/// A page that a role adds, of which a part is asked for.
+pub struct Search {
+    /// Where it is: `/debug/receipts`.
+    pub path: &'static str,
+    /// What it shows, in a sentence, and how to ask.
+    pub about: &'static str,
+    /// What was found, given what stands after the `?`; called once a request.
+    pub find: Box<dyn Fn(&str) -> Result<Content, NotFound> + Send + Sync>,
+}
+
+/// Why a search shows nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotFound {
+    /// The question is not understood; says why.
+    Question(String),
+    /// There is no such thing; says what.
+    Nothing(String),
 }
 
 /// A page that a role adds.
@@ -63,6 +84,7 @@ impl Admin {
             live: Box::new(|| true),
             ready: Box::new(|| Ok(())),
             pages: Vec::new(),
+            searches: Vec::new(),
         }
     }
 }
@@ -151,10 +173,16 @@ async fn talk(stream: TcpStream, admin: Arc<Admin>) {
 }
 
 fn answer(admin: &Admin, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-    page(admin, request.method(), request.uri().path())
+    let uri = request.uri();
+    page(
+        admin,
+        request.method(),
+        uri.path(),
+        uri.query().unwrap_or(""),
+    )
 }
 
-fn page(admin: &Admin, method: &Method, path: &str) -> Response<Full<Bytes>> {
+fn page(admin: &Admin, method: &Method, path: &str, query: &str) -> Response<Full<Bytes>> {
     if method != Method::GET && method != Method::HEAD {
         let mut refused = json(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -184,16 +212,32 @@ fn page(admin: &Admin, method: &Method, path: &str) -> Response<Full<Bytes>> {
         },
         "/metrics" => metrics(&admin.registry),
         _ => match admin.pages.iter().find(|page| page.path == path) {
-            Some(page) => match (page.render)() {
-                Content::Json(value) => json(StatusCode::OK, &value),
-                Content::Lines(lines) => text(StatusCode::OK, JSON_LINES, lines),
+            Some(page) => content((page.render)()),
+            None => match admin.searches.iter().find(|search| search.path == path) {
+                Some(search) => searched((search.find)(query)),
+                None => json(
+                    StatusCode::NOT_FOUND,
+                    &serde_json::json!({"error": "no such page: GET / lists the pages"}),
+                ),
             },
-            None => json(
-                StatusCode::NOT_FOUND,
-                &serde_json::json!({"error": "no such page: GET / lists the pages"}),
-            ),
         },
     }
+}
+
+fn content(content: Content) -> Response<Full<Bytes>> {
+    match content {
+        Content::Json(value) => json(StatusCode::OK, &value),
+        Content::Lines(lines) => text(StatusCode::OK, JSON_LINES, lines),
+    }
+}
+
+fn searched(found: Result<Content, NotFound>) -> Response<Full<Bytes>> {
+    let (status, problem) = match found {
+        Ok(found) => return content(found),
+        Err(NotFound::Question(problem)) => (StatusCode::BAD_REQUEST, problem),
+        Err(NotFound::Nothing(problem)) => (StatusCode::NOT_FOUND, problem),
+    };
+    json(status, &serde_json::json!({"error": problem}))
 }
 
 fn index(admin: &Admin) -> String {
@@ -201,8 +245,10 @@ fn index(admin: &Admin) -> String {
         "forebay {}\n\n/livez    whether the process works\n/readyz   whether it should get traffic\n/metrics  OpenMetrics\n",
         admin.title
     );
-    for page in &admin.pages {
-        text.push_str(&format!("{}  {}\n", page.path, page.about));
+    let pages = admin.pages.iter().map(|page| (page.path, page.about));
+    let searches = admin.searches.iter();
+    for (path, about) in pages.chain(searches.map(|search| (search.path, search.about))) {
+        text.push_str(&format!("{path}  {about}\n"));
     }
     text
 }
@@ -260,11 +306,21 @@ mod tests {
             about: "two lines",
             render: Box::new(|| Content::Lines("1\n2\n".to_owned())),
         });
+        admin.searches.push(Search {
+            path: "/debug/find",
+            about: "what is asked for",
+            find: Box::new(|query| match query {
+                "a=1" => Ok(Content::Lines("found\n".to_owned())),
+                "a=2" => Err(NotFound::Nothing("there is no 2".to_owned())),
+                _ => Err(NotFound::Question("ask for a".to_owned())),
+            }),
+        });
         admin
     }
 
     async fn check(admin: &Admin, method: Method, path: &str, status: u16, has: &str) {
-        let answer = page(admin, &method, path);
+        let (path, query) = path.split_once('?').unwrap_or((path, ""));
+        let answer = page(admin, &method, path, query);
         assert_eq!(answer.status().as_u16(), status, "{path}");
         let body = answer.into_body().collect().await.unwrap().to_bytes();
         let body = String::from_utf8(body.to_vec()).unwrap();
@@ -280,6 +336,10 @@ mod tests {
         check(&admin, Method::GET, "/metrics", 200, "# EOF").await;
         check(&admin, Method::GET, "/debug/three", 200, "3").await;
         check(&admin, Method::GET, "/debug/lines", 200, "1\n2\n").await;
+        check(&admin, Method::GET, "/", 200, "/debug/find  what").await;
+        check(&admin, Method::GET, "/debug/find?a=1", 200, "found\n").await;
+        check(&admin, Method::GET, "/debug/find?a=2", 404, "no 2").await;
+        check(&admin, Method::GET, "/debug/find", 400, "ask for a").await;
         check(&admin, Method::GET, "/nope", 404, "GET /").await;
         check(&admin, Method::POST, "/livez", 405, "use GET").await;
     }

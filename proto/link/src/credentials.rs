@@ -1,12 +1,15 @@
 //! A process's own certificate, key and the CA it trusts.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use forebay_proto::Identity;
 use forebay_proto::identity::IdentityError;
 use rustls::RootCertStore;
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::server::ParsedCertificate;
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -78,10 +81,21 @@ pub enum CertificateError {
     Identity(#[from] IdentityError),
 }
 
+/// From when until when a certificate holds, in seconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// Not before.
+    pub from: i64,
+    /// Not after.
+    pub until: i64,
+}
+
 /// Certificate, key and CA, read and matched.
 #[derive(Debug)]
 pub struct Credentials {
     identity: Identity,
+    validity: Validity,
+    authority_validity: Validity,
     pub(crate) chain: Vec<CertificateDer<'static>>,
     pub(crate) key: PrivateKeyDer<'static>,
     pub(crate) roots: RootCertStore,
@@ -127,8 +141,15 @@ impl Credentials {
         let identity = peer_identity(leaf).map_err(|error| broken(&paths.cert, error))?;
         let mut roots = RootCertStore::empty();
         let mut expected = String::new();
+        let mut authority_validity = Validity {
+            from: i64::MIN,
+            until: i64::MAX,
+        };
         for authority in &authorities {
             let uri = identity_of(authority).map_err(|error| broken(&paths.ca, error))?;
+            let held = validity_of(authority).map_err(|error| broken(&paths.ca, error))?;
+            authority_validity.from = authority_validity.from.max(held.from);
+            authority_validity.until = authority_validity.until.min(held.until);
             expected = uri.trim_start_matches("spiffe://").to_owned();
             roots
                 .add(authority.clone())
@@ -143,6 +164,8 @@ impl Credentials {
             });
         }
         Ok(Self {
+            validity: validity_of(leaf).map_err(|error| broken(&paths.cert, error))?,
+            authority_validity,
             identity,
             chain,
             key,
@@ -156,11 +179,54 @@ impl Credentials {
     pub const fn identity(&self) -> &Identity {
         &self.identity
     }
+
+    /// From when until when our certificate holds.
+    #[must_use]
+    pub const fn validity(&self) -> Validity {
+        self.validity
+    }
+
+    /// From when until when all CA certificates do.
+    #[must_use]
+    pub const fn authority_validity(&self) -> Validity {
+        self.authority_validity
+    }
+
+    /// Checks that the CA signed our certificate, and that it is for what we need, as of `now` (since 1970).
+    ///
+    /// # Errors
+    ///
+    /// Returns what TLS says, as peers will.
+    pub fn check_chain(&self, now: Duration) -> Result<(), String> {
+        let [leaf, intermediates @ ..] = &self.chain[..] else {
+            return Err("there is no certificate".into());
+        };
+        let provider = rustls::crypto::ring::default_provider();
+        let verified = ParsedCertificate::try_from(leaf).and_then(|leaf| {
+            verify_server_cert_signed_by_trust_anchor(
+                &leaf,
+                &self.roots,
+                intermediates,
+                UnixTime::since_unix_epoch(now),
+                provider.signature_verification_algorithms.all,
+            )
+        });
+        verified.map_err(|error| error.to_string())
+    }
 }
 
 /// The identity in a peer's certificate.
 pub(crate) fn peer_identity(leaf: &CertificateDer<'_>) -> Result<Identity, CertificateError> {
     Ok(identity_of(leaf)?.parse()?)
+}
+
+fn validity_of(der: &CertificateDer<'_>) -> Result<Validity, CertificateError> {
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|_| CertificateError::NotX509)?;
+    let validity = certificate.validity();
+    Ok(Validity {
+        from: validity.not_before.timestamp(),
+        until: validity.not_after.timestamp(),
+    })
 }
 
 /// The one URI name of a certificate.

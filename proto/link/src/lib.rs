@@ -14,7 +14,7 @@ mod stream;
 mod verify;
 
 pub use backoff::Backoff;
-pub use credentials::{CredentialPaths, Credentials, CredentialsError};
+pub use credentials::{CredentialPaths, Credentials, CredentialsError, Validity};
 pub use endpoint::{BindError, ConnectError, Endpoint, Expect};
 pub use link::{Alpn, Link, LinkClosed, OpenError};
 pub use pki::{Authority, Issued, PkiError};

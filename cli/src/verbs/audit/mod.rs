@@ -4,11 +4,9 @@ mod file;
 mod tail;
 
 use clap::{Args, Subcommand};
-use forebay_consensus::fleet::archive::{Fault, Record, Tail};
+use forebay_consensus::fleet::archive::{Fault, Tail};
 use forebay_consensus::fleet::audit::KEPT_ENTRIES;
 use forebay_proto::{ClusterId, Millis};
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 use super::ask::{Asked, of_read};
 use crate::exit::{CliError, Exit};
@@ -73,12 +71,4 @@ fn beginning(tail: &Tail) -> Option<String> {
             "the chain begins at entry {begins} here: the cluster keeps the newest {KEPT_ENTRIES}, older ones are in files that were exported before"
         )
     })
-}
-
-/// When an entry was made, in UTC and to the millisecond.
-fn time(record: &Record) -> String {
-    let nanos = i128::from(record.at_ms) * 1_000_000;
-    let time = OffsetDateTime::from_unix_timestamp_nanos(nanos).ok();
-    let text = time.and_then(|time| time.format(&Rfc3339).ok());
-    text.unwrap_or_else(|| record.at_ms.to_string())
 }

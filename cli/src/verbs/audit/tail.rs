@@ -7,10 +7,10 @@ use forebay_consensus::fleet::archive::{Record, Tail};
 use forebay_proto::ClusterId;
 use serde::Serialize;
 
-use super::{beginning, kept, newest, time};
+use super::{beginning, kept, newest};
 use crate::context::ContextArgs;
 use crate::exit::CliError;
-use crate::output::{result, say, table};
+use crate::output::{clock, result, say, table};
 use crate::verbs::ask::Asked;
 
 /// Options of `forebay audit tail`.
@@ -155,7 +155,7 @@ fn page(records: &[Record]) -> String {
 fn cells(record: &Record) -> [String; 10] {
     [
         record.number.to_string(),
-        time(record),
+        clock(record.at_ms),
         record.revision.to_string(),
         record.actor.clone(),
         record.address.clone(),

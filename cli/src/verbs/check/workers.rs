@@ -1,0 +1,190 @@
+//! Workers and models, as the fleet agreed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use forebay_control_client::{Facts, WorkerFact};
+use forebay_proto::config::POLICIES;
+use forebay_proto::wire::fleet::{Desired, Observed};
+
+use super::Seen;
+use super::report::Report;
+
+/// Adds what concerns the workers, by the facts.
+pub(super) fn check(seen: &Seen, report: &mut Report) {
+    let Some(Ok(facts)) = &seen.facts else {
+        for id in IDS {
+            report.skip(id, "the facts cannot be read");
+        }
+        return;
+    };
+    configuration(facts, report);
+    let names = |is: &dyn Fn(&WorkerFact) -> bool| -> Vec<String> {
+        let workers = facts.workers.values().filter(|worker| is(worker));
+        workers.map(|worker| worker.name.clone()).collect()
+    };
+    let alive = |worker: &WorkerFact| !worker.departed && !worker.lost;
+    let count = facts.workers.len();
+    report.fail(
+        "workers.lost",
+        &names(&|worker| worker.lost && !worker.departed),
+        format!("none of {count} is lost"),
+        "look at its agent and host; it comes back by itself when its agent is heard",
+    );
+    report.warn(
+        "workers.departed",
+        &names(&|worker| worker.departed),
+        "none said goodbye",
+        "start its agent, or forget it: its agent stopped and said so",
+    );
+    report.fail(
+        "workers.engines",
+        &names(&|worker| alive(worker) && worker.observed == Observed::EngineDown),
+        "every engine answers its agent",
+        "look at the engine's log; the agent keeps trying",
+    );
+    report.warn(
+        "workers.joining",
+        &names(&|worker| alive(worker) && worker.observed == Observed::Joining),
+        "none is joining",
+        "it has not got its engine or its facts yet: look at its agent's log",
+    );
+    report.warn(
+        "workers.cordoned",
+        &names(&|worker| worker.desired == Desired::Cordoned),
+        "none is cordoned",
+        "whoever cordoned it is in `forebay audit tail`; undo it if nobody needs that any more",
+    );
+    draining(seen, facts, report);
+    report.warn(
+        "workers.in-force",
+        &names(&|worker| alive(worker) && !worker.is_in_force()),
+        "every agent has applied what operators want",
+        "wait, or look at its agent's log",
+    );
+    models(facts, report);
+    let mut addresses = BTreeMap::<&str, Vec<&str>>::new();
+    for worker in facts.workers.values().filter(|worker| !worker.departed) {
+        let at = addresses.entry(&worker.spec.advertise).or_default();
+        at.push(&worker.name);
+    }
+    let shared = addresses.iter().filter(|(_, names)| names.len() > 1);
+    let shared = shared.map(|(address, names)| format!("{} share {address}", names.join(" and ")));
+    report.fail(
+        "workers.addresses",
+        &shared.collect::<Vec<_>>(),
+        "every worker has an address of its own",
+        "give each agent its own --advertise, and remove workers that are no more",
+    );
+}
+
+fn configuration(facts: &Facts, report: &mut Report) {
+    let pools = &facts.config.pools;
+    let unknown = pools
+        .iter()
+        .filter(|pool| !POLICIES.contains(&pool.policy.as_str()));
+    let unknown = unknown.map(|pool| format!("pool {} has policy {:?}", pool.name, pool.policy));
+    report.fail(
+        "config.policies",
+        &unknown.collect::<Vec<_>>(),
+        "every pool has a policy that this version knows",
+        "balancers that do not know it place by `forebay`: see `forebay config show`",
+    );
+    let empty = pools.iter().filter(|pool| {
+        let mut workers = facts.workers.values();
+        !workers.any(|worker| worker.spec.pool == pool.name)
+    });
+    let empty = empty.map(|pool| format!("pool {} has no workers", pool.name));
+    report.warn(
+        "config.pools",
+        &empty.collect::<Vec<_>>(),
+        format!("each of {} pools has workers", pools.len()),
+        "start an agent with this --pool, or take the pool out of the configuration",
+    );
+    let alarms = facts.correlated_expiry.iter();
+    let alarms = alarms.map(|pool| format!("more than 20 % of pool {pool} fell silent at once"));
+    report.fail(
+        "fleet.alarms",
+        &alarms.collect::<Vec<_>>(),
+        "no alarm is raised",
+        "look at the network between the control nodes and that pool; none of its workers is taken as lost meanwhile",
+    );
+}
+
+fn draining(seen: &Seen, facts: &Facts, report: &mut Report) {
+    let draining = facts.workers.values();
+    let draining =
+        draining.filter(|worker| worker.desired == Desired::Draining && !worker.departed);
+    let long = draining.filter_map(|worker| {
+        let tail = seen.audit.as_ref()?.as_ref().ok()?;
+        let mut entries = tail.records.iter();
+        let asked = entries.find(|entry| entry.revision == worker.desired_revision);
+        let Some(asked) = asked else {
+            return Some(format!(
+                "{} for longer than the audit reaches back",
+                worker.name
+            ));
+        };
+        let minutes = seen.now_ms.saturating_sub(asked.at_ms) / 60_000;
+        let done = worker.observed == Observed::Drained;
+        (minutes >= LONG_MINUTES && !done).then(|| {
+            format!(
+                "{} since {minutes} minutes, by {}",
+                worker.name, asked.actor
+            )
+        })
+    });
+    report.warn(
+        "workers.draining",
+        &long.collect::<Vec<_>>(),
+        "none has been draining for long",
+        "requests that run there may never end: look at its agent's running and queued",
+    );
+}
+
+fn models(facts: &Facts, report: &mut Report) {
+    let (mut models, mut profiles) = (BTreeMap::new(), BTreeMap::<_, BTreeSet<_>>::new());
+    for worker in facts.workers.values() {
+        let serves = !worker.departed
+            && !worker.lost
+            && worker.observed == Observed::Ready
+            && worker.desired == Desired::Ready;
+        for model in &worker.spec.models {
+            *models.entry(model).or_insert(0_u32) += u32::from(serves);
+            let profile = worker.spec.labels.get("render-profile");
+            profiles.entry(model).or_default().insert(profile);
+        }
+    }
+    let without = models.iter().filter(|(_, ready)| **ready == 0);
+    let without = without.map(|(model, _)| format!("{model} has no ready worker"));
+    report.fail(
+        "models.ready",
+        &without.collect::<Vec<_>>(),
+        format!("each of {} models has a ready worker", models.len()),
+        "its requests get 503: see `forebay workers` for the state of each, and take back a cordon",
+    );
+    let differ = profiles.iter().filter(|(_, profiles)| profiles.len() > 1);
+    let differ = differ.map(|(model, _)| format!("workers of {model} differ in render-profile"));
+    report.fail(
+        "models.profiles",
+        &differ.collect::<Vec<_>>(),
+        "workers of one model render prompts alike",
+        "its prompts are placed by load only: give all its agents the same --label render-profile=…",
+    );
+}
+
+const IDS: [&str; 13] = [
+    "config.policies",
+    "config.pools",
+    "fleet.alarms",
+    "workers.lost",
+    "workers.departed",
+    "workers.engines",
+    "workers.joining",
+    "workers.cordoned",
+    "workers.draining",
+    "workers.in-force",
+    "models.ready",
+    "models.profiles",
+    "workers.addresses",
+];
+const LONG_MINUTES: u64 = 10;
