@@ -62,6 +62,8 @@ pub(crate) enum Verb {
     Workers(verbs::workers::WorkersArgs),
     /// Show the fleet on one page, and what is wrong with it.
     Status(verbs::status::StatusArgs),
+    /// Watch the fleet live in the terminal.
+    Top(verbs::top::TopArgs),
     /// Look for whatever is wrong, and say what to do about it.
     Check(verbs::check::CheckArgs),
     /// Show why a request went to its worker, or where it would go.
@@ -76,7 +78,8 @@ pub(crate) enum Verb {
     Compare(verbs::compare::CompareArgs),
     /// Run the fleet's parts in virtual time.
     Sim(verbs::sim::SimArgs),
-    /// Print a page of the documentation that follows from the code.
-    #[command(hide = true)]
+    /// Print what a shell needs to complete our verbs and options.
+    Completions(verbs::docs::CompletionsArgs),
+    /// Pages of the documentation that follow from the code: manual pages.
     Docs(verbs::docs::DocsArgs),
 }

@@ -66,9 +66,11 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Replay(args) => verbs::replay::run(args),
         Verb::Compare(args) => verbs::compare::run(&args),
         Verb::Sim(args) => verbs::sim::run(&args),
-        Verb::Docs(args) => {
-            verbs::docs::run(&args);
+        Verb::Top(args) => verbs::top::run(&args),
+        Verb::Completions(args) => {
+            verbs::docs::completions(&args);
             Ok(())
         }
+        Verb::Docs(args) => verbs::docs::run(&args),
     }
 }

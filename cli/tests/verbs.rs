@@ -59,8 +59,26 @@ fn what_is_no_command_is_a_usage_error_that_names_it() {
 #[test]
 fn every_verb_has_help_on_stdout() {
     for verb in [
-        "dev", "control", "balancer", "agent", "engine", "ca", "keys", "init", "members", "raft",
-        "workers", "status", "config", "replay",
+        "dev",
+        "control",
+        "balancer",
+        "agent",
+        "engine",
+        "ca",
+        "keys",
+        "init",
+        "members",
+        "raft",
+        "workers",
+        "status",
+        "config",
+        "replay",
+        "audit",
+        "explain",
+        "check",
+        "top",
+        "completions",
+        "docs",
     ] {
         let output = forebay(&[verb, "--help"]);
         assert_eq!(output.status.code(), Some(0), "{verb}");
@@ -82,6 +100,71 @@ fn the_page_on_the_command_line_is_what_help_says() {
 }
 
 #[test]
+fn shells_get_completions_and_man_gets_a_page_for_each_verb() {
+    for (shell, has) in [
+        ("bash", "_forebay()"),
+        ("zsh", "#compdef forebay"),
+        ("fish", "complete -c forebay"),
+    ] {
+        let script = forebay(&["completions", shell]);
+        assert_eq!(script.status.code(), Some(0));
+        let script = String::from_utf8(script.stdout).unwrap();
+        assert!(
+            script.contains(has) && script.contains("--what-if"),
+            "{shell}"
+        );
+    }
+    check(&["completions", "cmd"], 2, &["bash"]);
+    let dir = tempfile::tempdir().unwrap();
+    let man = dir.path().join("man1");
+    assert!(forebay(&["docs", "man", text(&man)]).status.success());
+    for page in [
+        "forebay.1",
+        "forebay-status.1",
+        "forebay-audit-verify.1",
+        "forebay-top.1",
+    ] {
+        let page = std::fs::read_to_string(man.join(page)).unwrap();
+        assert!(
+            page.starts_with(".ie") && page.contains(".SH SYNOPSIS"),
+            "{page}"
+        );
+    }
+    let taken = dir.path().join("file");
+    std::fs::write(&taken, "").unwrap();
+    check(&["docs", "man", text(&taken)], 1, &["file"]);
+}
+
+#[test]
+fn a_check_of_nothing_names_the_context_and_an_exported_file_is_checked_without_one() {
+    let output = forebay(&["check", "--output", "json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["checks"][0]["id"], "context.file");
+    assert_eq!(report["checks"][0]["status"], "fail");
+    assert!(report["checks"].as_array().unwrap().len() >= 25);
+    let dir = tempfile::tempdir().unwrap();
+    let keys = dir.path().join("keys.toml");
+    std::fs::write(&keys, "[[keys]]\nsha256 = 'x'\ntenant = 'a'\n").unwrap();
+    let output = forebay(&["check", "--keys", text(&keys)]);
+    let page = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        page.contains("FAIL     keys.file") && page.contains("keys[0].sha256"),
+        "{page}"
+    );
+    let file = dir.path().join("audit.jsonl");
+    std::fs::write(&file, "").unwrap();
+    check(
+        &["audit", "verify", text(&file), "--offline"],
+        1,
+        &["cut off: record 1"],
+    );
+    check(&["audit", "verify", "--offline"], 2, &["FILE"]);
+    check(&["explain"], 2, &["REQUEST_ID"]);
+    check(&["explain", "x", "--worker", "w1"], 2, &["--worker"]);
+}
+
+#[test]
 fn without_a_context_a_verb_says_how_to_get_one() {
     for verb in [
         &["status"][..],
@@ -89,6 +172,10 @@ fn without_a_context_a_verb_says_how_to_get_one() {
         &["members"],
         &["init"],
         &["config", "show"],
+        &["audit", "tail"],
+        &["audit", "export", "x"],
+        &["audit", "verify"],
+        &["top", "--once"],
     ] {
         check(
             verb,

@@ -154,7 +154,6 @@ mod tests {
     fn balancer(queued: u32, reasons: &[&str], workers: &[&str]) -> Process {
         Process {
             name: "b1".into(),
-            url: "http://b1".into(),
             seen: Ok(Shown {
                 reasons: reasons.iter().map(ToString::to_string).collect(),
                 metrics: Metrics::parse(&format!("forebay_balancer_queued {queued}\n")),

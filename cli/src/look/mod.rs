@@ -19,8 +19,6 @@ use metrics::Metrics;
 pub(crate) struct Process {
     /// Its name in the context.
     pub(crate) name: String,
-    /// Its admin URL.
-    pub(crate) url: String,
     /// What it shows, or why nothing is seen.
     pub(crate) seen: Result<Shown, String>,
 }
@@ -83,7 +81,6 @@ struct Workers {
 pub(crate) async fn processes(urls: &BTreeMap<String, String>, patience: Duration) -> Vec<Process> {
     let looks = urls.iter().map(async |(name, url)| Process {
         name: name.clone(),
-        url: url.clone(),
         seen: look(url, patience).await,
     });
     join_all(looks).await

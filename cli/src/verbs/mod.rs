@@ -15,4 +15,5 @@ pub(crate) mod raft;
 pub(crate) mod replay;
 pub(crate) mod sim;
 pub(crate) mod status;
+pub(crate) mod top;
 pub(crate) mod workers;

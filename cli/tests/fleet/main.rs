@@ -9,6 +9,7 @@
 )]
 
 mod audit;
+mod check;
 mod clients;
 mod compare;
 mod control_gone;
@@ -18,6 +19,7 @@ mod failures;
 mod figures;
 mod harness;
 mod keys;
+mod looking;
 mod lost_disks;
 mod many_balancers;
 mod operators;

@@ -2,8 +2,6 @@
 
 use serde::Serialize;
 
-use crate::output::table;
-
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -123,19 +121,18 @@ impl Report {
             Status::Ok => 2,
             Status::Skipped => 3,
         });
-        let rows = checks.iter().map(|check| {
+        let lines = checks.iter().map(|check| {
             let word = match check.status {
                 Status::Ok => "ok",
                 Status::Warn => "warn",
                 Status::Fail => "FAIL",
                 Status::Skipped => "skipped",
             };
-            [
-                word.into(),
-                check.id.into(),
-                check.what.clone(),
-                check.hint.clone(),
-            ]
+            let mut line = format!("{word:<8} {:<23} {}", check.id, check.what);
+            if !check.hint.is_empty() {
+                line += &format!("\n         {}", check.hint);
+            }
+            line
         });
         let summary = format!(
             "{} checks: {} failed, {} warned, {} skipped",
@@ -147,7 +144,7 @@ impl Report {
         if checks.is_empty() {
             return summary;
         }
-        format!("{}\n\n{summary}", table(["", "CHECK", "FOUND", "DO"], rows))
+        format!("{}\n\n{summary}", lines.collect::<Vec<_>>().join("\n"))
     }
 }
 
