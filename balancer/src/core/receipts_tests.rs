@@ -170,6 +170,7 @@ fn memory_is_bounded_by_bytes_as_well() {
 
 /// The promise of `forebay explain`: the last hundred thousand placements, in bounded memory, in time.
 #[test]
+#[allow(clippy::disallowed_methods)] // it is the time that is claimed
 fn a_hundred_thousand_of_a_large_fleet_fit_and_are_found() {
     let (mut next, mut receipts) = (receipts_of(200), Receipts::new(100_000, MOST_BYTES));
     // Distinct ones are slow to make in a debug build.

@@ -12,7 +12,7 @@ mod server;
 
 pub use histogram::Histogram;
 pub use hygiene::{HygieneError, no_core_dumps, quiet_panics};
-pub use server::{Admin, Content, NotFound, Page, Search, ServeError, serve};
+pub use server::{Admin, Content, Find, NotFound, Page, Search, ServeError, serve};
 
 /// The metrics library that [`Admin::registry`] belongs to.
 pub use prometheus_client;

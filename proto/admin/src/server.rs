@@ -43,8 +43,11 @@ pub struct Search {
     /// What it shows, in a sentence, and how to ask.
     pub about: &'static str,
     /// What was found, given what stands after the `?`; called once a request.
-    pub find: Box<dyn Fn(&str) -> Result<Content, NotFound> + Send + Sync>,
+    pub find: Box<Find>,
 }
+
+/// What a search does.
+pub type Find = dyn Fn(&str) -> Result<Content, NotFound> + Send + Sync;
 
 /// Why a search shows nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]

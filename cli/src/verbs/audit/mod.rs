@@ -43,12 +43,13 @@ pub(crate) fn run(args: &AuditArgs) -> Result<(), CliError> {
 /// The cluster's audit as agreed by now, checked, and the cell's time.
 async fn newest(asked: &Asked) -> Result<(Tail, Millis), CliError> {
     let facts = asked.read().await?;
-    let tail = kept(asked, facts.cluster_id).await?;
+    let tail = kept(asked, facts.cluster_id, KEPT_ENTRIES).await?;
     Ok((tail, facts.cell_time))
 }
 
-async fn kept(asked: &Asked, cluster_id: ClusterId) -> Result<Tail, CliError> {
-    let limit = u32::try_from(KEPT_ENTRIES).unwrap_or(u32::MAX);
+/// The newest `most` entries.
+async fn kept(asked: &Asked, cluster_id: ClusterId, most: usize) -> Result<Tail, CliError> {
+    let limit = u32::try_from(most).unwrap_or(u32::MAX);
     let told = asked.client.agreed_audit(limit, asked.timeout).await;
     let told = told.map_err(of_read)?;
     let count = told.count.ok_or_else(|| {

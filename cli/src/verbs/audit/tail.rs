@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use forebay_consensus::fleet::archive::{Record, Tail};
+use forebay_consensus::fleet::audit::KEPT_ENTRIES;
 use forebay_proto::ClusterId;
 use serde::Serialize;
 
@@ -58,6 +59,8 @@ struct Document<'a> {
 
 /// Between two looks for new entries.
 const LOOK: Duration = Duration::from_secs(1);
+/// More than come between two looks, usually.
+const USUAL: usize = 50;
 
 /// Runs `forebay audit tail`.
 pub(super) fn run(args: &TailArgs) -> Result<(), CliError> {
@@ -84,7 +87,14 @@ pub(super) fn run(args: &TailArgs) -> Result<(), CliError> {
 async fn follow(args: &TailArgs, asked: &Asked, mut before: Tail) {
     loop {
         tokio::time::sleep(LOOK).await;
-        let tail = match kept(asked, before.cluster_id).await {
+        let mut newest = kept(asked, before.cluster_id, USUAL).await;
+        if newest
+            .as_ref()
+            .is_ok_and(|tail| tail.begins() > before.count + 1)
+        {
+            newest = kept(asked, before.cluster_id, KEPT_ENTRIES).await;
+        }
+        let tail = match newest {
             Ok(tail) => tail,
             Err(error) => {
                 say(&format!("asking again: {error}"));

@@ -1,6 +1,8 @@
 //! Each record of an exported file, touched in each way; each is named.
 
-use super::super::audit::KEPT_ENTRIES;
+use forebay_proto::Millis;
+
+use super::super::audit::{GENESIS, KEPT_ENTRIES};
 use super::super::testing::World;
 use super::*;
 
