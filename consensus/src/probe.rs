@@ -53,11 +53,13 @@ pub enum Probe {
     EntriesReplaced,
     /// A leader handed over on request.
     Transferred,
+    /// A guard kept a model from being left with too few slots.
+    CapacityShort,
 }
 
 impl Probe {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::JointLeftByAnotherLeader,
         Self::LeaderRemoved,
         Self::TornTail,
@@ -80,6 +82,7 @@ impl Probe {
         Self::WatcherCut,
         Self::EntriesReplaced,
         Self::Transferred,
+        Self::CapacityShort,
     ];
 }
 

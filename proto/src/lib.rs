@@ -4,6 +4,7 @@
 //! frames, and each crate that meets the messages turns them into its own types in one module.
 
 pub mod config;
+mod drain;
 pub mod fleet;
 pub mod frame;
 pub mod identity;
@@ -17,8 +18,9 @@ pub mod wire;
 
 /// Newest replicated feature that this build understands; a cell uses those that everyone in it
 /// understands.
-pub const FEATURE_LEVEL: u32 = 3;
+pub const FEATURE_LEVEL: u32 = 4;
 
+pub use drain::{Drain, DrainId, DrainPhase, DrainedWorker, OnDeadline};
 pub use identity::{Identity, Level, Role};
 pub use ids::{ClientId, ClusterId, Incarnation, NodeId, Revision, StoreId, WorkerId};
 pub use key::FingerprintKey;

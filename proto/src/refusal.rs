@@ -1,5 +1,6 @@
 //! Why the fleet refuses a command: data for programs, and one sentence that says what to do.
 
+use crate::drain::DrainId;
 use crate::ids::{Incarnation, WorkerId};
 use crate::wire::fleet as wire;
 use wire::refusal::Reason;
@@ -117,6 +118,50 @@ pub enum Refusal {
         /// The newest applied.
         newest: u64,
     },
+    /// Too few ready workers would be left for what runs.
+    #[error(
+        "model {model} of pool {pool} would be left with {workers_left} ready workers of {slots_left} slots, and needs {slots_needed} ({in_flight} requests are in flight): add or uncordon workers, take fewer at once, wait until load is lower, or go ahead with --ignore-capacity-guard"
+    )]
+    CapacityShort {
+        /// The model.
+        model: String,
+        /// The pool.
+        pool: String,
+        /// Ready workers that would be left.
+        workers_left: u32,
+        /// Requests that they run at once.
+        slots_left: u64,
+        /// Slots that have to be left.
+        slots_needed: u64,
+        /// Requests that run or wait on the model's workers.
+        in_flight: u64,
+    },
+    /// How busy a worker is was not heard lately.
+    #[error(
+        "how busy worker {worker} of pool {pool} is has not been heard for 10 s, so nobody can say whether the others suffice: look at its agent, try again, or go ahead with --ignore-capacity-guard"
+    )]
+    CapacityUnknown {
+        /// The worker's name.
+        worker: String,
+        /// Its pool.
+        pool: String,
+    },
+    /// A drain holds the worker.
+    #[error(
+        "worker {worker} is being drained by {drain}: `forebay drain watch {drain}` follows it, `forebay drain cancel {drain}` calls it off"
+    )]
+    DrainActive {
+        /// The worker's name.
+        worker: String,
+        /// The drain.
+        drain: DrainId,
+    },
+    /// There is no such drain, or not any more.
+    #[error("there is no drain {drain}: see `forebay drain status`; the newest 32 are kept")]
+    UnknownDrain {
+        /// The drain asked for.
+        drain: DrainId,
+    },
     /// The control plane cannot have these members, or not yet. Nothing was proposed.
     #[error("{problem}")]
     MembersUnfit {
@@ -152,6 +197,10 @@ impl Refusal {
             Self::StaleSequence { .. } => "stale-sequence",
             Self::FeatureTooNew { .. } => "feature-too-new",
             Self::MembersUnfit { .. } => "members-unfit",
+            Self::CapacityShort { .. } => "capacity-short",
+            Self::CapacityUnknown { .. } => "capacity-unknown",
+            Self::DrainActive { .. } => "drain-active",
+            Self::UnknownDrain { .. } => "unknown-drain",
         }
     }
 
@@ -202,6 +251,25 @@ impl Refusal {
                 level: r.level,
             },
             Reason::MembersUnfit(r) => Self::MembersUnfit { problem: r.problem },
+            Reason::CapacityShort(r) => Self::CapacityShort {
+                model: r.model,
+                pool: r.pool,
+                workers_left: r.workers_left,
+                slots_left: r.slots_left,
+                slots_needed: r.slots_needed,
+                in_flight: r.in_flight,
+            },
+            Reason::CapacityUnknown(r) => Self::CapacityUnknown {
+                worker: r.worker,
+                pool: r.pool,
+            },
+            Reason::DrainActive(r) => Self::DrainActive {
+                worker: r.worker,
+                drain: DrainId(r.drain),
+            },
+            Reason::UnknownDrain(r) => Self::UnknownDrain {
+                drain: DrainId(r.drain),
+            },
         })
     }
 
@@ -243,6 +311,31 @@ impl Refusal {
                 Reason::FeatureTooNew(wire::FeatureTooNew { needed, level })
             }
             Self::MembersUnfit { problem } => Reason::MembersUnfit(wire::MembersUnfit { problem }),
+            Self::CapacityShort {
+                model,
+                pool,
+                workers_left,
+                slots_left,
+                slots_needed,
+                in_flight,
+            } => Reason::CapacityShort(wire::CapacityShort {
+                model,
+                pool,
+                workers_left,
+                slots_left,
+                slots_needed,
+                in_flight,
+            }),
+            Self::CapacityUnknown { worker, pool } => {
+                Reason::CapacityUnknown(wire::CapacityUnknown { worker, pool })
+            }
+            Self::DrainActive { worker, drain } => Reason::DrainActive(wire::DrainActive {
+                worker,
+                drain: drain.0,
+            }),
+            Self::UnknownDrain { drain } => {
+                Reason::UnknownDrain(wire::UnknownDrain { drain: drain.0 })
+            }
         };
         wire::Refusal {
             reason: Some(reason),
@@ -312,6 +405,23 @@ mod tests {
                 newest: 2,
             },
             Refusal::MembersUnfit { problem: text() },
+            Refusal::CapacityShort {
+                model: text(),
+                pool: text(),
+                workers_left: 1,
+                slots_left: 2,
+                slots_needed: 3,
+                in_flight: 4,
+            },
+            Refusal::CapacityUnknown {
+                worker: text(),
+                pool: text(),
+            },
+            Refusal::DrainActive {
+                worker: text(),
+                drain: DrainId(5),
+            },
+            Refusal::UnknownDrain { drain: DrainId(6) },
         ];
         for refusal in all {
             assert_eq!(Refusal::from_wire(refusal.to_wire()), Some(refusal));

@@ -53,11 +53,17 @@ pub enum Rpc {
     Snapshot,
     /// Time an entry that changes nothing.
     Measure,
+    /// Begin a drain, or call one off.
+    Drain,
+    /// A drain's deadline passed.
+    PassDrainDeadline,
+    /// Who holds a lease, and what they said with it.
+    Holders,
 }
 
 impl Rpc {
     /// Every RPC, for tables and tests.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 26] = [
         Self::Probe,
         Self::Bootstrap,
         Self::Read,
@@ -81,6 +87,9 @@ impl Rpc {
         Self::Transfer,
         Self::Snapshot,
         Self::Measure,
+        Self::Drain,
+        Self::PassDrainDeadline,
+        Self::Holders,
     ];
 
     /// Whether a peer of this role may call it.
@@ -99,15 +108,15 @@ impl Rpc {
             | Self::Snapshot
             | Self::RotateKey
             | Self::Measure => matches!(role, Operator(Level::Admin)),
-            Self::Read | Self::Audit => matches!(role, Control | Operator(_)),
+            Self::Read | Self::Audit | Self::Holders => matches!(role, Control | Operator(_)),
             Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
             Self::Renew => matches!(role, Balancer | Agent),
             Self::RegisterWorker | Self::ObserveWorker | Self::Goodbye => matches!(role, Agent),
-            Self::SetDesired | Self::RemoveWorker | Self::ApplyConfig => {
+            Self::SetDesired | Self::RemoveWorker | Self::ApplyConfig | Self::Drain => {
                 matches!(role, Operator(Level::Operator | Level::Admin))
             }
             // Only the leader's own controller proposes it, never a peer.
-            Self::ExpireLeases | Self::RaiseFeatureLevel => false,
+            Self::ExpireLeases | Self::RaiseFeatureLevel | Self::PassDrainDeadline => false,
             Self::Raft => matches!(role, Control),
             Self::Place | Self::Follow => matches!(role, Balancer),
         }
@@ -129,11 +138,14 @@ impl Rpc {
             Request::Transfer(_) => Self::Transfer,
             Request::Snapshot(_) => Self::Snapshot,
             Request::Measure(_) => Self::Measure,
+            Request::Holders(_) => Self::Holders,
             Request::Propose(_) => match action? {
                 Action::Register(_) => Self::RegisterWorker,
                 Action::Observe(_) => Self::ObserveWorker,
                 Action::Goodbye(_) => Self::Goodbye,
-                Action::SetDesired(_) => Self::SetDesired,
+                Action::SetDesired(_) | Action::SetDesiredOf(_) => Self::SetDesired,
+                Action::StartDrain(_) | Action::CancelDrain(_) => Self::Drain,
+                Action::PassDrainDeadline(_) => Self::PassDrainDeadline,
                 Action::Remove(_) => Self::RemoveWorker,
                 Action::ApplyConfig(_) => Self::ApplyConfig,
                 Action::Expire(_) => Self::ExpireLeases,
@@ -150,7 +162,7 @@ mod tests {
     use super::*;
 
     /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
-    const REVIEWED: [(Rpc, &str); 23] = [
+    const REVIEWED: [(Rpc, &str); 26] = [
         (Rpc::Probe, "cbavoA"),
         (Rpc::Bootstrap, ".....A"),
         (Rpc::Read, "c..voA"),
@@ -174,6 +186,9 @@ mod tests {
         (Rpc::Transfer, ".....A"),
         (Rpc::Snapshot, ".....A"),
         (Rpc::Measure, ".....A"),
+        (Rpc::Drain, "....oA"),
+        (Rpc::PassDrainDeadline, "......"),
+        (Rpc::Holders, "c..voA"),
     ];
 
     #[test]
@@ -200,7 +215,7 @@ mod tests {
         }
         assert_eq!(
             Rpc::ALL.last().map(|rpc| *rpc as usize),
-            Some(Rpc::Measure as usize)
+            Some(Rpc::Holders as usize)
         );
     }
 

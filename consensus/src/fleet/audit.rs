@@ -54,6 +54,33 @@ impl Subject {
             Some(Action::Register(command)) => ("register", command.name.clone()),
             Some(Action::Goodbye(command)) => ("goodbye", printed(command.incarnation.as_ref())),
             Some(Action::SetDesired(command)) => ("set-desired", desired(command)),
+            Some(Action::SetDesiredOf(command)) => (
+                match command.desired() {
+                    wire::Desired::Ready => "uncordon",
+                    wire::Desired::Cordoned => "cordon",
+                    wire::Desired::Unspecified | wire::Desired::Draining => "set-desired",
+                },
+                workers(
+                    &command.names,
+                    command.ignore_capacity_guard,
+                    command.dry_run,
+                ),
+            ),
+            Some(Action::StartDrain(command)) => (
+                "drain",
+                workers(
+                    &command.names,
+                    command.ignore_capacity_guard,
+                    command.dry_run,
+                ),
+            ),
+            Some(Action::CancelDrain(command)) => (
+                "cancel-drain",
+                format!("d{}{}", command.id, remarks(false, command.dry_run)),
+            ),
+            Some(Action::PassDrainDeadline(command)) => {
+                ("drain-deadline", format!("d{}", command.id))
+            }
             Some(Action::Remove(command)) => ("remove", command.name.clone()),
             Some(Action::ApplyConfig(_)) => ("apply-config", "config".into()),
             Some(Action::Expire(command)) => ("expire-leases", expired(command)),
@@ -69,6 +96,30 @@ impl Subject {
         };
         Some(Self { action, target })
     }
+}
+
+/// The first of the workers' names, how many more there are, and how it was asked.
+fn workers(names: &[String], guard_ignored: bool, dry_run: bool) -> String {
+    let shown: Vec<&str> = names.iter().take(8).map(|name| cut(name)).collect();
+    let more = match names.len() - shown.len() {
+        0 => String::new(),
+        more => format!(", {more} more"),
+    };
+    format!(
+        "{}{more}{}",
+        shown.join(", "),
+        remarks(guard_ignored, dry_run)
+    )
+}
+
+fn remarks(guard_ignored: bool, dry_run: bool) -> String {
+    let guard = if guard_ignored {
+        " (guard overridden)"
+    } else {
+        ""
+    };
+    let dry = if dry_run { " (dry run)" } else { "" };
+    format!("{guard}{dry}")
 }
 
 fn desired(command: &wire::SetDesired) -> String {

@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use forebay_proto::wire::fleet::Observed;
-use forebay_proto::{Identity, Incarnation, Now, Revision, Role};
+use forebay_proto::wire::control;
+use forebay_proto::wire::fleet::{Observed, WorkerLoad};
+use forebay_proto::{Identity, Incarnation, Millis, Now, Revision, Role};
 
 use super::MAX_WORKERS;
 
@@ -21,8 +22,12 @@ pub const BALANCER_TTL: Duration = Duration::from_secs(3);
 /// Balancers of one cell.
 pub const MAX_BALANCERS: usize = 256;
 
+/// Ids of requests that are kept of one agent, and bytes of one.
+const MAX_OLDEST: usize = 5;
+const MAX_ID_BYTES: usize = 128;
+
 /// What the leader knows of one process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Lease {
     /// When it was last heard, or assumed to be when this leader began.
     pub last: Now,
@@ -34,6 +39,8 @@ pub struct Lease {
     pub observed: Observed,
     /// Newest feature it understands; 0 until it was heard.
     pub feature_level: u32,
+    /// What it has under way; `None` of balancers, and until an agent said it.
+    pub work: Option<control::Work>,
 }
 
 impl Lease {
@@ -44,6 +51,7 @@ impl Lease {
             applied: Revision(0),
             observed: Observed::Unspecified,
             feature_level: 0,
+            work: None,
         }
     }
 }
@@ -115,9 +123,9 @@ impl Leases {
 
     /// A process registered as this incarnation: it was heard of as by a renewal.
     pub fn registered(&mut self, now: Now, name: &str, incarnation: Incarnation) {
-        let known = self.agents.get(name).copied();
-        let same = known.filter(|(held, _)| *held == incarnation);
-        let newer = known.is_some_and(|(held, _)| held > incarnation);
+        let known = self.agents.get(name).cloned();
+        let same = known.clone().filter(|(held, _)| *held == incarnation);
+        let newer = known.as_ref().is_some_and(|(held, _)| *held > incarnation);
         if newer || (known.is_none() && self.agents.len() >= MAX_WORKERS) {
             return;
         }
@@ -135,17 +143,21 @@ impl Leases {
         &mut self,
         now: Now,
         identity: &Identity,
-        incarnation: Option<Incarnation>,
-        applied: Revision,
-        observed: Observed,
-        feature_level: u32,
+        renew: &control::Renew,
     ) -> Result<Duration, RenewError> {
+        let incarnation = Incarnation::from_wire(renew.incarnation.as_ref()).ok();
+        let work = renew.work.clone().map(|mut work| {
+            work.oldest.truncate(MAX_OLDEST);
+            work.oldest.retain(|id| id.len() <= MAX_ID_BYTES);
+            work
+        });
         let lease = Lease {
             last: now,
             heard: true,
-            applied,
-            observed,
-            feature_level,
+            applied: Revision(renew.applied_revision),
+            observed: renew.observed(),
+            feature_level: renew.feature_level,
+            work: work.filter(|_| identity.role == Role::Agent),
         };
         match identity.role {
             Role::Agent => self.agent(&identity.name, incarnation, lease),
@@ -204,7 +216,7 @@ impl Leases {
     /// The lease of this agent.
     #[must_use]
     pub fn of(&self, name: &str) -> Option<(Incarnation, Lease)> {
-        self.agents.get(name).copied()
+        self.agents.get(name).cloned()
     }
 
     /// How long ago a live process of this worker's name was heard: the evidence for a registration.
@@ -216,6 +228,25 @@ impl Leases {
         self.agents
             .get(name)
             .map(|(_, lease)| now.since(lease.last))
+    }
+
+    /// How busy each agent said that it is with its last renewal, and how long ago that was.
+    #[must_use]
+    pub fn loads(&self, now: Now) -> Vec<WorkerLoad> {
+        let said = self.agents.values().filter_map(|(incarnation, lease)| {
+            Some(WorkerLoad {
+                worker: incarnation.worker.0,
+                in_flight: lease.work.as_ref()?.in_flight,
+                age_ms: Millis::from_duration(now.since(lease.last)).wire(),
+            })
+        });
+        said.collect()
+    }
+
+    /// All balancers that were heard, also those whose lease ran out, by name.
+    pub fn all_balancers(&self) -> impl Iterator<Item = (&str, &Lease)> {
+        let balancers = self.balancers.iter();
+        balancers.map(|(name, lease)| (name.as_str(), lease))
     }
 
     /// Balancers whose lease holds, by name.
@@ -278,7 +309,21 @@ mod tests {
         incarnation: Option<Incarnation>,
     ) -> Result<Duration, RenewError> {
         let who = who(role, name);
-        leases.renewed(at(ms), &who, incarnation, Revision(7), Observed::Ready, 1)
+        leases.renewed(at(ms), &who, &said(incarnation, 3))
+    }
+
+    fn said(incarnation: Option<Incarnation>, in_flight: u32) -> control::Renew {
+        control::Renew {
+            incarnation: incarnation.map(Incarnation::to_wire),
+            applied_revision: 7,
+            observed: Observed::Ready.into(),
+            feature_level: 1,
+            work: Some(control::Work {
+                in_flight,
+                oldest: vec!["r".repeat(200), "r1".into()],
+                ..control::Work::default()
+            }),
+        }
     }
 
     fn led() -> Leases {
@@ -392,6 +437,24 @@ mod tests {
         renew(&mut leases, 0, Role::Agent, "w2", Some(start(2, 0))).unwrap();
         assert_eq!(leases.feature_level(at(0)), Some(1));
         assert_eq!(leases.feature_level(at(10_000)), None);
+    }
+
+    #[test]
+    fn how_busy_agents_are_is_told_with_its_age_by_those_that_said_it() {
+        let mut leases = led();
+        assert_eq!(leases.loads(at(0)), []);
+        renew(&mut leases, 1_000, Role::Agent, "w1", Some(start(1, 5))).unwrap();
+        renew(&mut leases, 1_000, Role::Balancer, "b1", None).unwrap();
+        let load = WorkerLoad {
+            worker: 1,
+            in_flight: 3,
+            age_ms: 500,
+        };
+        assert_eq!(leases.loads(at(1_500)), [load]);
+        let (_, lease) = leases.of("w1").unwrap();
+        assert_eq!(lease.work.unwrap().oldest, ["r1"], "none is too long");
+        leases.registered(at(2_000), "w1", start(1, 6));
+        assert_eq!(leases.loads(at(2_000)), [], "another process");
     }
 
     #[test]

@@ -24,11 +24,18 @@ use crate::probe::{Probe, hit};
 /// The feature level that changes of the members need.
 pub const MEMBERS_LEVEL: u32 = 2;
 
+/// The feature level that drains, and cordons judged by capacity, need.
+pub const DRAINS_LEVEL: u32 = 4;
+
 /// The feature level of the version that first understood this command.
 #[must_use]
 pub const fn level_of(action: &Action) -> u32 {
     match action {
         Action::ChangeMembers(_) | Action::RaiseFeatureLevel(_) => MEMBERS_LEVEL,
+        Action::SetDesiredOf(_)
+        | Action::StartDrain(_)
+        | Action::CancelDrain(_)
+        | Action::PassDrainDeadline(_) => DRAINS_LEVEL,
         Action::Register(_)
         | Action::Observe(_)
         | Action::Goodbye(_)
@@ -170,7 +177,7 @@ impl Fleet {
     }
 
     /// A command that every member must understand to change its state alike.
-    fn needs(&self, level: u32) -> Result<(), Refusal> {
+    pub(super) fn needs(&self, level: u32) -> Result<(), Refusal> {
         if self.feature_level >= level {
             return Ok(());
         }

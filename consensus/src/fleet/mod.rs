@@ -10,7 +10,9 @@
 
 pub mod archive;
 pub mod audit;
+mod capacity;
 mod config;
+mod drains;
 mod expiry;
 mod keys;
 pub mod lease;
@@ -24,6 +26,8 @@ mod snapshot;
 mod workers;
 
 #[cfg(test)]
+mod drain_tests;
+#[cfg(test)]
 mod model_tests;
 #[cfg(test)]
 mod testing;
@@ -36,11 +40,12 @@ use bytes::Bytes;
 use forebay_proto::fleet::Member;
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, FEATURE_LEVEL, Millis, Revision};
+use forebay_proto::{ClusterId, Drain, DrainId, FEATURE_LEVEL, Millis, Revision};
 use wire::change::Change;
 use wire::command::Action;
 
-pub use members::{MEMBERS_LEVEL, level_of, too_new};
+pub use drains::{MAX_DRAINS, MAX_NAMES};
+pub use members::{DRAINS_LEVEL, MEMBERS_LEVEL, level_of, too_new};
 pub use snapshot::RestoreError;
 pub use workers::Worker;
 
@@ -88,6 +93,8 @@ pub struct Fleet {
     correlated: BTreeSet<String>,
     /// Fingerprint keys, the newest last; at most [`MAX_KEYS`].
     keys: Vec<wire::FingerprintKey>,
+    /// Drains that go on, and the newest that ended; at most [`MAX_DRAINS`].
+    drains: BTreeMap<DrainId, Drain>,
     sessions: Sessions,
     audit: Chain,
 }
@@ -107,6 +114,10 @@ struct Effect {
     changes: Vec<Change>,
     /// The worker, for a registration.
     worker: Option<wire::Worker>,
+    /// Workers that it changed, or would have changed if it were no dry run.
+    affected: u32,
+    /// The drain that began or goes on.
+    drain: Option<DrainId>,
 }
 
 impl Effect {
@@ -117,7 +128,7 @@ impl Effect {
     fn change(change: Change) -> Self {
         Self {
             changes: vec![change],
-            worker: None,
+            ..Self::default()
         }
     }
 }
@@ -140,6 +151,7 @@ impl Fleet {
             config: Agreed::built_in(),
             correlated: BTreeSet::new(),
             keys: Vec::new(),
+            drains: BTreeMap::new(),
             sessions: Sessions::default(),
             audit: Chain::default(),
         }
@@ -205,6 +217,7 @@ impl Fleet {
         let action = proposal::action(&proposal.command);
         let subject = audit::Subject::of(action.as_ref().ok());
         let result = action.and_then(|action| self.execute(at, action, proposal));
+        let result = result.map(|effect| self.settled(at, effect));
         if let Some(subject) = subject {
             let result = match &result {
                 Ok(effect) if effect.changes.is_empty() => "unchanged",
@@ -247,6 +260,10 @@ impl Fleet {
             Action::RotateKey(command) => self.rotate_key(&command),
             Action::ChangeMembers(command) => self.change_members(&command),
             Action::RaiseFeatureLevel(command) => self.raise_feature_level(&command),
+            Action::SetDesiredOf(command) => self.set_desired_of(at, &command, evidence),
+            Action::StartDrain(command) => self.start_drain(at, &command, proposal),
+            Action::CancelDrain(command) => self.cancel_drain(at, &command),
+            Action::PassDrainDeadline(command) => self.pass_drain_deadline(at, &command),
         }
     }
 
@@ -259,6 +276,8 @@ impl Fleet {
             revision: self.revision.0,
             worker: effect.worker,
             unchanged,
+            affected: effect.affected,
+            drain: effect.drain.map_or(0, |drain| drain.0),
         };
         let delta = (!unchanged).then(|| wire::Delta {
             revision: at.0,
@@ -295,6 +314,7 @@ impl Fleet {
                 keys: self.keys.clone(),
             }),
             feature_level: self.feature_level,
+            drains: self.drains.values().map(Drain::to_wire).collect(),
             // Answers to reads say it; the state has the keys.
             key_epoch: 0,
         }
@@ -346,6 +366,11 @@ impl Fleet {
     #[must_use]
     pub fn worker(&self, name: &str) -> Option<&Worker> {
         self.workers.get(name)
+    }
+
+    /// Drains that go on, and the newest that ended, oldest first.
+    pub fn drains(&self) -> impl Iterator<Item = &Drain> {
+        self.drains.values()
     }
 
     /// All workers, by name.

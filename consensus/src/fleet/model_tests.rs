@@ -31,7 +31,7 @@ fn line() -> impl Strategy<Value = String> {
             .prop_map(|(n, (m, p), held, s)| format!("register {n} {m} {p} held={held} start={s}")),
         (
             incarnation(),
-            word(&["joining", "ready", "cordoned"]),
+            word(&["joining", "ready", "cordoned", "draining", "drained"]),
             0..40u8
         )
             .prop_map(|(i, o, ack)| format!("observe {i} {o} ack={ack}")),
@@ -51,6 +51,17 @@ fn line() -> impl Strategy<Value = String> {
             word(&["", "correlated=default"])
         )
             .prop_map(|(a, b, c)| format!("expire {a}:10000 {b}:20000 {c}")),
+        (
+            word(&["cordon", "uncordon", "drain", "drain"]),
+            name(),
+            name(),
+            word(&["", "dry", "deadline=5", "deadline=5 cancel"]),
+            word(&["", "loads=1:3,2:2", "ignore"])
+        )
+            .prop_map(|(verb, a, b, how, more)| format!("{verb} {a},{b} {how} {more}")),
+        (1..60u8, word(&["", "uncordon", "dry"]))
+            .prop_map(|(id, how)| format!("call-off d{id} {how}")),
+        (1..60u8).prop_map(|id| format!("deadline d{id}")),
         (0..4u8).prop_map(|epoch| format!("rotate {epoch} key=0123456789abcdef")),
     ]
 }
@@ -89,6 +100,33 @@ fn served(fleet: &Fleet) -> BTreeSet<(String, String)> {
         .collect()
 }
 
+/// A drain under way is never forgotten, goes one way, and holds its workers.
+fn drains_go_on(before: &Fleet, after: &Fleet) -> Result<(), TestCaseError> {
+    for drain in after.drains().filter(|drain| drain.is_active()) {
+        for one in &drain.workers {
+            let worker = after.worker(&one.name).filter(|worker| worker.id == one.id);
+            prop_assert!(worker.is_none_or(|worker| worker.desired == Desired::Draining));
+            prop_assert!(one.in_force.is_some() || one.drained.is_none());
+        }
+    }
+    for was in before.drains() {
+        let now = after.drains().find(|drain| drain.id == was.id);
+        prop_assert!(now.is_some() || !was.is_active(), "{} is forgotten", was.id);
+        if let Some(now) = now {
+            prop_assert!(
+                was.is_active() || now == was,
+                "{} goes on after its end",
+                was.id
+            );
+            for (now, was) in now.workers.iter().zip(&was.workers) {
+                prop_assert!(was.in_force.is_none() || now.in_force == was.in_force);
+                prop_assert!(was.drained.is_none() || now.drained == was.drained);
+            }
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #[test]
     fn invariants_hold_after_every_command(log in log()) {
@@ -114,8 +152,10 @@ proptest! {
                 prop_assert!(worker.acknowledged_revision <= worker.desired_revision);
                 prop_assert!(fleet.config.pools.contains(&worker.spec.pool));
             }
-            let guarded = line.starts_with("set") || line.starts_with("remove");
-            if guarded && !line.ends_with("override") {
+            drains_go_on(&before, fleet)?;
+            let guards = ["set", "remove", "cordon", "drain"];
+            let guarded = guards.iter().any(|verb| line.starts_with(verb));
+            if guarded && !line.ends_with("override") && !line.ends_with("ignore") {
                 prop_assert!(served(fleet).is_superset(&served(&before)), "{}", line);
             }
             let audited = u64::from(!line.starts_with("observe"));
@@ -156,6 +196,7 @@ proptest! {
             world.apply(bytes);
         }
         let mut workers: BTreeMap<String, wire::Worker> = BTreeMap::new();
+        let mut drains: BTreeMap<u64, wire::Drain> = BTreeMap::new();
         for delta in &world.deltas {
             for change in delta.changes.iter().filter_map(|change| change.change.clone()) {
                 match change {
@@ -164,6 +205,12 @@ proptest! {
                     }
                     wire::change::Change::WorkerRemoved(name) => {
                         workers.remove(&name);
+                    }
+                    wire::change::Change::DrainPut(drain) => {
+                        drains.insert(drain.id, drain);
+                    }
+                    wire::change::Change::DrainForgotten(id) => {
+                        drains.remove(&id);
                     }
                     wire::change::Change::Config(_)
                     | wire::change::Change::Keys(_)
@@ -174,6 +221,7 @@ proptest! {
             }
         }
         prop_assert_eq!(workers.into_values().collect::<Vec<_>>(), world.fleet.facts().workers);
+        prop_assert_eq!(drains.into_values().collect::<Vec<_>>(), world.fleet.facts().drains);
     }
 
     #[test]

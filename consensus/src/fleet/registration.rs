@@ -54,8 +54,8 @@ impl Fleet {
                 let next = known.restarted(held, &asked)?;
                 if known.is_already(next, &asked) {
                     return Ok(Effect {
-                        changes: vec![],
                         worker: Some(known.to_wire()),
+                        ..Effect::default()
                     });
                 }
                 self.start(at, next, asked)
@@ -91,6 +91,7 @@ impl Fleet {
             desired_revision: at,
             acknowledged_revision: Revision(0),
             revision: at,
+            end_streams: false,
         };
         let wire = worker.to_wire();
         self.workers.insert(asked.name, worker);
@@ -129,6 +130,7 @@ fn registered(worker: wire::Worker) -> Effect {
     Effect {
         changes: vec![Change::WorkerPut(worker.clone())],
         worker: Some(worker),
+        ..Effect::default()
     }
 }
 

@@ -13,6 +13,7 @@ use forebay_proto::wire::control;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{Incarnation, Millis, Now};
 use prost::Message;
+use wire::command::Action;
 
 use super::lease::{Leases, RenewError};
 use crate::bug::{Bug, on};
@@ -47,6 +48,8 @@ pub struct Asked {
     pub reason: String,
     /// The worker whose registration it asks for.
     pub registers: Option<String>,
+    /// It takes capacity away, and is judged by how busy workers are.
+    pub takes_capacity: bool,
 }
 
 impl Reign {
@@ -101,6 +104,12 @@ impl Reign {
         }
     }
 
+    /// The cell's time, by the leader's clock; means nothing unless this node leads.
+    #[must_use]
+    pub fn cell_time(&self, now: Now) -> Millis {
+        Millis(self.cell_time.0 + Millis::from_duration(now.since(self.began)).0)
+    }
+
     /// The log entry for what somebody asked; `None` unless this node leads.
     #[must_use]
     pub fn stamp(&self, now: Now, asked: Asked) -> Option<Bytes> {
@@ -111,9 +120,14 @@ impl Reign {
                 .registers
                 .and_then(|name| self.leases.renewed_ago(now, &name))
                 .map(|ago| Millis::from_duration(ago).0),
+            loads: if asked.takes_capacity {
+                self.leases.loads(now)
+            } else {
+                Vec::new()
+            },
         };
         let proposal = wire::Proposal {
-            at_ms: self.cell_time.0 + Millis::from_duration(now.since(self.began)).0,
+            at_ms: self.cell_time(now).0,
             actor: Some(asked.actor),
             client: asked.client,
             sequence: asked.sequence,
@@ -170,6 +184,12 @@ pub fn said(
         acknowledged_revision: renew.applied_revision,
     };
     (said, is_news)
+}
+
+/// Whether a command takes capacity away, so that how busy workers are is evidence for it.
+#[must_use]
+pub const fn takes_capacity(action: &Action) -> bool {
+    matches!(action, Action::SetDesiredOf(_) | Action::StartDrain(_))
 }
 
 /// The term that a node was elected in, while it leads.

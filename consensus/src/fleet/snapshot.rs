@@ -3,11 +3,13 @@
 //! `magic (8) | version u16 | CRC-32C u32 | body`, numbers big-endian. The body is a message of its
 //! own with every map in key order, so equal states give equal bytes.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use forebay_proto::fleet::{Member, WorkerSpec};
 use forebay_proto::ids::{ClientId, Incarnation};
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, FEATURE_LEVEL, Millis, Revision, WorkerId};
+use forebay_proto::{ClusterId, Drain, DrainId, FEATURE_LEVEL, Millis, Revision, WorkerId};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
@@ -15,7 +17,7 @@ use super::audit::{Broken, Chain};
 use super::config::Agreed;
 use super::keys::MAX_KEYS;
 use super::sessions::{MAX_SESSIONS, Session, Sessions};
-use super::{Fleet, MAX_WORKERS, Worker};
+use super::{Fleet, MAX_DRAINS, MAX_WORKERS, Worker};
 use crate::bug::{Bug, on};
 
 const MAGIC: &[u8; 8] = b"FBYFLEET";
@@ -208,6 +210,7 @@ impl Fleet {
             .map_err(malformed)?,
             correlated: facts.correlated_expiry.into_iter().collect(),
             keys: keys(facts.keys.unwrap_or_default())?,
+            drains: drains(facts.drains)?,
             sessions: Sessions::restore(sessions.collect::<Result<Vec<_>, _>>()?),
             audit: Chain::restore(head, body.audit_count, body.audit_tail)?,
         };
@@ -233,6 +236,7 @@ fn worker(wire: wire::Worker) -> Result<(String, Worker), RestoreError> {
         desired_revision: Revision(wire.desired_revision),
         acknowledged_revision: Revision(wire.acknowledged_revision),
         revision: Revision(wire.revision),
+        end_streams: wire.end_streams,
     };
     Ok((wire.name, worker))
 }
@@ -242,6 +246,17 @@ fn keys(ring: wire::KeyRing) -> Result<Vec<wire::FingerprintKey>, RestoreError> 
     sound
         .then_some(ring.keys)
         .ok_or_else(|| malformed("its fingerprint keys are none"))
+}
+
+fn drains(stored: Vec<wire::Drain>) -> Result<BTreeMap<DrainId, Drain>, RestoreError> {
+    if stored.len() > MAX_DRAINS {
+        return Err(malformed("it has more drains than fit"));
+    }
+    let drains = stored.into_iter().map(|drain| {
+        let drain = Drain::from_wire(drain).map_err(malformed)?;
+        Ok((drain.id, drain))
+    });
+    drains.collect()
 }
 
 fn session(stored: StoredSession) -> Result<(ClientId, Session), RestoreError> {

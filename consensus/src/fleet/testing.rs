@@ -9,6 +9,11 @@
 //! config default,other expected=0
 //! expire 1.4.1:12000 correlated=default
 //! rotate 0 key=0123456789abcdef
+//! cordon w1,w2 loads=1:3,2:0 ignore dry
+//! uncordon w1
+//! drain w1,w2 deadline=100 cancel loads=1:3
+//! call-off d7 uncordon
+//! deadline d7
 //! ```
 
 use std::collections::BTreeMap;
@@ -19,7 +24,7 @@ use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::Incarnation;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClientId, ClusterId};
+use forebay_proto::{ClientId, ClusterId, FEATURE_LEVEL};
 use prost::Message;
 use wire::command::Action;
 
@@ -35,7 +40,7 @@ pub(super) struct World {
 impl World {
     pub(super) fn new() -> Self {
         Self {
-            fleet: Fleet::bootstrap(ClusterId([1; 16]), vec![]),
+            fleet: Fleet::bootstrap(ClusterId([1; 16]), vec![]).with_feature_level(FEATURE_LEVEL),
             log: vec![],
             deltas: vec![],
         }
@@ -81,9 +86,13 @@ pub(super) fn shown(applied: &Applied) -> String {
             assert_eq!(done.unchanged, applied.delta.is_none());
             let what = if done.unchanged { "unchanged" } else { "done" };
             let worker = done.worker.and_then(|worker| worker.incarnation);
-            worker.map_or(what.into(), |i| {
-                format!("{what} {}.{}.{}", i.worker, i.grant, i.start)
-            })
+            let worker = worker.map(|i| format!(" {}.{}.{}", i.worker, i.grant, i.start));
+            let drain = (done.drain > 0).then(|| format!(" d{}", done.drain));
+            let affected = (done.affected > 0).then(|| format!(" +{}", done.affected));
+            [Some(what.into()), worker, drain, affected]
+                .into_iter()
+                .flatten()
+                .collect()
         }
         wire::outcome::Outcome::Refusal(refusal) => {
             assert_eq!(applied.delta, None);
@@ -115,6 +124,8 @@ pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
                 "joining" => 1,
                 "ready" => 2,
                 "cordoned" => 3,
+                "draining" => 4,
+                "drained" => 5,
                 other => other.parse().unwrap(),
             },
             acknowledged_revision: number("ack").unwrap_or(0),
@@ -158,6 +169,31 @@ pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
             expected_epoch: words[1].parse().unwrap(),
             key: given["key"].as_bytes().to_vec().into(),
         }),
+        "cordon" | "uncordon" => Action::SetDesiredOf(wire::SetDesiredOf {
+            names: list(words[1]),
+            desired: if words[0] == "cordon" {
+                wire::Desired::Cordoned.into()
+            } else {
+                wire::Desired::Ready.into()
+            },
+            ignore_capacity_guard: flag("ignore"),
+            dry_run: flag("dry"),
+        }),
+        "drain" => Action::StartDrain(wire::StartDrain {
+            names: list(words[1]),
+            deadline_ms: number("deadline").unwrap_or(0),
+            on_deadline: if flag("cancel") { 2 } else { 1 },
+            ignore_capacity_guard: flag("ignore"),
+            dry_run: flag("dry"),
+        }),
+        "call-off" => Action::CancelDrain(wire::CancelDrain {
+            id: words[1][1..].parse().unwrap(),
+            uncordon: flag("uncordon"),
+            dry_run: flag("dry"),
+        }),
+        "deadline" => Action::PassDrainDeadline(wire::PassDrainDeadline {
+            id: words[1][1..].parse().unwrap(),
+        }),
         other => panic!("no command {other}"),
     };
     let command = wire::Command {
@@ -166,8 +202,31 @@ pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
     let evidence = (!flag("unproven")).then(|| wire::Evidence {
         age_ms: number("age").unwrap_or(0) as u32,
         renewed_ms_ago: number("renewed"),
+        loads: loads(given.get("loads").copied()),
     });
     proposal(command.encode_to_vec().into(), client, sequence, evidence)
+}
+
+fn list(words: &str) -> Vec<String> {
+    let words = words.split(',').filter(|word| !word.is_empty());
+    words.map(Into::into).collect()
+}
+
+/// `1:3,2:0`: three in flight on worker 1, none on worker 2, the others unheard. Without: all idle.
+fn loads(given: Option<&str>) -> Vec<wire::WorkerLoad> {
+    let load = |worker, in_flight| wire::WorkerLoad {
+        worker,
+        in_flight,
+        age_ms: 0,
+    };
+    match given {
+        None => (1..=9).map(|worker| load(worker, 0)).collect(),
+        Some(given) => given
+            .split(',')
+            .filter_map(|one| one.split_once(':'))
+            .map(|(worker, n)| load(worker.parse().unwrap(), n.parse().unwrap()))
+            .collect(),
+    }
 }
 
 pub(super) fn proposal(

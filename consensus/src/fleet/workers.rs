@@ -39,6 +39,8 @@ pub struct Worker {
     pub acknowledged_revision: Revision,
     /// When anything of it last changed.
     pub revision: Revision,
+    /// A drain's deadline passed: what still runs is to be ended.
+    pub end_streams: bool,
 }
 
 impl Worker {
@@ -57,11 +59,12 @@ impl Worker {
             acknowledged_revision: self.acknowledged_revision.0,
             revision: self.revision.0,
             departed: self.departed,
+            end_streams: self.end_streams,
         }
     }
 
     /// Whether operators want it to serve and nothing says that it cannot.
-    fn serves(&self) -> bool {
+    pub(super) fn serves(&self) -> bool {
         self.desired == Desired::Ready && !self.lost && !self.departed
     }
 }
@@ -130,10 +133,9 @@ impl Fleet {
         if desired != Desired::Ready && !command.override_guard {
             self.check_models_stay_served(worker)?;
         }
+        self.check_undrained(worker)?;
         let worker = self.named_mut(&command.name)?;
-        worker.desired = desired;
-        worker.desired_revision = at;
-        Ok(worker.touched(at))
+        Ok(worker.wanted(at, desired))
     }
 
     pub(super) fn remove(&mut self, command: &wire::RemoveWorker) -> Result<Effect, Refusal> {
@@ -174,11 +176,11 @@ impl Fleet {
         Ok(())
     }
 
-    fn named(&self, name: &str) -> Result<&Worker, Refusal> {
+    pub(super) fn named(&self, name: &str) -> Result<&Worker, Refusal> {
         self.workers.get(name).ok_or_else(|| unknown(name))
     }
 
-    fn named_mut(&mut self, name: &str) -> Result<&mut Worker, Refusal> {
+    pub(super) fn named_mut(&mut self, name: &str) -> Result<&mut Worker, Refusal> {
         self.workers.get_mut(name).ok_or_else(|| unknown(name))
     }
 
@@ -206,6 +208,19 @@ impl Fleet {
 }
 
 impl Worker {
+    /// Operators want this of it from now on; its agent has to say so anew.
+    pub(super) fn wanted(&mut self, at: Revision, desired: Desired) -> Effect {
+        self.desired = desired;
+        self.end_streams = false;
+        self.desired_revision = at;
+        self.touched(at)
+    }
+
+    /// Whether its agent has said that the desired state is in force there.
+    pub(super) fn is_in_force(&self) -> bool {
+        self.acknowledged_revision >= self.desired_revision
+    }
+
     /// Notes when it changed; watchers get it whole.
     pub(super) fn touched(&mut self, at: Revision) -> Effect {
         self.revision = at;

@@ -109,6 +109,13 @@ impl Leader {
         look(self.0.reign.lock().leases(), now)
     }
 
+    /// The cell's time, which commands are stamped with; means nothing unless this node leads.
+    #[must_use]
+    pub fn cell_time(&self) -> Millis {
+        let now = self.now();
+        self.0.reign.lock().cell_time(now)
+    }
+
     /// Proposes a command of the control plane's own.
     ///
     /// # Errors
@@ -134,6 +141,7 @@ impl Leader {
             command: command.encode_to_vec().into(),
             reason: reason.into(),
             registers: None,
+            takes_capacity: false,
         };
         let deadline = tokio::time::Instant::now() + OWN_DEADLINE;
         Ok(self.propose_for(asked, None, deadline).await?)

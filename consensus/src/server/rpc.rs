@@ -9,16 +9,16 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::control::{self, failure::Failure, request::Request, response::Response};
 use forebay_proto::wire::fleet::{self as wire, command::Action};
-use forebay_proto::{ClientId, Identity, Incarnation, Millis, NodeId, Revision, Role};
+use forebay_proto::{ClientId, Identity, Incarnation, Millis, NodeId, Role};
 use prost::Message;
 use tokio::time::Instant;
 
 use super::callers::{Bounds, Caller};
 use super::lifecycle::{Phase, Running, Shared};
 use super::{bootstrap, membership, watchers};
-use crate::fleet::lease::RenewError;
+use crate::fleet::lease::{Lease, RenewError};
 use crate::fleet::reign::{self, Asked};
-use crate::fleet::too_new;
+use crate::fleet::{MAX_NAMES, too_new};
 use crate::node::Role as RaftRole;
 use crate::replica::{ProposeError, ReadError};
 
@@ -196,6 +196,7 @@ async fn execute(
                 count: Some(count),
             }))
         }
+        (Request::Holders(asked), _) => holders(shared, &asked).await.map(Response::Holders),
         (Request::Renew(renew), _) => renewed(shared, link.peer(), &renew)
             .await
             .map(Response::Renewed),
@@ -301,6 +302,10 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         Action::Observe(observe) => &observe.incarnation,
         Action::Goodbye(goodbye) => &goodbye.incarnation,
         Action::SetDesired(_)
+        | Action::SetDesiredOf(_)
+        | Action::StartDrain(_)
+        | Action::CancelDrain(_)
+        | Action::PassDrainDeadline(_)
         | Action::Remove(_)
         | Action::ApplyConfig(_)
         | Action::Expire(_)
@@ -356,6 +361,7 @@ async fn propose(
         command: request.command,
         reason: request.reason.chars().take(500).collect(),
         registers,
+        takes_capacity: reign::takes_capacity(action),
     };
     let proposed = match membership::change(action) {
         None => running.leader.propose_for(asked, None, deadline).await,
@@ -396,12 +402,10 @@ async fn renewed(
 ) -> Result<control::Renewed, Failure> {
     let running = member(shared)?;
     let incarnation = Incarnation::from_wire(renew.incarnation.as_ref()).ok();
-    let (applied, observed) = (Revision(renew.applied_revision), renew.observed());
-    let feature_level = renew.feature_level;
     running.leader.leads(Instant::now() + RENEW_PATIENCE).await;
-    let taken = running.leader.renewed(|leases, now| {
-        leases.renewed(now, peer, incarnation, applied, observed, feature_level)
-    });
+    let taken = running
+        .leader
+        .renewed(|leases, now| leases.renewed(now, peer, renew));
     match taken {
         None => Err(not_leader(
             &running,
@@ -428,6 +432,40 @@ async fn renewed(
         }
         Some(Err(RenewError::Full)) => Err(overloaded("balancers with a lease")),
     }
+}
+
+/// Who was heard lately, by the leader's own memory.
+async fn holders(
+    shared: &Shared,
+    asked: &control::Holders,
+) -> Result<control::HeldLeases, Failure> {
+    let running = member(shared)?;
+    if !running.leader.leads(Instant::now() + RENEW_PATIENCE).await {
+        let leader = running.replica.status().borrow().leader;
+        return Err(not_leader(&running, leader));
+    }
+    let held = running.leader.with_leases(|leases, now| {
+        let holder = |name: &str, lease: &Lease| control::Holder {
+            name: name.into(),
+            heard_ms: lease
+                .heard
+                .then(|| Millis::from_duration(now.since(lease.last)).0),
+            applied_revision: lease.applied.0,
+            work: lease.work.clone(),
+        };
+        let agents = asked.workers.iter().take(MAX_NAMES).filter_map(|name| {
+            let (_, lease) = leases.of(name)?;
+            Some(holder(name, &lease))
+        });
+        control::HeldLeases {
+            agents: agents.collect(),
+            balancers: leases
+                .all_balancers()
+                .map(|(name, lease)| holder(name, lease))
+                .collect(),
+        }
+    });
+    Ok(held)
 }
 
 /// Commits what an agent says of itself where the facts say otherwise.

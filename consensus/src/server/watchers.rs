@@ -192,6 +192,11 @@ fn gets_keys(consumer: &Identity) -> bool {
     consumer.role == Role::Balancer
 }
 
+/// Who begins, follows and carries out drains; balancers and agents need their workers alone.
+fn sees_drains(consumer: &Identity) -> bool {
+    matches!(consumer.role, Role::Control | Role::Operator(_))
+}
+
 /// Copies no more than the consumer sees: agents of a whole cell may ask at once.
 fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
     let workers = facts.workers.iter();
@@ -207,6 +212,11 @@ fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
         correlated_expiry: facts.correlated_expiry.clone(),
         keys: facts.keys.clone().filter(|_| gets_keys(consumer)),
         feature_level: facts.feature_level,
+        drains: if sees_drains(consumer) {
+            facts.drains.clone()
+        } else {
+            Vec::new()
+        },
         key_epoch: 0,
     }
 }
@@ -218,6 +228,7 @@ fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
         Some(Change::WorkerPut(worker)) => sees(consumer, &worker.name),
         Some(Change::WorkerRemoved(name)) => sees(consumer, name),
         Some(Change::Keys(_)) => gets_keys(consumer),
+        Some(Change::DrainPut(_) | Change::DrainForgotten(_)) => sees_drains(consumer),
         Some(
             Change::Config(_)
             | Change::CorrelatedExpiry(_)
@@ -268,6 +279,34 @@ mod tests {
                 usize::from(may),
                 "{role:?}"
             );
+        }
+    }
+
+    #[test]
+    fn drains_are_for_operators_and_control_nodes() {
+        let drain = wire::Drain {
+            id: 7,
+            ..wire::Drain::default()
+        };
+        let facts = wire::Facts {
+            drains: vec![drain.clone()],
+            ..wire::Facts::default()
+        };
+        let delta = wire::Delta {
+            changes: vec![wire::Change {
+                change: Some(wire::change::Change::DrainPut(drain)),
+            }],
+            ..wire::Delta::default()
+        };
+        for role in Role::ALL {
+            let consumer = Identity {
+                trust_domain: "td".into(),
+                role,
+                name: "n".into(),
+            };
+            let may = usize::from(!matches!(role, Role::Agent | Role::Balancer));
+            assert_eq!(facts_for(&consumer, &facts).drains.len(), may, "{role:?}");
+            assert_eq!(delta_for(&consumer, &delta).changes.len(), may, "{role:?}");
         }
     }
 

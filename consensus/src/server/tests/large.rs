@@ -45,6 +45,7 @@ fn registration(number: u32, spec: Bytes) -> Asked {
         command: command.encode_to_vec().into(),
         reason: String::new(),
         registers: Some(name),
+        takes_capacity: false,
     }
 }
 

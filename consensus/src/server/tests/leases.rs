@@ -63,6 +63,7 @@ pub(super) fn renewal(
         applied_revision: applied,
         observed: observed.into(),
         feature_level: 1,
+        work: None,
     })
 }
 
