@@ -377,6 +377,7 @@ impl Answer<'_> {
             work::End::Complete if self.head.is_some() => self.complete().await,
             work::End::NotStarted if !self.sink.begun() => Ended::Refused { for_good: true },
             work::End::Timeout => self.late(),
+            work::End::Drained => self.drained(),
             work::End::Complete
             | work::End::NotStarted
             | work::End::EngineFailed
@@ -418,6 +419,18 @@ impl Answer<'_> {
                 Code::UpstreamTimeout,
                 "the answer did not come in time (see the pool's first_byte_timeout_ms)",
             ))
+        }
+    }
+
+    /// A drain's deadline passed. Before the first byte another worker makes the answer.
+    fn drained(&self) -> Ended {
+        if self.sink.begun() {
+            Ended::Broken(ApiError::new(
+                Code::WorkerDrained,
+                "the worker was taken out of service before the answer was complete: send the request again",
+            ))
+        } else {
+            Ended::Refused { for_good: true }
         }
     }
 

@@ -40,6 +40,7 @@ pub(crate) fn follow(endpoint: &Endpoint, control: &[String], directory: &Path) 
         incarnation: None,
         applied_revision: Revision(0),
         observed: Observed::Unspecified,
+        work: None,
     });
     let renewing = client.spawn_renew(state);
     let task = Task::spawn(async move {

@@ -40,6 +40,7 @@ async fn a_failure_before_the_first_byte_is_not_seen() {
             Act::Break,
             Act::End(End::NotStarted),
             Act::End(End::EngineFailed),
+            Act::End(End::Drained),
             Act::Status(503, "{}"),
             Act::Status(500, "{}"),
             Act::Refuse(RefusalReason::RefusalFull),
@@ -80,6 +81,17 @@ async fn a_failure_after_the_first_byte_is_told_and_never_done() {
         let retries = "forebay_balancer_retries_total 0\n";
         assert!(metrics.contains(retries), "nothing is retried after it");
     }
+}
+
+#[tokio::test]
+async fn a_stream_that_a_drain_ends_at_its_deadline_says_so() {
+    let world = World::with(2).await;
+    world.next(&[Act::EndAfterFirst(End::Drained)]);
+    let answer = world.chat(true).await;
+    let rest = answer.body.strip_prefix(EVENT).unwrap();
+    assert!(rest.contains("\"code\":\"worker_drained\""), "{rest}");
+    assert!(!answer.body.contains("[DONE]"));
+    world.settles().await;
 }
 
 #[tokio::test]

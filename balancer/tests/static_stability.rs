@@ -36,6 +36,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         desired_revision: Revision(1),
         acknowledged_revision: Revision(1),
         revision: Revision(1),
+        end_streams: false,
     };
     let config = forebay_proto::config::Config::default();
     let facts = Facts {
@@ -51,6 +52,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         correlated_expiry: BTreeSet::new(),
         key_epoch: 0,
         keys: Vec::new(),
+        drains: Default::default(),
     };
     let data_dir = dir.path().join("data");
     std::fs::create_dir(&data_dir).unwrap();

@@ -60,6 +60,12 @@ pub(crate) enum Verb {
     Raft(verbs::raft::RaftArgs),
     /// Show the workers that are registered.
     Workers(verbs::workers::WorkersArgs),
+    /// Have workers take nothing new; what runs there goes on.
+    Cordon(verbs::operate::CordonArgs),
+    /// Have workers take requests again.
+    Uncordon(verbs::operate::UncordonArgs),
+    /// Take workers out of service: nothing new, what waits goes elsewhere, what runs is finished.
+    Drain(Box<verbs::operate::DrainArgs>),
     /// Show the fleet on one page, and what is wrong with it.
     Status(verbs::status::StatusArgs),
     /// Watch the fleet live in the terminal.

@@ -183,13 +183,18 @@ fn of_client(error: &ClientError) -> Exit {
 
 fn of_refusal(refusal: &Refusal) -> Exit {
     match refusal {
-        Refusal::UnknownWorker { .. } | Refusal::UnknownPool { .. } => Exit::NotFound,
+        Refusal::UnknownWorker { .. }
+        | Refusal::UnknownPool { .. }
+        | Refusal::UnknownDrain { .. } => Exit::NotFound,
         Refusal::RevisionConflict { .. }
         | Refusal::Superseded { .. }
         | Refusal::StillLive { .. }
         | Refusal::StaleSequence { .. }
+        | Refusal::DrainActive { .. }
         | Refusal::FeatureTooNew { .. } => Exit::Conflict,
         Refusal::LeavesModelEmpty { .. }
+        | Refusal::CapacityShort { .. }
+        | Refusal::CapacityUnknown { .. }
         | Refusal::PoolInUse { .. }
         | Refusal::Full { .. }
         | Refusal::MembersUnfit { .. } => Exit::Refused,

@@ -16,6 +16,8 @@ pub(crate) enum Output {
     Table,
     /// For programs: a contract, with a `schema_version`.
     Json,
+    /// JSON, one line a document: of verbs that wait, progress first and the result last.
+    Jsonl,
 }
 
 /// The option that every verb with a result has.
@@ -34,9 +36,15 @@ impl OutputArgs {
             Output::Json => {
                 serde_json::to_string_pretty(value).expect("results have string keys only")
             }
+            Output::Jsonl => return line(value),
         };
         result(&text);
     }
+}
+
+/// Prints a document on a line of its own to stdout.
+pub(crate) fn line(value: &impl Serialize) {
+    result(&serde_json::to_string(value).expect("results have string keys only"));
 }
 
 /// Prints a result to stdout. A reader that went away is no error.

@@ -9,7 +9,9 @@ use forebay_scheduler::Load;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::residency::Cursor;
 
-use crate::core::{Admitted, End, Ending, Offer, Prompt, Question, Quote, RefusalReason, Refused};
+use crate::core::{
+    Admitted, End, Ending, Offer, Prompt, Question, Quote, RefusalReason, Refused, Work,
+};
 
 /// What may be asked of an engine.
 const PATHS: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
@@ -158,6 +160,7 @@ pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
         End::EngineFailed => work::End::EngineFailed,
         End::Timeout => work::End::Timeout,
         End::Cancelled => work::End::Cancelled,
+        End::Drained => work::End::Drained,
     };
     let ms = |duration| Millis::from_duration(duration).wire();
     let trailer = work::Trailer {
@@ -173,6 +176,22 @@ pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
         completion_tokens: ending.usage.completion_tokens,
     };
     Frame::message(Kind::Trailer, &trailer)
+}
+
+/// What is under way, for a renewal; requests are named only while they are waited for.
+pub(crate) fn work_under_way(work: Work, draining: bool) -> forebay_proto::wire::control::Work {
+    forebay_proto::wire::control::Work {
+        in_flight: work.in_flight,
+        queued: work.queued,
+        oldest_ms: Millis::from_duration(work.oldest).0,
+        tokens_left: work.tokens_left,
+        eta_ms: Millis::from_duration(work.eta).0,
+        oldest: if draining {
+            work.oldest_ids
+        } else {
+            Vec::new()
+        },
+    }
 }
 
 pub(crate) fn load(load: &Load) -> Frame {

@@ -16,7 +16,7 @@ use common::{Agent, Engine, OWN, PATIENCE, chat, place};
 use forebay_link::{Code, RecvError};
 use forebay_proto::Revision;
 use forebay_proto::frame::{Frame, Kind};
-use forebay_proto::wire::fleet::Desired;
+use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::wire::work::{End, Place, Question, Quote, RefusalReason};
 use forebay_scheduler::{Acceptance, Load};
 use tokio::time::{Instant, timeout};
@@ -365,6 +365,31 @@ async fn reports_come_at_once_and_at_the_promised_interval() {
     }
     gaps.sort();
     assert!(gaps[gaps.len() / 2] < INTERVAL, "{gaps:?}");
+}
+
+#[tokio::test]
+async fn what_runs_at_a_drains_deadline_is_ended_and_the_end_says_why() {
+    let (engine, agent) = slow_world(2, 2).await;
+    let balancer = agent.balancer("b1").await;
+    let mut running = balancer.place(&chat(true, 1_000)).await;
+    let mut status = agent.work.status();
+    engine.until_open(1, PATIENCE).await;
+    agent.work.apply(Desired::Draining, Revision(11));
+    let drained = |status: &forebay_worker_agent::Status| status.observed == Observed::Drained;
+    let early = timeout(Duration::from_millis(300), status.wait_for(drained))
+        .await
+        .is_err();
+    assert!(early, "it goes on until the deadline");
+    agent.work.end_streams();
+    assert_eq!(running.answer().await.end(), End::Drained);
+    timeout(PATIENCE, status.wait_for(drained))
+        .await
+        .unwrap()
+        .unwrap();
+    engine.until_open(0, PATIENCE).await;
+    agent.work.apply(Desired::Ready, Revision(12));
+    let mut again = balancer.place(&chat(true, 2)).await;
+    assert_eq!(again.answer().await.end(), End::Complete);
 }
 
 #[tokio::test]

@@ -44,6 +44,8 @@ pub enum Code {
     NoCapacity,
     /// This balancer is about to stop.
     Draining,
+    /// The worker's drain came to its deadline in the middle of the answer.
+    WorkerDrained,
     /// The worker failed, and so did the retries.
     UpstreamError,
     /// The worker's first byte, or the next one, did not come in time.
@@ -88,6 +90,7 @@ impl Code {
         Self::QueueTimeout,
         Self::NoCapacity,
         Self::Draining,
+        Self::WorkerDrained,
         Self::UpstreamError,
         Self::UpstreamTimeout,
     ];
@@ -148,6 +151,7 @@ impl Code {
             ),
             Self::NoCapacity => again(row(503, "overloaded_error", "no_capacity"), 2),
             Self::Draining => closing(again(row(503, "overloaded_error", "draining"), 1)),
+            Self::WorkerDrained => again(row(503, "overloaded_error", "worker_drained"), 1),
             Self::UpstreamError => row(502, "api_error", "upstream_error"),
             Self::UpstreamTimeout => row(504, "api_error", "upstream_timeout"),
         }

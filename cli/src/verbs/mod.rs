@@ -11,6 +11,7 @@ pub(crate) mod explain;
 pub(crate) mod init;
 pub(crate) mod keys;
 pub(crate) mod members;
+pub(crate) mod operate;
 pub(crate) mod raft;
 pub(crate) mod replay;
 pub(crate) mod sim;

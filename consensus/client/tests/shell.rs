@@ -359,6 +359,7 @@ async fn a_lease_is_renewed_at_once_when_there_is_news_and_never_after_a_takeove
         incarnation: Some(incarnation),
         applied_revision: Revision(1),
         observed: fleet::Observed::Joining,
+        work: None,
     });
     let mut renewing = client.spawn_renew(said);
     let renewed = Response::Renewed(control::Renewed {

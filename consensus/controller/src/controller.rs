@@ -1,4 +1,4 @@
-//! Expiry, the first fingerprint key, and the feature level. Who was silent for longer than a lease becomes lost, unless too many are at once.
+//! Expiry, the first fingerprint key, the feature level, and deadlines of drains. Who was silent for longer than a lease becomes lost, unless too many are at once.
 //!
 //! Many leases of a pool that run out together say more about the network, or about this leader,
 //! than about the workers. When more than a fifth of a pool, and at least two, would be lost within
@@ -31,6 +31,8 @@ pub enum Action {
     FirstKey,
     /// Let commands use features up to this level: everyone understands them.
     RaiseFeatureLevel(u32),
+    /// A drain's deadline passed, by cell time.
+    PassDrainDeadline(u64),
 }
 
 /// The leader's loop, without the loop.
@@ -50,7 +52,8 @@ struct Seen {
 impl Controller {
     /// What to propose, given what was heard and what is agreed. Nothing unless this node leads.
     ///
-    /// `members_level` is the least feature level that a member understands, 0 while that is not known.
+    /// `members_level` is the least feature level that a member understands, 0 while that is not known;
+    /// `cell_time` is what a proposal would be stamped with.
     pub fn step(
         &mut self,
         now: Now,
@@ -58,6 +61,7 @@ impl Controller {
         leases: &Leases,
         facts: &wire::Facts,
         members_level: u32,
+        cell_time: Millis,
     ) -> Vec<Action> {
         if !is_leader {
             self.proposed.clear();
@@ -71,7 +75,12 @@ impl Controller {
         let everyone = leases.feature_level(now).unwrap_or(members_level);
         let everyone = everyone.min(members_level);
         let raise = (everyone > facts.feature_level).then_some(Action::RaiseFeatureLevel(everyone));
-        expiry.into_iter().chain(first_key).chain(raise).collect()
+        let deadlines = facts.drains.iter().filter(|drain| {
+            drain.ended_ms == 0 && !drain.overdue && (1..=cell_time.0).contains(&drain.deadline_ms)
+        });
+        let deadlines = deadlines.map(|drain| Action::PassDrainDeadline(drain.id));
+        let own = expiry.into_iter().chain(first_key).chain(raise);
+        own.chain(deadlines).collect()
     }
 
     fn expire(
@@ -139,8 +148,9 @@ fn seen(worker: &wire::Worker) -> Option<Seen> {
 
 #[cfg(test)]
 mod tests {
+    use forebay_proto::wire::control;
     use forebay_proto::wire::fleet::Observed;
-    use forebay_proto::{Identity, Revision, Role, WorkerId};
+    use forebay_proto::{Identity, Role, WorkerId};
 
     use super::*;
 
@@ -228,18 +238,27 @@ mod tests {
                     role: Role::Agent,
                     name: format!("w{id}"),
                 };
-                let (applied, ready) = (Revision(9), Observed::Ready);
-                self.leases
-                    .renewed(at(ms), &who, Some(incarnation(id)), applied, ready, level)
-                    .unwrap();
+                let renew = control::Renew {
+                    incarnation: Some(incarnation(id).to_wire()),
+                    applied_revision: 9,
+                    observed: Observed::Ready.into(),
+                    feature_level: level,
+                    work: None,
+                };
+                self.leases.renewed(at(ms), &who, &renew).unwrap();
             }
         }
 
         /// What the step proposes, as text; the facts then hold it.
         fn step(&mut self, ms: u64) -> String {
-            let actions =
-                self.controller
-                    .step(at(ms), true, &self.leases, &self.facts, self.members_level);
+            let actions = self.controller.step(
+                at(ms),
+                true,
+                &self.leases,
+                &self.facts,
+                self.members_level,
+                Millis(1_000_000 + ms),
+            );
             let mut shown = vec![];
             for action in actions {
                 match action {
@@ -264,6 +283,10 @@ mod tests {
                     Action::RaiseFeatureLevel(level) => {
                         shown.push(format!("level {level}"));
                         self.facts.feature_level = level;
+                    }
+                    Action::PassDrainDeadline(id) => {
+                        shown.push(format!("deadline d{id}"));
+                        self.facts.drains[0].overdue = true;
                     }
                 }
             }
@@ -343,11 +366,41 @@ mod tests {
     }
 
     #[test]
+    fn a_drains_deadline_is_proposed_once_it_passed_by_cell_time() {
+        let drain = wire::Drain {
+            id: 7,
+            deadline_ms: 1_005_000,
+            ..Default::default()
+        };
+        let step = |drain: wire::Drain, ms| {
+            let mut world = World::new(0);
+            world.facts.drains = vec![drain];
+            (world.step(ms), world.step(ms + 500))
+        };
+        assert_eq!(step(drain.clone(), 4_400), (String::new(), String::new()));
+        assert_eq!(
+            step(drain.clone(), 5_000),
+            ("deadline d7".into(), String::new())
+        );
+        let ended = wire::Drain {
+            ended_ms: 1_002_000,
+            ..drain.clone()
+        };
+        assert_eq!(step(ended, 9_000).0, "");
+        let none = wire::Drain {
+            deadline_ms: 0,
+            ..drain
+        };
+        assert_eq!(step(none, 9_000).0, "");
+    }
+
+    #[test]
     fn only_the_leader_proposes() {
         let mut world = World::new(1);
-        let actions = world
-            .controller
-            .step(at(60_000), false, &world.leases, &world.facts, 9);
+        let actions =
+            world
+                .controller
+                .step(at(60_000), false, &world.leases, &world.facts, 9, Millis(0));
         assert_eq!(actions, []);
     }
 

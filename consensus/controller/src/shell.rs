@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_consensus::fleet::lease::Leases;
-use forebay_proto::Now;
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
+use forebay_proto::{DrainId, Millis, Now};
 
 use forebay_consensus::server;
 
@@ -30,6 +30,9 @@ pub trait Leader: Send + Sync + 'static {
 
     /// The least feature level that a member of the group understands, 0 while that is not known.
     fn members_level(&self) -> u32;
+
+    /// The cell's time, as a proposal would be stamped now.
+    fn cell_time(&self) -> Millis;
 
     /// What is agreed.
     fn facts(&self) -> Arc<wire::Facts>;
@@ -63,6 +66,10 @@ impl Leader for server::Leader {
         Self::members_level(self)
     }
 
+    fn cell_time(&self) -> Millis {
+        Self::cell_time(self)
+    }
+
     fn facts(&self) -> Arc<wire::Facts> {
         Self::facts(self)
     }
@@ -71,6 +78,7 @@ impl Leader for server::Leader {
         let reason = match &action {
             wire::command::Action::RotateKey(_) => "the first fingerprint key",
             wire::command::Action::RaiseFeatureLevel(_) => "everyone understands it",
+            wire::command::Action::PassDrainDeadline(_) => "its deadline passed",
             _ => "leases ran out",
         };
         let outcome = Self::propose(self, action, reason).await;
@@ -94,7 +102,14 @@ pub async fn run(leader: Arc<impl Leader>) {
         let actions = if leads {
             let (leases, facts) = (leader.leases(), leader.facts());
             let members_level = leader.members_level();
-            controller.step(leader.now(), leads, &leases, &facts, members_level)
+            controller.step(
+                leader.now(),
+                leads,
+                &leases,
+                &facts,
+                members_level,
+                leader.cell_time(),
+            )
         } else {
             controller = Controller::default();
             vec![]
@@ -112,6 +127,10 @@ pub async fn run(leader: Arc<impl Leader>) {
                 Action::RaiseFeatureLevel(to) => {
                     tracing::info!(to, "everyone understands a newer feature level: raising it");
                     wire::command::Action::RaiseFeatureLevel(wire::RaiseFeatureLevel { to })
+                }
+                Action::PassDrainDeadline(id) => {
+                    tracing::warn!(drain = %DrainId(id), "its deadline passed before it was drained");
+                    wire::command::Action::PassDrainDeadline(wire::PassDrainDeadline { id })
                 }
             };
             if let Err(problem) = leader.propose(action).await {
@@ -163,6 +182,9 @@ mod tests {
         }
         fn members_level(&self) -> u32 {
             0
+        }
+        fn cell_time(&self) -> Millis {
+            Millis(0)
         }
         fn facts(&self) -> Arc<wire::Facts> {
             self.facts.clone()

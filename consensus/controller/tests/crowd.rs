@@ -192,6 +192,7 @@ impl Agent {
             incarnation: Some(incarnation),
             applied_revision: Revision(1),
             observed: Observed::Ready,
+            work: None,
         });
         let mut renewing = client.spawn_renew(said);
         let renewed = renewing.status.wait_for(|status| status.renewed.is_some());

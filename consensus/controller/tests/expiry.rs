@@ -97,6 +97,7 @@ impl Cell {
             incarnation: Some(incarnation),
             applied_revision: done.revision,
             observed: Observed::Ready,
+            work: None,
         });
         let renewing = client.spawn_renew(said);
         Agent {
@@ -191,6 +192,7 @@ async fn a_silent_agent_is_lost_after_its_lease_and_found_again_when_it_returns(
         incarnation: Some(back.incarnation),
         applied_revision: forebay_proto::Revision(1),
         observed: Observed::Ready,
+        work: None,
     };
     drop(back);
     until(&mut watching, &["w2"], &[]).await;

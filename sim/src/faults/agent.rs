@@ -151,6 +151,7 @@ impl Agent {
                     incarnation: core.incarnation(),
                     revision: core.applied_revision().0,
                     observed: observed(core.observed()),
+                    in_flight: u32::try_from(core.in_flight()).unwrap_or(u32::MAX),
                 }
             }
             _ => Wants::Register {

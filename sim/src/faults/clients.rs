@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use forebay_consensus::fleet::reign::Asked;
+use forebay_consensus::fleet::reign::{Asked, takes_capacity};
 use forebay_consensus::node::MembersChange;
 use forebay_control_client::core::error::NodeError;
 use forebay_control_client::core::plan::{self, Plan};
@@ -202,7 +202,7 @@ impl Asker {
                 }
                 Part::Balancer { name, revision } => {
                     let (name, revision) = (name.clone(), *revision);
-                    Some(renewal(Role::Balancer, name, None, revision, 0))
+                    Some(renewal(Role::Balancer, name, None, revision, 0, None))
                 }
                 Part::Admin => self.admin_operation(world),
             };
@@ -284,6 +284,7 @@ impl Asker {
 
     fn command(&mut self, action: Action, registers: Option<String>) -> Asked {
         self.sequence += 1;
+        let takes_capacity = takes_capacity(&action);
         let command = wire::Command {
             action: Some(action),
         };
@@ -298,6 +299,7 @@ impl Asker {
             // Unique, so that the audit shows what was applied twice.
             reason: format!("{}#{}", hex(&self.client[..6]), self.sequence),
             registers,
+            takes_capacity,
         }
     }
 
@@ -364,7 +366,22 @@ impl Asker {
                 incarnation,
                 revision,
                 observed,
-            } => return renewal(Role::Agent, name, Some(incarnation), revision, observed),
+                in_flight,
+            } => {
+                let work = control::Work {
+                    in_flight,
+                    ..control::Work::default()
+                };
+                let incarnation = Some(incarnation);
+                return renewal(
+                    Role::Agent,
+                    name,
+                    incarnation,
+                    revision,
+                    observed,
+                    Some(work),
+                );
+            }
             Wants::Register { name, held, start } => (name, held, start),
         };
         // It declares itself, at its start or with another model.
@@ -549,6 +566,7 @@ pub(super) enum Wants {
         /// In force on it.
         revision: u64,
         observed: i32,
+        in_flight: u32,
     },
     Register {
         name: String,
@@ -563,6 +581,7 @@ fn renewal(
     incarnation: Option<Incarnation>,
     revision: u64,
     observed: i32,
+    work: Option<control::Work>,
 ) -> Request {
     Request {
         ask: Ask::Renew {
@@ -576,6 +595,7 @@ fn renewal(
                 applied_revision: revision,
                 observed,
                 feature_level: FEATURE_LEVEL,
+                work,
             },
         },
         calls: Vec::new(),

@@ -26,9 +26,7 @@ use forebay_consensus::store::{
 use forebay_controller::{Action, Controller};
 use forebay_proto::wire::control;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{
-    FEATURE_LEVEL, Identity, Incarnation, Millis, NodeId, Now, Revision, WorkerId,
-};
+use forebay_proto::{FEATURE_LEVEL, Identity, Incarnation, Millis, NodeId, Now, WorkerId};
 use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::oneshot;
@@ -514,21 +512,11 @@ impl Process {
     fn renew(&mut self, now: Now, who: &Identity, renew: &control::Renew) -> Answer {
         use forebay_consensus::fleet::lease::RenewError;
         let incarnation = Incarnation::from_wire(renew.incarnation.as_ref()).ok();
-        let (applied, observed) = (Revision(renew.applied_revision), renew.observed());
         let publisher = self.publisher.clone();
         let taken = self.reign.renewed(
             now,
             || publisher.facts(),
-            |leases, now| {
-                leases.renewed(
-                    now,
-                    who,
-                    incarnation,
-                    applied,
-                    observed,
-                    renew.feature_level,
-                )
-            },
+            |leases, now| leases.renewed(now, who, renew),
         );
         match taken {
             None => self.not_leader(),
@@ -585,6 +573,7 @@ impl Process {
             command: command.encode_to_vec().into(),
             reason: reason.into(),
             registers: None,
+            takes_capacity: false,
         };
         let command = self.reign.stamp(now, asked)?;
         let (reply, answer) = oneshot::channel();
@@ -690,9 +679,14 @@ impl Process {
             return;
         }
         let members_level = self.members_level(now, &facts);
-        let actions = self
-            .controller
-            .step(now, leads, self.reign.leases(), &facts, members_level);
+        let actions = self.controller.step(
+            now,
+            leads,
+            self.reign.leases(),
+            &facts,
+            members_level,
+            self.reign.cell_time(now),
+        );
         for action in actions {
             let (action, reason) = match action {
                 Action::Expire(expire) => {
@@ -716,6 +710,11 @@ impl Process {
                     let raise = wire::RaiseFeatureLevel { to };
                     let action = command::Action::RaiseFeatureLevel(raise);
                     (action, "everyone understands it")
+                }
+                Action::PassDrainDeadline(id) => {
+                    let deadline = wire::PassDrainDeadline { id };
+                    let action = command::Action::PassDrainDeadline(deadline);
+                    (action, "its deadline passed")
                 }
             };
             let proposed = self.propose_own(now, action, reason);

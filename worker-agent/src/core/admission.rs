@@ -168,6 +168,7 @@ impl Core {
         let answer = self.lengths.expected_answer(offer.max_tokens);
         let predicted = offer.stream && self.fit.is_some() && offer.prompt.tokens > 0;
         let placement = Placement {
+            request_id: offer.request_id.clone(),
             stage: Stage::Queued,
             arrived: now,
             deadline: now + offer.deadline,

@@ -22,6 +22,7 @@ mod starting;
 mod state;
 #[cfg(test)]
 mod tests;
+mod work;
 
 pub use admission::{Admitted, Offer, Question, Quote, RefusalReason, Refused};
 pub use cache::{Continuity, GradeChange, Prompt};
@@ -30,3 +31,4 @@ pub use map::{MAX_MAP_BYTES, Map, MapError};
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
 pub use standing::{Standing, standing};
 pub use state::{Core, EngineState, Settings};
+pub use work::Work;

@@ -32,16 +32,19 @@ pub enum End {
     Timeout,
     /// The balancer gave it up.
     Cancelled,
+    /// A drain's deadline passed.
+    Drained,
 }
 
 impl End {
     /// Every end, for metrics and tests.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Complete,
         Self::NotStarted,
         Self::EngineFailed,
         Self::Timeout,
         Self::Cancelled,
+        Self::Drained,
     ];
 
     /// Its name in metrics.
@@ -53,6 +56,7 @@ impl End {
             Self::EngineFailed => "engine_failed",
             Self::Timeout => "timeout",
             Self::Cancelled => "cancelled",
+            Self::Drained => "drained",
         }
     }
 }
@@ -135,6 +139,8 @@ pub(super) enum Stage {
 
 #[derive(Clone, Debug)]
 pub(super) struct Placement {
+    /// The client's, for whoever waits for its end.
+    pub(super) request_id: String,
     pub(super) stage: Stage,
     pub(super) arrived: Now,
     pub(super) deadline: Now,

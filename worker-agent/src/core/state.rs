@@ -476,7 +476,9 @@ impl Core {
                     fit.observe(&spell);
                 }
                 match end {
-                    End::Complete | End::Timeout | End::Cancelled => self.service.add(service),
+                    End::Complete | End::Timeout | End::Cancelled | End::Drained => {
+                        self.service.add(service);
+                    }
                     // Failing fast must not look like working fast.
                     End::NotStarted | End::EngineFailed => {}
                 }

@@ -229,6 +229,62 @@ fn a_drain_is_over_when_nothing_is_in_flight() {
 }
 
 #[test]
+fn what_is_under_way_is_told_with_the_oldest_by_name() {
+    let mut core = open();
+    assert_eq!(core.work(at(0)), Work::default());
+    let mut ids = vec![];
+    for (n, max_tokens) in [(0, 100), (1, 40), (2, 10)] {
+        let one = Offer {
+            request_id: format!("r{n}"),
+            max_tokens,
+            ..offer()
+        };
+        ids.push(core.place(at(n * 100), &one).unwrap().id);
+    }
+    let work = core.work(at(1_000));
+    assert_eq!((work.in_flight, work.queued), (3, 1));
+    assert_eq!(work.oldest, ms(1_000));
+    assert_eq!(work.tokens_left, 150, "nothing was answered so far");
+    assert_eq!(work.oldest_ids, ["r0", "r1", "r2"]);
+    assert_eq!(work.eta, ms(0), "nobody knows how long one takes");
+    core.first_byte(at(1_100), ids[0]);
+    core.end(at(1_200), ids[0], End::Complete);
+    let work = core.work(at(1_300));
+    assert_eq!((work.in_flight, work.oldest), (2, ms(1_200)));
+    assert_eq!(
+        work.eta,
+        ms(1_100),
+        "one took 1.2 s, the newest began 0.1 s ago"
+    );
+}
+
+#[test]
+fn tokens_that_the_model_expects_to_be_made_are_not_left() {
+    let profile = forebay_scheduler::model::PROFILES[0].1;
+    let mut core = open_with(Settings {
+        profile: Some(profile),
+        ..SETTINGS
+    });
+    let one = Offer {
+        max_tokens: 1_000,
+        prompt: Prompt {
+            tokens: 100,
+            ..Prompt::default()
+        },
+        ..offer()
+    };
+    let id = core.place(at(0), &one).unwrap().id;
+    let before = core.work(at(1));
+    assert_eq!(before.tokens_left, 1_000);
+    core.first_byte(at(100), id);
+    let (early, late) = (core.work(at(200)), core.work(at(1_200)));
+    assert!(late.tokens_left < early.tokens_left && early.tokens_left < 1_000);
+    assert!(late.eta < early.eta && late.eta > ms(0));
+    let whole = core.work(at(1_000_000));
+    assert_eq!(whole.tokens_left, 1, "it has not ended");
+}
+
+#[test]
 fn a_desired_state_of_a_later_version_is_not_acknowledged() {
     let mut core = open();
     core.facts(at(1), Desired::Unspecified, Revision(21));

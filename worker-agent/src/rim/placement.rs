@@ -143,7 +143,15 @@ struct Gone(Code);
 
 impl Carried {
     async fn run(mut self, mut ticket: Ticket, deadline: Instant) {
-        let outcome = timeout_at(deadline, self.carry(&mut ticket)).await;
+        let shared = self.shared.clone();
+        let outcome = tokio::select! {
+            biased;
+            outcome = timeout_at(deadline, self.carry(&mut ticket)) => outcome,
+            () = shared.ending() => Ok(Ok(Outcome::Ended(
+                End::Drained,
+                "the deadline of a drain passed".into(),
+            ))),
+        };
         let (end, detail) = match outcome {
             Ok(Ok(Outcome::Sent(trailer))) => return self.part(trailer).await,
             Ok(Ok(Outcome::Ended(end, detail))) => (end, detail),

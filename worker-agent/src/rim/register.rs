@@ -126,6 +126,10 @@ impl Registrar<'_> {
                 | Refusal::RevisionConflict { .. }
                 | Refusal::Invalid { .. }
                 | Refusal::MembersUnfit { .. }
+                | Refusal::CapacityShort { .. }
+                | Refusal::CapacityUnknown { .. }
+                | Refusal::DrainActive { .. }
+                | Refusal::UnknownDrain { .. }
                 | Refusal::PoolInUse { .. } => {
                     Attempt::Fatal(AgentError::Refused { name, refusal })
                 }

@@ -10,7 +10,7 @@ use forebay_admin::prometheus_client::registry::Registry;
 use forebay_control_client::{ClientError, ControlClient, Facts, RenewState, RenewStatus};
 use forebay_link::{Alpn, BindError, Endpoint};
 use forebay_proto::wire::fleet::command::Action;
-use forebay_proto::wire::fleet::{Goodbye, Observed};
+use forebay_proto::wire::fleet::{Desired, Goodbye, Observed};
 use forebay_proto::{ClientId, ClusterId, Incarnation, Revision};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -26,6 +26,10 @@ use super::work::{Patience, Setup, Status, Work};
 use crate::adapter::Adapter;
 use crate::core::{Standing, standing};
 use crate::error::AgentError;
+use crate::wire;
+
+/// Between two looks at what is under way: a renewal tells the newest one.
+const LOOK_AT_WORK: Duration = Duration::from_millis(500);
 
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -252,7 +256,13 @@ async fn follow(
         if let Some(newest) = newest {
             match standing(&newest, name, own, at) {
                 Standing::NotYet => {}
-                Standing::Wanted(desired) => work.apply(desired, newest.revision),
+                Standing::Wanted(desired) => {
+                    work.apply(desired, newest.revision);
+                    let worker = newest.workers.get(name);
+                    if desired == Desired::Draining && worker.is_some_and(|w| w.end_streams) {
+                        work.end_streams();
+                    }
+                }
                 Standing::Superseded(current) => {
                     return AgentError::Superseded {
                         name: name.into(),
@@ -333,7 +343,8 @@ impl Lease<'_> {
         declared: &Arc<[String]>,
     ) -> Result<Arc<[String]>, AgentError> {
         let mut status = self.work.status();
-        let said = watch::Sender::new(renew_state(&status.borrow_and_update()));
+        let first = renew_state(self.work, &status.borrow_and_update());
+        let said = watch::Sender::new(first);
         let mut renewing = self.client.spawn_renew(said.subscribe());
         let superseded = async {
             let over = |status: &RenewStatus| {
@@ -350,12 +361,28 @@ impl Lease<'_> {
             }
         };
         let tell = async {
-            while status.changed().await.is_ok() {
-                let fresh = renew_state(&status.borrow_and_update());
+            let mut looks = tokio::time::interval(LOOK_AT_WORK);
+            loop {
+                let looked = tokio::select! {
+                    changed = status.changed() => match changed {
+                        Ok(()) => false,
+                        Err(_) => return,
+                    },
+                    _ = looks.tick() => true,
+                };
+                let Status {
+                    observed,
+                    applied_revision,
+                    ..
+                } = *status.borrow_and_update();
                 said.send_if_modified(|shown| {
-                    // A revision alone is told with the next renewal.
-                    let urgent = shown.observed != fresh.observed;
-                    *shown = fresh;
+                    // A revision alone is told with the next renewal, and so is what is under way.
+                    let urgent = shown.observed != observed;
+                    shown.observed = observed;
+                    shown.applied_revision = applied_revision;
+                    if looked || urgent {
+                        shown.work = Some(work_of(self.work, observed));
+                    }
                     urgent
                 });
             }
@@ -372,12 +399,18 @@ impl Lease<'_> {
     }
 }
 
-fn renew_state(status: &Status) -> RenewState {
+fn renew_state(work: &Work, status: &Status) -> RenewState {
     RenewState {
         incarnation: Some(status.incarnation),
         applied_revision: status.applied_revision,
         observed: status.observed,
+        work: Some(work_of(work, status.observed)),
     }
+}
+
+fn work_of(work: &Work, observed: Observed) -> forebay_proto::wire::control::Work {
+    let draining = observed == Observed::Draining;
+    wire::work_under_way(work.under_way(), draining)
 }
 
 /// The engine's models, once there are some and they are not these.

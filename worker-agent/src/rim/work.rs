@@ -25,7 +25,7 @@ use super::{map, probe, reports};
 use crate::adapter::Adapter;
 use crate::core::{
     Admitted, Continuity, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
-    RefusalReason, Refused, Settings, Unstarted, Usage,
+    RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
 };
 use crate::wire;
 
@@ -146,6 +146,7 @@ impl Work {
             resident: watch::Sender::new(()),
             snapshots: Semaphore::new(SNAPSHOTS),
             carried: watch::Sender::new(0),
+            ending: watch::Sender::new(false),
         });
         let mut tasks = vec![
             OwnedTask::spawn(accept(endpoint.clone(), shared.clone())),
@@ -167,6 +168,24 @@ impl Work {
     pub fn apply(&self, desired: Desired, revision: Revision) {
         self.shared
             .with(|core, now| core.facts(now, desired, revision));
+        if desired != Desired::Draining {
+            self.shared.ending.send_replace(false);
+        }
+    }
+
+    /// A drain's deadline passed: ends what still runs, with an end that says so.
+    pub fn end_streams(&self) {
+        self.shared.ending.send_if_modified(|ending| {
+            if !*ending {
+                tracing::warn!("a drain's deadline passed: what still runs is ended");
+            }
+            !std::mem::replace(ending, true)
+        });
+    }
+
+    /// What is under way.
+    pub(super) fn under_way(&self) -> UnderWay {
+        self.shared.with(|core, now| core.work(now))
     }
 
     /// Takes nothing new from now on and sends back what waits.
@@ -225,6 +244,8 @@ pub(super) struct Shared {
     pub(super) snapshots: Semaphore,
     /// Streams that have not come to their end.
     carried: watch::Sender<usize>,
+    /// What runs is to end: a drain's deadline passed.
+    ending: watch::Sender<bool>,
 }
 
 struct Inner {
@@ -251,6 +272,13 @@ impl Shared {
     pub(super) fn carrying(self: &Arc<Self>) -> Carrying {
         self.carried.send_modify(|carried| *carried += 1);
         Carrying(self.clone())
+    }
+
+    /// Returns when what runs is to end.
+    pub(super) async fn ending(&self) {
+        let mut ending = self.ending.subscribe();
+        // The sender lives as long as this.
+        let _ = ending.wait_for(|ending| *ending).await;
     }
 
     pub(super) fn now(&self) -> Now {

@@ -8,7 +8,9 @@ use forebay_proto::config::{Config, ConfigError};
 use forebay_proto::fleet::{Member, SpecError, WorkerSpec};
 use forebay_proto::ids::IdError;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, FingerprintKey, Incarnation, Millis, Revision, WorkerId};
+use forebay_proto::{
+    ClusterId, Drain, DrainId, FingerprintKey, Incarnation, Millis, Revision, WorkerId,
+};
 use wire::change::Change;
 use wire::{Desired, Observed};
 
@@ -39,6 +41,8 @@ pub struct Facts {
     pub key_epoch: u32,
     /// Newest feature that commands may use.
     pub feature_level: u32,
+    /// Drains that go on, and the newest that ended; empty for balancers and agents.
+    pub drains: BTreeMap<DrainId, Drain>,
 }
 
 /// One worker, as agreed.
@@ -68,6 +72,8 @@ pub struct WorkerFact {
     pub acknowledged_revision: Revision,
     /// When anything of it last changed.
     pub revision: Revision,
+    /// A drain's deadline passed: what still runs is to be ended.
+    pub end_streams: bool,
 }
 
 /// Why facts cannot be used. Their consumer keeps those it has.
@@ -128,6 +134,7 @@ impl WorkerFact {
             desired_revision: Revision(wire.desired_revision),
             acknowledged_revision: Revision(wire.acknowledged_revision),
             revision: Revision(wire.revision),
+            end_streams: wire.end_streams,
         })
     }
 
@@ -144,6 +151,7 @@ impl WorkerFact {
             desired_revision: self.desired_revision.0,
             acknowledged_revision: self.acknowledged_revision.0,
             revision: self.revision.0,
+            end_streams: self.end_streams,
         }
     }
 }
@@ -166,6 +174,10 @@ impl Facts {
             workers.insert(worker.name.clone(), Arc::new(worker));
         }
         let members = wire.members.iter().map(Member::from_wire);
+        let drains = wire.drains.into_iter().map(|drain| {
+            let drain = Drain::from_wire(drain)?;
+            Ok((drain.id, drain))
+        });
         Ok(Self {
             cluster_id: ClusterId::from_wire(&wire.cluster_id)?,
             revision: Revision(wire.revision),
@@ -179,6 +191,7 @@ impl Facts {
             keys: keys(&wire.keys.unwrap_or_default())?,
             key_epoch: wire.key_epoch,
             feature_level: wire.feature_level,
+            drains: drains.collect::<Result<_, IdError>>()?,
         })
     }
 
@@ -199,6 +212,7 @@ impl Facts {
             }),
             feature_level: self.feature_level,
             key_epoch: self.key_epoch,
+            drains: self.drains.values().map(Drain::to_wire).collect(),
         }
     }
 
@@ -232,6 +246,13 @@ impl Facts {
                     next.members = members.collect::<Result<_, _>>()?;
                 }
                 Change::FeatureLevel(level) => next.feature_level = level,
+                Change::DrainPut(drain) => {
+                    let drain = Drain::from_wire(drain)?;
+                    next.drains.insert(drain.id, drain);
+                }
+                Change::DrainForgotten(id) => {
+                    next.drains.remove(&DrainId(id));
+                }
             }
         }
         next.revision = Revision(delta.revision);

@@ -10,7 +10,7 @@ use forebay_proto::wire::control::response::Response;
 use forebay_proto::wire::fleet::command::Action;
 use forebay_proto::wire::fleet::outcome::Outcome;
 use forebay_proto::wire::{control as wire, fleet};
-use forebay_proto::{ClientId, ClusterId, Millis, NodeId, Now, Revision};
+use forebay_proto::{ClientId, ClusterId, DrainId, Millis, NodeId, Now, Revision};
 use futures::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
 use prost::Message;
@@ -52,6 +52,10 @@ pub struct Done {
     pub worker: Option<WorkerFact>,
     /// It was so already.
     pub unchanged: bool,
+    /// Workers that it changed, or would have changed without a dry run.
+    pub affected: u32,
+    /// The drain that began or goes on.
+    pub drain: Option<DrainId>,
 }
 
 impl ControlClient {
@@ -190,13 +194,34 @@ impl ControlClient {
         }
     }
 
+    /// What the leader heard of these workers' agents, and of all balancers; nothing of it is agreed on.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it could not be asked.
+    pub async fn holders(
+        &self,
+        workers: &[String],
+        deadline: Duration,
+    ) -> Result<wire::HeldLeases, ClientError> {
+        let ask = |_| {
+            Ask::Holders(wire::Holders {
+                workers: workers.to_vec(),
+            })
+        };
+        match self.call(deadline, ask).await? {
+            (_, Response::Holders(held)) => Ok(held),
+            (address, _) => Err(unexpected(&address)),
+        }
+    }
+
     /// Keeps the caller's lease.
     pub(crate) async fn renew(
         &self,
         renew: wire::Renew,
         deadline: Duration,
     ) -> Result<wire::Renewed, ClientError> {
-        let ask = |_| Ask::Renew(renew);
+        let ask = |_| Ask::Renew(renew.clone());
         match self.call(deadline, ask).await? {
             (address, Response::Renewed(renewed)) => {
                 self.inner.roster.lock().led_by(&address);
@@ -376,6 +401,8 @@ pub(crate) fn read_outcome(address: &str, outcome: Outcome) -> Result<Done, Clie
                 revision: Revision(done.revision),
                 worker: worker.map_err(|error| unintelligible(error.to_string()))?,
                 unchanged: done.unchanged,
+                affected: done.affected,
+                drain: (done.drain > 0).then_some(DrainId(done.drain)),
             })
         }
         Outcome::Refusal(refusal) => Err(Refusal::from_wire(refusal).map_or_else(

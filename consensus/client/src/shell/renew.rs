@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const COALESCE: Duration = Duration::from_millis(20);
 
 /// What a renewal says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RenewState {
     /// Agents: the registered incarnation. Balancers: none.
     pub incarnation: Option<Incarnation>,
@@ -32,6 +32,8 @@ pub struct RenewState {
     pub applied_revision: Revision,
     /// Agents: what they say of themselves. Balancers: unspecified.
     pub observed: Observed,
+    /// Agents: what they have under way. Balancers: nothing.
+    pub work: Option<wire::Work>,
 }
 
 /// How renewing goes.
@@ -77,12 +79,13 @@ async fn renew(
     let mut rng = client.child_rng();
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_millis(500));
     loop {
-        let said = *state.borrow_and_update();
+        let said = state.borrow_and_update().clone();
         let renew = wire::Renew {
             incarnation: said.incarnation.map(Incarnation::to_wire),
             applied_revision: said.applied_revision.0,
             observed: said.observed.into(),
             feature_level: forebay_proto::FEATURE_LEVEL,
+            work: said.work,
         };
         let pause = match client.renew(renew, PATIENCE).await {
             Ok(renewed) => {
