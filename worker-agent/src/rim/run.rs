@@ -343,7 +343,9 @@ impl Lease<'_> {
         declared: &Arc<[String]>,
     ) -> Result<Arc<[String]>, AgentError> {
         let mut status = self.work.status();
-        let first = renew_state(self.work, &status.borrow_and_update());
+        // A copy: what is under way is looked at with the status free to change.
+        let first = status.borrow_and_update().clone();
+        let first = renew_state(self.work, &first);
         let said = watch::Sender::new(first);
         let mut renewing = self.client.spawn_renew(said.subscribe());
         let superseded = async {
@@ -375,14 +377,13 @@ impl Lease<'_> {
                     applied_revision,
                     ..
                 } = *status.borrow_and_update();
+                let urgent = said.borrow().observed != observed;
+                let work = (looked || urgent).then(|| work_of(self.work, observed));
                 said.send_if_modified(|shown| {
                     // A revision alone is told with the next renewal, and so is what is under way.
-                    let urgent = shown.observed != observed;
                     shown.observed = observed;
                     shown.applied_revision = applied_revision;
-                    if looked || urgent {
-                        shown.work = Some(work_of(self.work, observed));
-                    }
+                    shown.work = work.or_else(|| shown.work.take());
                     urgent
                 });
             }
