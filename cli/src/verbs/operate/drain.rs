@@ -220,7 +220,9 @@ fn start(args: &StartArgs) -> Result<(), CliError> {
         if change.wait.no_wait {
             let facts = asked.read().await?;
             let report = Report::of(found(&facts, id)?);
-            change.output.print(&report, || report.page());
+            change
+                .output
+                .print(&report, || format!("{id} is under way: {}", listed(&names)));
             return Ok(());
         }
         follow(&asked, id, args.wait_timeout.0, change.output).await

@@ -223,6 +223,8 @@ pub(super) async fn follow(
     let mut teller = Teller::new(began);
     let mut heard = began;
     let mut last: Option<Drain> = None;
+    // Whether it was so at first: then that is no news to wait for.
+    let mut overdue = None;
     let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
     loop {
         let looked = tokio::select! {
@@ -236,10 +238,15 @@ pub(super) async fn follow(
         let facts = watching.facts.borrow_and_update().clone();
         if let Some(facts) = facts {
             let Some(drain) = facts.drains.get(&id) else {
+                if facts.revision.0 < id.0 {
+                    // The node that is watched is behind.
+                    continue;
+                }
                 return Err(gone(id));
             };
+            let late = *overdue.get_or_insert(drain.overdue);
             last = Some(drain.clone());
-            if let Some(over) = over(drain) {
+            if let Some(over) = over(drain, late) {
                 let report = Report::of(drain);
                 output.print(&report, || report.page());
                 return over;
@@ -290,8 +297,8 @@ fn tell(teller: &mut Teller, drain: &Drain, progress: &Progress, output: OutputA
     }
 }
 
-/// How it ended, if it did.
-fn over(drain: &Drain) -> Option<Result<(), CliError>> {
+/// How it ended, if it did. Its deadline is news unless it had passed before.
+fn over(drain: &Drain, passed_before: bool) -> Option<Result<(), CliError>> {
     let id = drain.id;
     match drain.phase {
         DrainPhase::Drained => {
@@ -305,12 +312,12 @@ fn over(drain: &Drain) -> Option<Result<(), CliError>> {
             format!("{id} was called off: see `forebay workers`"),
         ))),
         DrainPhase::Committed | DrainPhase::InForce
-            if drain.overdue && drain.on_deadline == OnDeadline::Wait =>
+            if drain.overdue && !passed_before && drain.on_deadline == OnDeadline::Wait =>
         {
             Some(Err(CliError::because(
                 Exit::TimedOut,
                 format!(
-                    "the deadline of {id} passed and something still runs; it goes on: forebay drain watch {id} --wait-timeout …, or forebay drain cancel {id}"
+                    "the deadline of {id} passed and something still runs; it goes on: forebay drain watch {id} waits on, forebay drain cancel {id} calls it off"
                 ),
             )))
         }
