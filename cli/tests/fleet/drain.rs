@@ -154,8 +154,8 @@ fn two_of_eight_busy_workers_leave_while_leader_operator_and_balancer_die_and_no
     args.extend(SLOW);
     let fleet = Fleet::start(&args);
     let leader = fleet.wait_for_control(3);
-    let streams = Streams::start(&fleet, STREAMS, (20, 60));
-    std::thread::sleep(Duration::from_secs(10));
+    let streams = Streams::start(&fleet, STREAMS, (60, 120));
+    std::thread::sleep(Duration::from_secs(16));
 
     let drain = ["drain", "w1", "w2", "--yes", "--reason", "a test"];
     let mut operator = verb(&fleet, &drain);
@@ -193,7 +193,7 @@ fn two_of_eight_busy_workers_leave_while_leader_operator_and_balancer_die_and_no
             .filter(|one| one.asked >= from && one.asked < to);
         there.filter_map(|one| one.first_token).collect::<Vec<_>>()
     };
-    let warm = began.checked_sub(Duration::from_secs(7)).unwrap();
+    let warm = began.checked_sub(Duration::from_secs(12)).unwrap();
     let (before, during) = (first(warm, began), first(began, over));
     eprintln!(
         "drain of 2 of 8 under {STREAMS} streams: {} requests, in force after {in_force_ms} ms, drained after {} ms \
