@@ -36,6 +36,7 @@ fn worlds_with_faults_hold() {
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
     assert!(all.ops_ok > all.ops_unknown + all.ops_failed);
     assert!(all.placements > 0);
+    assert!(all.drains > 0);
 }
 
 /// Seeds within which each known bug must be caught.

@@ -176,6 +176,7 @@ fn table(report: &Report) -> String {
             row("times real time", format!("{:.0}", report.speedup)),
             row("faults", faults.to_string()),
             row("placements", summary.placements.to_string()),
+            row("drains", summary.drains.to_string()),
             row(
                 "operations ok/unknown/refused",
                 format!(

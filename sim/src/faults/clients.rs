@@ -309,15 +309,16 @@ impl Asker {
         let who = self.number();
         let dice = world.rng.random_range(0..100);
         if dice < 45 || (dice < 75 && config.is_none()) {
-            let calls = vec![
+            let mut calls = vec![
                 world.history.call(who, "config", begun, Op::Read),
                 world
                     .history
                     .call(who, &format!("spec {worker}"), begun, Op::Read),
-                world
-                    .history
-                    .call(who, &format!("desired {worker}"), begun, Op::Read),
             ];
+            if worker != drained(world.agents) {
+                let key = format!("desired {worker}");
+                calls.push(world.history.call(who, &key, begun, Op::Read));
+            }
             return Request {
                 ask: Ask::Read,
                 calls,
@@ -338,6 +339,12 @@ impl Asker {
                 1
             } else {
                 world.rng.random_range(1..=3)
+            };
+            // What is wanted of that one is the admin's alone.
+            let worker = if worker == drained(world.agents) {
+                "w0".to_owned()
+            } else {
+                worker
             };
             let action = Action::SetDesired(wire::SetDesired {
                 name: worker.clone(),
@@ -573,6 +580,11 @@ pub(super) enum Wants {
         held: Option<Incarnation>,
         start: u32,
     },
+}
+
+/// The worker that the admin drains; there are two at least.
+pub(super) fn drained(agents: u32) -> String {
+    format!("w{}", agents.saturating_sub(1))
 }
 
 fn renewal(

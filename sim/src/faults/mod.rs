@@ -71,6 +71,8 @@ pub struct Summary {
     pub lin_checked_ops: u64,
     /// Placements that agents took from balancers.
     pub placements: u64,
+    /// Drains that came to their end.
+    pub drains: u64,
     /// Events.
     pub events: u64,
     /// Terms in which a leader was elected.
@@ -109,6 +111,7 @@ impl Summary {
         self.ops_failed += other.ops_failed;
         self.lin_checked_ops += other.lin_checked_ops;
         self.placements += other.placements;
+        self.drains += other.drains;
         self.events += other.events;
         self.terms += other.terms;
         self.trace_hash = self.trace_hash.rotate_left(7) ^ other.trace_hash;
@@ -185,6 +188,7 @@ fn run_plan(request: Request, plan: Vec<Fault>) -> Result<Summary, (Violation, u
         ops_failed: ended.counts.failed,
         lin_checked_ops: ended.checked,
         placements: ended.placements,
+        drains: ended.drains,
         events: ended.events,
         terms: ended.terms as u64,
         trace_hash: ended.trace,

@@ -312,6 +312,7 @@ impl World {
             for position in news.outputs {
                 self.agreed(&batch, position)?;
             }
+            self.checks.drains.held(&batch.facts)?;
             self.newest_member = self.newest_member.max(batch.newest_member);
         }
         Ok(messages)
@@ -324,6 +325,7 @@ impl World {
         };
         self.checks.incarnations.delta(delta)?;
         self.checks.force.delta(delta);
+        self.checks.drains.delta(delta)?;
         for change in &delta.changes {
             match &change.change {
                 Some(Change::Members(list)) => self.members_are(&list.members),

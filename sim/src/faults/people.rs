@@ -6,7 +6,7 @@ use forebay_proto::wire::fleet as wire;
 use rand::Rng as _;
 use wire::command::Action;
 
-use super::clients::{Next, Outside};
+use super::clients::{Next, Outside, drained};
 use super::net::Place;
 use super::party::{Answer, Party};
 use super::plan::{LEADER, Target};
@@ -22,7 +22,7 @@ impl World {
             return;
         }
         let (admin, transfer) = if party == Party::Admin {
-            self.churn()
+            self.operates()
         } else {
             (None, None)
         };
@@ -117,7 +117,43 @@ impl World {
             .copied()
     }
 
-    /// What the admin does next.
+    /// What the admin does next: a drain of the worker that is kept for it, or other members.
+    fn operates(&mut self) -> (Option<(Action, Option<MembersChange>)>, Option<NodeId>) {
+        if self.rng.random_bool(0.3) {
+            return (self.drains().map(|action| (action, None)), None);
+        }
+        self.churn()
+    }
+
+    /// The next step of a drain, always by the guard.
+    fn drains(&mut self) -> Option<Action> {
+        let worker = drained(self.params.agents);
+        let dice = self.rng.random_range(0..100);
+        let deadline_ms = self.rng.random_range(1..4_000);
+        let Some(id) = self.checks.drains.active(&worker) else {
+            if dice < 40 || self.healing {
+                return Some(Action::SetDesiredOf(wire::SetDesiredOf {
+                    names: vec![worker],
+                    desired: wire::Desired::Ready.into(),
+                    ..wire::SetDesiredOf::default()
+                }));
+            }
+            return Some(Action::StartDrain(wire::StartDrain {
+                names: vec![worker],
+                deadline_ms: if dice < 60 { 0 } else { deadline_ms },
+                on_deadline: if dice % 2 == 0 { 1 } else { 2 },
+                ignore_capacity_guard: false,
+                dry_run: dice > 95,
+            }));
+        };
+        (dice < 15 && !self.healing).then_some(Action::CancelDrain(wire::CancelDrain {
+            id,
+            uncordon: dice < 8,
+            dry_run: dice == 0,
+        }))
+    }
+
+    /// What the admin does next with the members.
     fn churn(&mut self) -> (Option<(Action, Option<MembersChange>)>, Option<NodeId>) {
         if !self.params.churn || self.rng.random_bool(0.5) {
             return (None, None);

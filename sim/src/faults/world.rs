@@ -124,6 +124,7 @@ pub(super) struct Ended {
     pub(super) terms: usize,
     pub(super) injected: BTreeMap<&'static str, u64>,
     pub(super) placements: u64,
+    pub(super) drains: u64,
 }
 
 impl World {
@@ -314,6 +315,7 @@ impl World {
                     terms,
                     injected: self.injected,
                     placements: self.checks.force.taken,
+                    drains: self.checks.drains.drained,
                 })
             }
         }
@@ -475,6 +477,10 @@ impl World {
             .filter(|(party, asker)| !matches!(party, Party::Admin) && asker.done_at < since)
             .map(|(party, _)| format!("{party:?}"))
             .collect();
+        let leader = self.hosts.values().find(|host| host.leads());
+        if let Some(process) = leader.and_then(|host| host.process.as_ref()) {
+            super::check::Drains::at_rest(&process.publisher.facts())?;
+        }
         let idle = self.idle_balancers();
         let members = self.members.iter();
         let whole = members.map(|member| self.hosts.get(&NodeId(member.id)));

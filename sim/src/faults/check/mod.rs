@@ -3,6 +3,7 @@
 mod acknowledged;
 mod agreement;
 mod audit;
+mod drains;
 mod durable;
 mod election;
 mod force;
@@ -22,6 +23,7 @@ use serde::Serialize;
 pub(super) use acknowledged::Acknowledged;
 pub(super) use agreement::Agreement;
 pub(super) use audit::Audit;
+pub(super) use drains::Drains;
 pub(super) use durable::Durable;
 pub(super) use election::Election;
 pub(super) use force::InForce;
@@ -77,4 +79,5 @@ pub(super) struct Checks {
     pub(super) audit: Audit,
     pub(super) watchers: Watchers,
     pub(super) force: InForce,
+    pub(super) drains: Drains,
 }
