@@ -71,7 +71,7 @@ pub struct Row {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::BadRequest,
         Self::InvalidJson,
         Self::DuplicateKey,
