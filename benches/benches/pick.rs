@@ -123,6 +123,13 @@ fn with_receipt(workers: u32) -> (Duration, Duration) {
 }
 
 fn main() {
+    // A name's part leaves the others out.
+    let only = std::env::args().nth(1).filter(|arg| !arg.starts_with("--"));
+    let row = |name: &str, policy, workers, fleet, targets| {
+        if only.as_ref().is_none_or(|part| name.contains(part)) {
+            row(name, policy, workers, fleet, targets);
+        }
+    };
     println!(
         "{:>22} {:>8} {:>11} {:>11} {:>12} {:>11} {:>7}",
         "policy", "workers", "p50", "p99", "decisions/s", "plain p50", "ratio"
@@ -140,6 +147,9 @@ fn main() {
         ("forebay, idle equals", Fleet::Idle, Targets::NONE),
     ] {
         row(name, ours, 1_000, fleet, targets);
+    }
+    if only.is_some() {
+        return;
     }
     for workers in [10, 100, 1_000] {
         let (picked, explained) = with_receipt(workers);

@@ -68,6 +68,12 @@ pub fn run(load: Load) -> Told {
             break;
         }
         seq += 1;
+        // What a prompt will leave is told of when it is taken, and again when the engine has counted it.
+        let changes = matches!(what, What::Arrives | What::Ends(_));
+        if changes && at >= told_of_cache + BATCH {
+            told_of_cache = at;
+            deltas += 1;
+        }
         match what {
             What::Arrives => {
                 let from = rng.random_range(0..load.balancers);
@@ -86,12 +92,7 @@ pub fn run(load: Load) -> Told {
                 ];
                 events.extend(after.map(Reverse));
             }
-            What::FirstToken => {
-                if at >= told_of_cache + BATCH {
-                    told_of_cache = at;
-                    deltas += 1;
-                }
-            }
+            What::FirstToken => {}
             What::Ends(from) => {
                 cadences[from].used(Now::at(at));
                 unseen[from] = 0;

@@ -106,6 +106,9 @@ fn main() {
         args.workers,
         workload.len(),
     );
+    for breaks in [1, 2, 4, 8, 16, 32, 64, 128] {
+        staircase(args.workers, breaks, args.lookups / 100);
+    }
     let (forebay, answers) = costs::<Forebay>(&args, &workload, also);
     let (sharded, of_sharded) = costs::<Sharded>(&args, &workload, |_, _, _| {});
     let (trie, of_trie) = costs::<Trie>(&args, &workload, |_, _, _| {});
@@ -218,6 +221,26 @@ fn costs<R: Rival>(
         changed,
     };
     (costs, answers)
+}
+
+/// The worst that a prompt can be: all workers hold its first chunk, and after each of `breaks` places some
+/// hold no more of it.
+fn staircase(workers: u32, breaks: usize, lookups: usize) {
+    let rival = Forebay::new();
+    let mut rng = StdRng::seed_from_u64(6);
+    let path: [u64; PROMPT] = std::array::from_fn(|_| rng.random());
+    let step = PROMPT / breaks;
+    for worker in 0..workers {
+        let holds = step * (1 + worker as usize % breaks);
+        rival.store(WorkerId(worker), &path[..holds]);
+    }
+    let mut hits = Vec::with_capacity(workers as usize);
+    let took = Timed::run(lookups, || rival.index.hits(black_box(&path), &mut hits));
+    assert_eq!(hits.len(), workers as usize);
+    let (p50, p99) = (took.quantile(0.5), took.quantile(0.99));
+    println!(
+        "{workers} holders that become fewer at {breaks} places: p50 {p50:.2?}, p99 {p99:.2?}"
+    );
 }
 
 /// Returns how many chunks were stored, those counted that were there.

@@ -125,18 +125,24 @@ impl<'a> Lookup<'a> {
 
     /// Brings the ends of spans next to each other, unless the holders change more than once between them.
     fn narrow(&self, spans: &mut [Span]) {
-        // What the next round looks at in a span is fetched while others are looked at.
+        // What the next two looks into a span may be at is fetched while others are looked into: it takes
+        // hardly longer than to fetch the first, and the second need not wait for what that says.
         let fetch = |span: &Span| {
-            let middle = span.from.middle(&span.to);
-            self.directory.fetch(self.chunks[middle]);
+            for at in span.next_looks() {
+                self.directory.fetch(self.chunks[at]);
+            }
         };
         let mut wide = !spans.is_empty();
         spans.iter().for_each(fetch);
         while wide {
             wide = false;
             for span in spans.iter_mut().filter(|span| span.is_wide()) {
-                let middle = self.look(span.from.middle(&span.to));
-                span.narrow(middle);
+                for _ in 0..2 {
+                    if span.is_wide() {
+                        let middle = self.look(span.from.middle(&span.to));
+                        span.narrow(middle);
+                    }
+                }
                 if span.is_wide() {
                     fetch(span);
                     wide = true;
@@ -224,6 +230,13 @@ impl Span {
             to: *to,
             often: false,
         }
+    }
+
+    /// The middle, and those of both halves.
+    const fn next_looks(&self) -> [usize; 3] {
+        let (from, to) = (self.from.at, self.to.at);
+        let middle = from.midpoint(to);
+        [middle, from.midpoint(middle), middle.midpoint(to)]
     }
 
     const fn is_wide(&self) -> bool {
