@@ -11,22 +11,22 @@ use rand::{Rng, SeedableRng};
 
 /// A cell's load, as one worker meets it.
 #[derive(Clone, Copy)]
-pub struct Load {
-    pub balancers: usize,
+pub(crate) struct Load {
+    pub(crate) balancers: usize,
     /// Requests a second on one worker.
-    pub rate: f64,
-    pub to_first_token: Duration,
-    pub to_end: Duration,
+    pub(crate) rate: f64,
+    pub(crate) to_first_token: Duration,
+    pub(crate) to_end: Duration,
 }
 
 /// What comes of it.
-pub struct Told {
+pub(crate) struct Told {
     /// Reports a second to one balancer of one worker.
-    pub reports: f64,
+    pub(crate) reports: f64,
     /// Others' placements that a balancer had not heard of when one of its own was taken.
-    pub unseen: f64,
+    pub(crate) unseen: f64,
     /// Moments, 20 ms apart at least, at which what the worker holds changed, a second.
-    pub deltas: f64,
+    pub(crate) deltas: f64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,7 +41,7 @@ const LASTS: Duration = Duration::from_secs(200);
 const BATCH: Duration = Duration::from_millis(20);
 
 /// Runs one worker for a while.
-pub fn run(load: Load) -> Told {
+pub(crate) fn run(load: Load) -> Told {
     let mut rng = StdRng::seed_from_u64(1);
     let mut cadences = vec![Cadence::default(); load.balancers];
     let mut unseen = vec![0_u64; load.balancers];

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// One part of the cell in a process of its own; ends with this.
-pub struct Part {
+pub(crate) struct Part {
     child: Child,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
@@ -13,7 +13,7 @@ pub struct Part {
 
 impl Part {
     /// Starts this very program as another part.
-    pub fn start(part: &str, args: &[&str]) -> Self {
+    pub(crate) fn start(part: &str, args: &[&str]) -> Self {
         let program = std::env::current_exe().unwrap();
         let mut child = Command::new(program)
             .args(["--part", part])
@@ -32,19 +32,19 @@ impl Part {
     }
 
     /// The next line that it says.
-    pub fn says(&mut self) -> String {
+    pub(crate) fn says(&mut self) -> String {
         let mut line = String::new();
         let read = self.output.read_line(&mut line).unwrap();
         assert!(read > 0, "a part of the cell ended");
         line.trim().to_owned()
     }
 
-    pub fn tell(&mut self, line: &str) {
+    pub(crate) fn tell(&mut self, line: &str) {
         writeln!(self.input.as_mut().unwrap(), "{line}").unwrap();
     }
 
     /// CPU time of all its threads so far, in seconds.
-    pub fn cpu(&self) -> f64 {
+    pub(crate) fn cpu(&self) -> f64 {
         let stat = self.read("stat");
         let (_, after_name) = stat.rsplit_once(") ").unwrap();
         let fields: Vec<&str> = after_name.split(' ').collect();
@@ -56,7 +56,7 @@ impl Part {
     }
 
     /// Resident memory in bytes.
-    pub fn memory(&self) -> f64 {
+    pub(crate) fn memory(&self) -> f64 {
         let status = self.read("status");
         let mut lines = status.lines();
         let line = lines.find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
@@ -84,7 +84,7 @@ impl Drop for Part {
 }
 
 /// Status and body of an admin page.
-pub fn page(address: &str, path: &str) -> (u16, String) {
+pub(crate) fn page(address: &str, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     write!(
         stream,
@@ -98,7 +98,7 @@ pub fn page(address: &str, path: &str) -> (u16, String) {
 }
 
 /// A balancer's number of this name.
-pub fn number(page: &str, name: &str) -> f64 {
+pub(crate) fn number(page: &str, name: &str) -> f64 {
     let name = format!("forebay_balancer_{name} ");
     let line = page.lines().find_map(|line| line.strip_prefix(&name));
     line.unwrap().parse().unwrap()

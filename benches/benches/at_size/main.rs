@@ -233,7 +233,7 @@ fn measure(args: &Args) {
 fn issue(dir: &Path, args: &Args) {
     let authority = Authority::create("bench", 1).unwrap();
     authority.save(dir).unwrap();
-    let mut issue = |role, name: String| {
+    let issue = |role, name: String| {
         authority.issue(role, &name, 30).unwrap().save(dir).unwrap();
     };
     (1..=args.agents).for_each(|number| issue(Role::Agent, format!("w{number}")));

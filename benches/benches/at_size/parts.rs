@@ -36,7 +36,7 @@ const KV_TOKENS: u64 = 4_000_000;
 const AT_ONCE: usize = 32;
 
 /// Runs one part until its input ends.
-pub fn run(part: &str, args: &Args) {
+pub(crate) fn run(part: &str, args: &Args) {
     let threads = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
