@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::ask::{Asked, of_read};
 use super::members::Row;
+use super::operate::drain_line;
 use super::workers::state;
 use crate::context::ContextArgs;
 use crate::exit::CliError;
@@ -46,6 +47,8 @@ struct Status {
     workers: BTreeMap<&'static str, u32>,
     pools: BTreeMap<String, Pool>,
     alarms: Vec<String>,
+    /// Those under way, such as `d812 in_force: w1, w2`.
+    drains: Vec<String>,
     problems: Vec<Problem>,
 }
 
@@ -133,6 +136,7 @@ fn status(
         workers: BTreeMap::new(),
         pools: BTreeMap::new(),
         alarms: vec![],
+        drains: vec![],
         problems: vec![],
     };
     if let Ok(facts) = facts {
@@ -152,6 +156,8 @@ fn status(
         }
         let alarm = |pool: &String| format!("correlated expiry in pool {pool}");
         status.alarms = facts.correlated_expiry.iter().map(alarm).collect();
+        let active = facts.drains.values().filter(|drain| drain.is_active());
+        status.drains = active.map(drain_line).collect();
         problems.extend(of_workers(facts, &status.pools));
     }
     status.problems = problems;
@@ -244,7 +250,7 @@ fn page(status: &Status) -> String {
         .map(|(s, n)| format!("{n} {s}"))
         .collect();
     let mut text = format!(
-        "cluster   {}\nleader    {}\nquorum    {}\nlimit     {}: {}\ncontrol   {} of {} nodes reachable\nrevision  {}\nworkers   {}\nalarms    {}\n",
+        "cluster   {}\nleader    {}\nquorum    {}\nlimit     {}: {}\ncontrol   {} of {} nodes reachable\nrevision  {}\nworkers   {}\nalarms    {}\ndrains    {}\n",
         or_none(status.cluster_id.map(|id| id.to_string())),
         or_none(status.leader.clone()),
         if status.quorum { "yes" } else { "no" },
@@ -262,6 +268,11 @@ fn page(status: &Status) -> String {
             "none".into()
         } else {
             status.alarms.join(", ")
+        },
+        if status.drains.is_empty() {
+            "none".into()
+        } else {
+            status.drains.join("; ")
         },
     );
     text += &format!("\n{}\n", super::members::page(&status.members));

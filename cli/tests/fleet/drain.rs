@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::harness::{Fleet, forebay, within};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::harness::{Fleet, forebay, metric, within};
 
 const STREAMS: usize = 300;
 /// A fifth of real time: an answer takes some seconds, and the machine has time for hundreds of them.
@@ -138,6 +140,18 @@ fn p99(mut times: Vec<Duration>) -> Duration {
     times[(times.len() * 99 / 100).min(times.len() - 1)]
 }
 
+/// Ctrl-C on an operator who follows the drain: it goes on.
+fn left_alone(fleet: &Fleet) -> String {
+    let watching = verb(fleet, &["drain", "watch", "w1"]);
+    std::thread::sleep(Duration::from_secs(1));
+    let pid = i32::try_from(watching.id()).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::INT).unwrap();
+    let left = watching.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&left.stderr).into_owned();
+    assert_eq!(left.status.code(), Some(3), "{said}");
+    said
+}
+
 fn verb(fleet: &Fleet, args: &[&str]) -> Child {
     forebay()
         .args(args)
@@ -167,10 +181,13 @@ fn two_of_eight_busy_workers_leave_while_leader_operator_and_balancer_die_and_no
     let in_force = Instant::now();
     std::thread::sleep(Duration::from_secs(1).saturating_sub(began.elapsed()));
     fleet.kill(&leader);
+    let left = left_alone(&fleet);
     std::thread::sleep(Duration::from_millis(300));
     let running = operator.try_wait().unwrap().is_none();
     operator.kill().unwrap();
     operator.wait().unwrap();
+    // What the drain alone does to those who begin meanwhile.
+    std::thread::sleep(Duration::from_secs(4));
     let killed = Instant::now();
     fleet.kill("b2");
 
@@ -194,11 +211,12 @@ fn two_of_eight_busy_workers_leave_while_leader_operator_and_balancer_die_and_no
         there.filter_map(|one| one.first_token).collect::<Vec<_>>()
     };
     let warm = began.checked_sub(Duration::from_secs(12)).unwrap();
-    let (before, during) = (first(warm, began), first(began, over));
+    let (before, during) = (first(warm, began), first(began, killed));
+    let after = first(killed, over);
     eprintln!(
         "drain of 2 of 8 under {STREAMS} streams: {} requests, in force after {in_force_ms} ms, drained after {} ms \
          (the operator was still watching when it was killed: {running}); {} of balancer b2's streams cut, {} others \
-         failed; first token p99 {:?} before ({}), {:?} during ({})",
+         failed; first token p99 {:?} before ({}), {:?} during ({}), {:?} after the balancer died and its clients came over ({})",
         told.len(),
         drained["drained_ms"],
         b2.len(),
@@ -207,11 +225,14 @@ fn two_of_eight_busy_workers_leave_while_leader_operator_and_balancer_die_and_no
         before.len(),
         p99(during.clone()),
         during.len(),
+        p99(after.clone()),
+        after.len(),
     );
     assert!(others.is_empty(), "{others:?}");
     for one in &b2 {
         assert!(one.ended >= killed, "before its balancer died: {one:?}");
     }
+    assert!(left.contains("goes on without this command"), "{left}");
     assert!(in_force_ms < 1_000, "{drained}");
     let late: Vec<&Told> = told
         .iter()
@@ -248,4 +269,30 @@ fn of_two_operators_who_take_the_last_two_workers_exactly_one_is_refused_with_th
     let workers = fleet.json(&["workers"]);
     let ready = workers["workers"].as_array().unwrap().iter();
     assert_eq!(ready.filter(|w| w["desired"] == "ready").count(), 1);
+}
+
+#[test]
+fn what_is_in_flight_has_to_find_room_on_those_that_stay() {
+    let fleet = Fleet::start(&["--workers", "2", "--engine-slots", "8"]);
+    let _streams = Streams::start(&fleet, 10, (3_000, 3_000));
+    within(Duration::from_secs(30), "ten run", || {
+        let running = ["w1", "w2"].map(|name| metric(&fleet.admin(name), "forebay_agent_running"));
+        (running.iter().sum::<f64>() >= 10.0).then_some(())
+    });
+    let drain = |more: &[&str]| {
+        let output = fleet.run(&[&["drain", "w1", "--yes", "--no-wait"], more].concat());
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code().unwrap(), said)
+    };
+    // Agents say it with their next renewal.
+    let said = within(Duration::from_secs(5), "all ten are known", || {
+        let (code, said) = drain(&["--dry-run"]);
+        (code == 4 && said.contains("(10 requests")).then_some(said)
+    });
+    for part in ["1 ready workers of 8 slots", "needs 12"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(drain(&[]).0, 4);
+    let (code, said) = drain(&["--ignore-capacity-guard"]);
+    assert_eq!(code, 0, "{said}");
 }

@@ -78,20 +78,25 @@ impl Report {
         }
     }
 
-    pub(super) fn page(&self) -> String {
+    /// Its workers, such as `d812 in_force: w1, w2`.
+    fn line(&self) -> String {
         let names: Vec<String> = self.workers.iter().map(|one| one.name.clone()).collect();
+        format!("{} {}: {}", self.id, self.state, listed(&names))
+    }
+
+    pub(super) fn page(&self) -> String {
         let ms = |what: &str, ms: Option<u64>| {
             ms.map_or_else(String::new, |ms| format!(", {what} after {ms} ms"))
         };
         let in_force = ms("in force", self.in_force_ms);
         let drained = ms("drained", self.drained_ms);
-        format!(
-            "{} {}: {}{in_force}{drained}",
-            self.id,
-            self.state,
-            listed(&names)
-        )
+        format!("{}{in_force}{drained}", self.line())
     }
+}
+
+/// A drain in a line.
+pub(crate) fn drain_line(drain: &Drain) -> String {
+    Report::of(drain).line()
 }
 
 /// What is still under way on the workers of a drain, by their agents' newest words.

@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 pub(crate) use cordon::{CordonArgs, UncordonArgs, cordon, uncordon};
 pub(crate) use drain::{DrainArgs, run as drain};
+pub(crate) use follow::drain_line;
 
 use super::ask::Asked;
 use crate::context::ContextArgs;
