@@ -9,7 +9,8 @@ use forebay_proto::wire::fleet::{CancelDrain, StartDrain};
 use forebay_proto::{Drain, DrainId, Millis, OnDeadline};
 use serde::Serialize;
 
-use super::follow::{Report, follow};
+use super::follow::follow;
+use super::report::Report;
 use super::{ChangeArgs, Selection, confirm, listed, propose};
 use crate::context::ContextArgs;
 use crate::exit::{CliError, Exit};

@@ -4,6 +4,7 @@
 mod cordon;
 mod drain;
 mod follow;
+mod report;
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 use std::time::Duration;
@@ -19,7 +20,7 @@ use tokio::time::Instant;
 
 pub(crate) use cordon::{CordonArgs, UncordonArgs, cordon, uncordon};
 pub(crate) use drain::{DrainArgs, run as drain};
-pub(crate) use follow::drain_line;
+pub(crate) use report::drain_line;
 
 use super::ask::Asked;
 use crate::context::ContextArgs;
