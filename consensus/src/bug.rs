@@ -59,11 +59,17 @@ pub enum Bug {
     CellTimeRestarts,
     /// A watcher that is too far behind gets the deltas that are left.
     DeltasSkipped,
+    /// A snapshot forgets the drains.
+    SnapshotLosesDrains,
+    /// A drain takes the last worker.
+    CapacityGuardOff,
+    /// What an agent said before it knew of a drain counts for it.
+    DrainedByAnOldWord,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::AckBeforeSync,
         Self::FailedSyncPassedOver,
         Self::VoteNotPersisted,
@@ -90,6 +96,9 @@ impl Bug {
         Self::ReignTooEarly,
         Self::CellTimeRestarts,
         Self::DeltasSkipped,
+        Self::SnapshotLosesDrains,
+        Self::CapacityGuardOff,
+        Self::DrainedByAnOldWord,
     ];
 
     /// Its name on a command line: `ack-before-sync`.

@@ -12,6 +12,7 @@ use wire::{Desired, Observed};
 
 use super::proposal::fresh;
 use super::{EVIDENCE_LIMIT, Fleet, Worker};
+use crate::bug::{Bug, on};
 use crate::probe::{Probe, hit};
 
 /// Slots that are left have to be this many fifths of the requests in flight.
@@ -27,6 +28,9 @@ impl Fleet {
         leaving: &BTreeSet<WorkerId>,
         evidence: Option<&wire::Evidence>,
     ) -> Result<(), Refusal> {
+        if on(Bug::CapacityGuardOff) {
+            return Ok(());
+        }
         let mut loads = None;
         let leaves = |worker: &Worker| leaving.contains(&worker.id);
         let taken = self.workers.values();

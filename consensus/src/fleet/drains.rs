@@ -16,6 +16,7 @@ use wire::{Desired, Observed};
 use super::members::DRAINS_LEVEL;
 use super::proposal::Proposal;
 use super::{Effect, Fleet, Worker};
+use crate::bug::{Bug, on};
 
 /// Drains that are kept. When one more begins, the one that ended first is forgotten.
 pub const MAX_DRAINS: usize = 32;
@@ -338,7 +339,7 @@ impl Worker {
     /// Whether its agent has said, knowing that it drains, that nothing runs.
     fn is_drained(&self) -> bool {
         self.desired == Desired::Draining
-            && self.is_in_force()
+            && (self.is_in_force() || on(Bug::DrainedByAnOldWord))
             && self.observed == Observed::Drained
     }
 }

@@ -145,6 +145,11 @@ impl Fleet {
                 worker.desired = wire::Desired::Ready.into();
             }
         }
+        if on(Bug::SnapshotLosesDrains)
+            && let Some(facts) = &mut body.facts
+        {
+            facts.drains.clear();
+        }
         body
     }
 

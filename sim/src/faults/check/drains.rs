@@ -18,10 +18,16 @@ const DEADLINE_NOTICED_MS: u64 = 5_000;
 pub(crate) struct Drains {
     /// As of which revision, by id.
     known: BTreeMap<u64, (u64, wire::Drain)>,
-    /// Id and what is wanted of each worker, by name.
-    workers: BTreeMap<String, (u32, i32)>,
+    /// By name.
+    workers: BTreeMap<String, wire::Worker>,
     /// Drains that came to their end.
     pub(crate) drained: u64,
+}
+
+/// Whether nothing runs there, by its agent's own word of this drain.
+fn is_drained(worker: &wire::Worker) -> bool {
+    let acknowledged = worker.acknowledged_revision >= worker.desired_revision;
+    worker.departed || (acknowledged && worker.observed() == Observed::Drained)
 }
 
 fn broken(detail: String) -> Held {
@@ -35,8 +41,7 @@ impl Drains {
         for change in &delta.changes {
             match &change.change {
                 Some(Change::WorkerPut(worker)) => {
-                    let wanted = (worker.id, worker.desired);
-                    self.workers.insert(worker.name.clone(), wanted);
+                    self.workers.insert(worker.name.clone(), worker.clone());
                 }
                 Some(Change::WorkerRemoved(name)) => {
                     self.workers.remove(name);
@@ -57,12 +62,10 @@ impl Drains {
         }
         for (_, drain) in self.known.values().filter(|(_, d)| d.ended_ms == 0) {
             for one in &drain.workers {
-                if let Some((id, wanted)) = self.workers.get(&one.name)
-                    && *id == one.id
-                    && *wanted != i32::from(Desired::Draining)
+                if let Some(worker) = self.worker(one)
+                    && worker.desired() != Desired::Draining
                 {
-                    let name = &one.name;
-                    return broken(format!("{name} is wanted {wanted} during d{}", drain.id));
+                    return broken(format!("{worker:?} during d{}", drain.id));
                 }
             }
         }
@@ -71,8 +74,14 @@ impl Drains {
 
     /// Whether a worker is wanted.
     fn serves(&self) -> bool {
-        let ready = i32::from(Desired::Ready);
-        self.workers.values().any(|(_, wanted)| *wanted == ready)
+        let mut workers = self.workers.values();
+        workers.any(|worker| worker.desired() == Desired::Ready)
+    }
+
+    /// The worker that a drain means, if it is there.
+    fn worker(&self, one: &wire::DrainedWorker) -> Option<&wire::Worker> {
+        let worker = self.workers.get(&one.name)?;
+        (worker.id == one.id).then_some(worker)
     }
 
     fn put(&mut self, revision: u64, drain: &wire::Drain) -> Held {
@@ -83,6 +92,17 @@ impl Drains {
                 && (!before.overdue || drain.overdue);
             if !forward {
                 return broken(format!("{before:?} became {drain:?}"));
+            }
+        }
+        let before = self.known.get(&drain.id);
+        for (position, one) in drain.workers.iter().enumerate() {
+            let was = before.is_some_and(|(_, before)| before.workers[position].drained_ms > 0);
+            if one.drained_ms > 0
+                && !was
+                && let Some(worker) = self.worker(one)
+                && !is_drained(worker)
+            {
+                return broken(format!("{worker:?} counts as drained by d{}", drain.id));
             }
         }
         if drain.phase() == DrainPhase::Drained {
@@ -120,11 +140,7 @@ impl Drains {
         for drain in facts.drains.iter().filter(|drain| drain.ended_ms == 0) {
             let over = |one: &wire::DrainedWorker| {
                 let worker = facts.workers.iter().find(|worker| worker.id == one.id);
-                worker.is_none_or(|worker| {
-                    let acknowledged = worker.acknowledged_revision >= worker.desired_revision;
-                    let drained = worker.observed == i32::from(Observed::Drained);
-                    worker.departed || (acknowledged && drained)
-                })
+                worker.is_none_or(is_drained)
             };
             if drain.workers.iter().all(over) {
                 return broken(format!("d{} goes on with nothing to wait for", drain.id));
