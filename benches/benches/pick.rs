@@ -6,7 +6,8 @@
 //! tokens. Every policy is asked. The rule of this project also gets the worlds in which its bound rules
 //! least out: an idle fleet of equals, and targets that no worker keeps. Reference: the least of N loads
 //! in a plain vector. After warm-up no decision allocates; the benchmark fails if one does.
-//! Then what a decision with its receipt costs, which a balancer makes only if it is told to keep some.
+//! Then what a decision with its receipt costs, which a balancer makes unless it is told to keep none, and
+//! what it takes to pack that, which is done after the view's lock is gone.
 //! Last, what a booking costs from its making to its end. `cargo bench -p forebay-benches --bench pick`.
 
 #![allow(clippy::print_stdout)] // a benchmark's result
@@ -103,8 +104,8 @@ fn row(name: &str, policy: &dyn Policy, workers: u32, fleet: Fleet, targets: Tar
     );
 }
 
-/// The usual times of a decision without its receipt, and with it.
-fn with_receipt(workers: u32) -> (Duration, Duration) {
+/// The usual times of a decision without its receipt, with it, and of packing it; and how many bytes that is.
+fn with_receipt(workers: u32) -> ([Duration; 3], usize) {
     let mut rng = StdRng::seed_from_u64(1);
     let mut view = world(workers, Fleet::Busy, &mut rng);
     let (now, policy) = (Now::at(Duration::from_millis(100)), policy::default());
@@ -119,7 +120,10 @@ fn with_receipt(workers: u32) -> (Duration, Duration) {
         let told = view.explain(now, &request, policy, &mut rng, Versions::default());
         black_box(told).0.expect("all are open");
     });
-    (picked.quantile(0.5), explained.quantile(0.5))
+    let (_, receipt) = view.explain(now, &request, policy, &mut rng, Versions::default());
+    let packed = Timed::run(PICKS, || drop(black_box(black_box(&receipt).packed())));
+    let times = [picked, explained, packed].map(|timed| timed.quantile(0.5));
+    (times, receipt.packed().len())
 }
 
 fn main() {
@@ -152,8 +156,10 @@ fn main() {
         return;
     }
     for workers in [10, 100, 1_000] {
-        let (picked, explained) = with_receipt(workers);
-        println!("forebay's receipt, {workers} workers: p50 {explained:.2?}, without {picked:.2?}");
+        let ([picked, explained, packed], bytes) = with_receipt(workers);
+        println!(
+            "forebay's receipt, {workers} workers: p50 {explained:.2?}, without {picked:.2?}; packed in {packed:.2?} into {bytes} bytes"
+        );
     }
     let mut view = world(1_000, Fleet::Busy, &mut StdRng::seed_from_u64(1));
     let booked = Timed::run(PICKS, || {

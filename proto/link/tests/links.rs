@@ -63,6 +63,31 @@ impl World {
     }
 }
 
+#[test]
+fn a_certificate_says_how_long_it_holds_and_whether_the_ca_signed_it() {
+    let world = World::new();
+    let ours = world.credentials(Role::Agent, "w9");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now = now.unwrap();
+    let days = |until: i64| (until - i64::try_from(now.as_secs()).unwrap()) / 86_400;
+    assert!((29..=30).contains(&days(ours.validity().until)));
+    assert!(days(ours.authority_validity().until) > 3_000);
+    assert_eq!(ours.check_chain(now), Ok(()));
+    let later = now + Duration::from_secs(40 * 86_400);
+    assert!(ours.check_chain(later).unwrap_err().contains("expired"));
+    // The same cell and salt, and another key: the names agree, the signature does not.
+    let other = Authority::create("test", 1).unwrap();
+    let dir = world.dir.path().join("other");
+    other.save(&dir).unwrap();
+    let own = world.dir.path().join("test.00000001-w9");
+    let mixed = Credentials::load(&CredentialPaths {
+        ca: dir.join("ca.pem"),
+        cert: own.join("w9.pem"),
+        key: own.join("w9-key.pem"),
+    });
+    assert!(mixed.unwrap().check_chain(now).is_err());
+}
+
 #[tokio::test]
 async fn frames_arrive_both_ways_and_an_end_is_an_end() {
     let world = World::new();
