@@ -81,19 +81,10 @@ pub(crate) struct ContextFile {
     pub(crate) cert: PathBuf,
     /// Our private key.
     pub(crate) key: PathBuf,
-    /// Where processes show themselves.
-    #[serde(flatten)]
-    pub(crate) urls: Urls,
-}
-
-/// Where the processes of a fleet show themselves over HTTP: URLs by name, such as
-/// `b1 = "http://10.0.0.7:7411"`. All may be left out; verbs that look into processes then see less.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Urls {
-    /// Where clients ask balancers.
+    /// Where clients ask balancers: URLs by name, such as `b1 = "http://10.0.0.7:8080"`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) endpoints: BTreeMap<String, String>,
-    /// Admin sides of balancers.
+    /// Admin sides of balancers, in the same way.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) balancers: BTreeMap<String, String>,
     /// Admin sides of agents.
@@ -101,6 +92,20 @@ pub(crate) struct Urls {
     pub(crate) agents: BTreeMap<String, String>,
     /// Admin sides of control nodes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) control_nodes: BTreeMap<String, String>,
+}
+
+/// Where the processes of a fleet show themselves over HTTP, as far as a context says. Verbs that look into
+/// processes see less without.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Urls {
+    /// As [`ContextFile::endpoints`].
+    pub(crate) endpoints: BTreeMap<String, String>,
+    /// As [`ContextFile::balancers`].
+    pub(crate) balancers: BTreeMap<String, String>,
+    /// As [`ContextFile::agents`].
+    pub(crate) agents: BTreeMap<String, String>,
+    /// As [`ContextFile::control_nodes`].
     pub(crate) control_nodes: BTreeMap<String, String>,
 }
 
@@ -194,7 +199,12 @@ impl ContextArgs {
     /// Where processes show themselves, as far as the context file says; without one, nowhere.
     pub(crate) fn urls(&self) -> Result<Urls, ContextError> {
         match self.file() {
-            Ok(file) => Ok(file.urls),
+            Ok(file) => Ok(Urls {
+                endpoints: file.endpoints,
+                balancers: file.balancers,
+                agents: file.agents,
+                control_nodes: file.control_nodes,
+            }),
             Err(ContextError::Missing(_)) => Ok(Urls::default()),
             Err(error) => Err(error),
         }
@@ -256,6 +266,19 @@ mod tests {
         let file = parse(Path::new("/data/context.toml"), text).unwrap();
         assert_eq!(file.ca, Path::new("/data/ca.pem"));
         assert_eq!(file.cert, Path::new("/abs/a.pem"));
+    }
+
+    #[test]
+    fn a_context_may_say_where_processes_show_themselves() {
+        let text = "control = ['h:1']\nca = 'a'\ncert = 'b'\nkey = 'c'\n[balancers]\nb1 = 'http://h:7411'\n";
+        let file = parse(Path::new("x.toml"), text).unwrap();
+        assert_eq!(file.balancers["b1"], "http://h:7411");
+        assert!(file.agents.is_empty());
+        assert_eq!(
+            parse(Path::new("x.toml"), &toml::to_string(&file).unwrap()).unwrap(),
+            file
+        );
+        assert!(parse(Path::new("x.toml"), &format!("{text}[engines]\n")).is_err());
     }
 
     #[test]

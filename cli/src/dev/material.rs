@@ -12,7 +12,7 @@ use toml::{Table, Value};
 use super::child::Plan;
 use super::layout::Fleet;
 use super::{EngineOptions, write_whole};
-use crate::context::{ContextFile, Urls};
+use crate::context::ContextFile;
 use crate::exit::CliError;
 
 /// What the balancers are told beyond their places.
@@ -179,12 +179,10 @@ impl Maker<'_> {
             ca: self.dir.join("ca/ca.pem"),
             cert,
             key,
-            urls: Urls {
-                endpoints: urls("balancer", "http"),
-                balancers: urls("balancer", "admin"),
-                agents: urls("agent", "admin"),
-                control_nodes: urls("control", "admin"),
-            },
+            endpoints: urls("balancer", "http"),
+            balancers: urls("balancer", "admin"),
+            agents: urls("agent", "admin"),
+            control_nodes: urls("control", "admin"),
         };
         let text = toml::to_string(&context).expect("a context is plain data");
         write_whole(&self.dir.join("context.toml"), &text)

@@ -199,7 +199,7 @@ mod tests {
             0,
             &["w1 running=1/4 kv=0.95", busy, "w3 running=0/4"],
             Limit::Nothing,
-            "6 of 12",
+            "5 of 12",
         );
         check(
             0,

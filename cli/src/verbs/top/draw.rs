@@ -47,12 +47,12 @@ pub(super) fn draw(scene: &Scene, frame: &mut Frame<'_>) {
     let more = match hidden {
         0 => String::new(),
         _ => format!(
-            "   {} workers, {} scrolled away",
+            "  {} workers, {} above",
             scene.workers.len(),
             scene.sort.first
         ),
     };
-    let keys = format!("q quit   left/right sort   r reverse   up/down scroll{more}");
+    let keys = format!("q quit  left/right sort  r reverse  up/down scroll{more}");
     frame.render_widget(Paragraph::new(keys), foot);
 }
 
@@ -147,10 +147,10 @@ mod tests {
             "WORKER*",
             "w05            Open           3     1       8       25%   -        31ms",
             "BALANCER     STATE",
-            "b1           ready              7      2      120ms    12.0s    40%   r12",
+            "b1           ready               7      2      120ms    12.0s    40%   r12",
             "CONTROL",
             "q quit",
-            "30 workers, 4 scrolled away",
+            "30 workers, 4 above",
         ] {
             assert!(screen.contains(part), "{part}\n{screen}");
         }
