@@ -2,8 +2,9 @@
 //!
 //! The first that holds: facts cannot be read (`control`); no balancer is ready (`balancers`); no worker
 //! serves (`workers`); at half of the workers that serve or more, requests use 90 % of the KV cache (`kv`);
-//! 90 % of all slots are taken (`capacity`); requests wait all the same (`queue`); else `nothing`. Where no
-//! balancer can be asked, it is `unknown`.
+//! 90 % of all slots are taken, or requests wait at every worker, whose agent lets no more in (`capacity`);
+//! requests wait though a worker has room (`queue`); else `nothing`. Where no balancer can be asked, it is
+//! `unknown`.
 
 use serde::Serialize;
 
@@ -25,7 +26,7 @@ pub(crate) enum Limit {
     Workers,
     /// KV caches are full of what is being served.
     Kv,
-    /// The engines' slots are taken.
+    /// The engines' slots are taken, or their agents let no more in.
     Capacity,
     /// Requests wait though there is room.
     Queue,
@@ -111,6 +112,13 @@ pub(crate) fn limited_by(quorum: bool, balancers: &[Process]) -> (Limit, String)
     if busy {
         return (Limit::Capacity, format!("{taken}; {waiting}"));
     }
+    if serving.iter().all(|worker| worker.queued > Some(0)) {
+        let why = format!(
+            "requests wait at each of {} workers: {waiting}; {taken}",
+            serving.len()
+        );
+        return (Limit::Capacity, why);
+    }
     if at_balancers + at_agents as f64 > 0.0 {
         return (Limit::Queue, format!("{waiting}, and {taken}"));
     }
@@ -187,7 +195,18 @@ mod tests {
             Limit::Queue,
             "7 requests wait at balancers, 0 at agents",
         );
-        check(0, &["w1 running=1/4 queued=2"], Limit::Queue, "2 at agents");
+        check(
+            0,
+            &["w3 running=1/4 queued=2", idle],
+            Limit::Queue,
+            "2 at agents",
+        );
+        check(
+            0,
+            &["w3 running=3/4 queued=2"],
+            Limit::Capacity,
+            "at each of 1 workers",
+        );
         check(0, &["w3 running=1/4 kv=0.95", idle], Limit::Kv, "1 of 2");
         check(
             3,

@@ -22,7 +22,7 @@ use crate::output::{OutputArgs, table};
 /// Options of `forebay status`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "What limits the fleet is the first of these that holds: control (the facts cannot be read), balancers (none is ready), workers (none takes requests), kv (at half of the workers or more, requests use 90 % of the KV cache), capacity (90 % of all slots are taken), queue (requests wait all the same), nothing. Balancers are asked, those of the table [balancers] in the context file; without one it is unknown.\n\nExits with 7 when the control plane has no quorum."
+    after_help = "What limits the fleet is the first of these that holds: control (the facts cannot be read), balancers (none is ready), workers (none takes requests), kv (at half of the workers or more, requests use 90 % of the KV cache), capacity (90 % of all slots are taken, or requests wait at every worker), queue (requests wait though a worker has room), nothing. Balancers are asked, those of the table [balancers] in the context file; without one it is unknown.\n\nExits with 7 when the control plane has no quorum."
 )]
 pub(crate) struct StatusArgs {
     #[command(flatten)]

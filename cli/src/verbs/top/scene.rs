@@ -173,6 +173,8 @@ fn workers(seen: &Seen) -> Vec<[Cell; COLUMNS.len()]> {
         let says = match agreed {
             // The facts are not told of a link that is gone.
             Some("ready") if worker.connected.is_none() => "not connected",
+            // Nor, for ten seconds, of an agent that fell silent.
+            Some("ready") if silent(&seen.agents, name) => "agent silent",
             Some(agreed) => agreed,
             None => by_balancer,
         };
@@ -193,6 +195,12 @@ fn workers(seen: &Seen) -> Vec<[Cell; COLUMNS.len()]> {
         ]
     });
     rows.collect()
+}
+
+fn silent(agents: &[Process], name: &str) -> bool {
+    agents
+        .iter()
+        .any(|agent| agent.name == name && agent.seen.is_err())
 }
 
 /// The share of prompt tokens that this worker had cached.
