@@ -195,3 +195,6 @@ async fn endpoints(urls: &Urls) -> Vec<(String, Result<(), String>)> {
     });
     futures::future::join_all(asked).await
 }
+
+#[cfg(test)]
+mod tests;

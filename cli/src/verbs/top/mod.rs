@@ -183,3 +183,31 @@ fn pressed(key: KeyEvent, sort: &mut Sort) -> bool {
 fn lock(shared: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_move_sort_and_quit() {
+        let mut sort = Sort::default();
+        let mut press = |code: KeyCode, with: KeyModifiers| {
+            let on = pressed(KeyEvent::new(code, with), &mut sort);
+            (on, sort.column, sort.reversed, sort.first)
+        };
+        let none = KeyModifiers::NONE;
+        assert_eq!(
+            press(KeyCode::Up, none),
+            (true, 0, false, 0),
+            "it is the first"
+        );
+        assert_eq!(press(KeyCode::Down, none), (true, 0, false, 1));
+        assert_eq!(press(KeyCode::PageDown, none), (true, 0, false, 11));
+        assert_eq!(press(KeyCode::Left, none), (true, 8, false, 11), "round");
+        assert_eq!(press(KeyCode::Right, none), (true, 0, false, 11));
+        assert_eq!(press(KeyCode::Char('r'), none), (true, 0, true, 11));
+        assert!(press(KeyCode::Char('c'), none).0);
+        assert!(!press(KeyCode::Char('c'), KeyModifiers::CONTROL).0);
+        assert!(!press(KeyCode::Char('q'), none).0 && !press(KeyCode::Esc, none).0);
+    }
+}
