@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use forebay_consensus::fleet::archive::Record;
 use forebay_control_client::WorkerFact;
 use forebay_proto::config::Config;
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::control::NodeStatus;
 use forebay_proto::wire::fleet::{Desired, Member, Observed};
-use forebay_proto::{ClusterId, Incarnation, Millis, NodeId, Revision, WorkerId};
+use forebay_proto::{
+    ClusterId, Drain, DrainId, DrainPhase, DrainedWorker, Incarnation, Millis, NodeId, OnDeadline,
+    Revision, WorkerId,
+};
 
 use super::report::Status;
 use super::*;
@@ -50,6 +52,7 @@ fn worker(name: &str, change: impl FnOnce(&mut WorkerFact)) -> (String, Arc<Work
         desired_revision: Revision(5),
         acknowledged_revision: Revision(5),
         revision: Revision(5),
+        end_streams: false,
     };
     change(&mut worker);
     (name.into(), Arc::new(worker))
@@ -69,6 +72,7 @@ fn facts(workers: impl IntoIterator<Item = (String, Arc<WorkerFact>)>) -> Facts 
         keys: vec![],
         key_epoch: 1,
         feature_level: forebay_proto::FEATURE_LEVEL,
+        drains: BTreeMap::new(),
     }
 }
 
@@ -313,40 +317,44 @@ fn faults_of_workers_are_told_apart() {
     finds("fleet.alarms", Fail, "pool default fell silent", |seen| {
         of_facts(seen).correlated_expiry.insert("default".into());
     });
-    let draining = |minutes: u64| {
+    let draining = |minutes: u64, overdue: bool| {
         move |seen: &mut Seen| {
-            put(seen, |worker| {
-                (worker.desired, worker.observed) = (Desired::Draining, Observed::Draining);
-            });
-            let asked = Record {
-                number: 1,
-                revision: Revision(5),
-                at_ms: NOW_MS - minutes * 60_000,
+            let drain = Drain {
+                id: DrainId(812),
+                phase: DrainPhase::InForce,
+                on_deadline: OnDeadline::Wait,
+                began: Millis(NOW_MS - minutes * 60_000),
+                deadline: None,
+                in_force: None,
+                ended: None,
+                overdue,
                 actor: "operator/operator/bob".into(),
-                address: String::new(),
-                action: "set-desired".into(),
-                target: "w1 draining".into(),
                 reason: String::new(),
-                result: "done".into(),
-                previous_hash: String::new(),
-                hash: String::new(),
+                workers: vec![DrainedWorker {
+                    name: "w1".into(),
+                    id: WorkerId(1),
+                    in_force: None,
+                    drained: None,
+                }],
             };
-            seen.audit = Some(Ok(Tail {
-                cluster_id: ClusterId([1; 16]),
-                count: 1,
-                head: String::new(),
-                records: vec![asked],
-            }));
+            of_facts(seen).drains.insert(drain.id, drain);
         }
     };
+    let (id, says) = ("workers.draining", "d812 waits for w1 since");
     finds(
-        "workers.draining",
+        id,
         Warn,
-        "w1 since 11 minutes, by operator/operator/bob",
-        draining(11),
+        &format!("{says} 11 minutes, by operator/operator/bob"),
+        draining(11, false),
+    );
+    finds(
+        id,
+        Warn,
+        &format!("{says} 2 minutes, past its deadline"),
+        draining(2, true),
     );
     let mut short = fleet();
-    draining(9)(&mut short);
+    draining(9, false)(&mut short);
     assert_eq!(reported(&short).warned, 0);
 }
 

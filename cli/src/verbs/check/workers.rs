@@ -111,33 +111,30 @@ fn configuration(facts: &Facts, report: &mut Report) {
 }
 
 fn draining(seen: &Seen, facts: &Facts, report: &mut Report) {
-    let draining = facts.workers.values();
-    let draining =
-        draining.filter(|worker| worker.desired == Desired::Draining && !worker.departed);
-    let long = draining.filter_map(|worker| {
-        let tail = seen.audit.as_ref()?.as_ref().ok()?;
-        let mut entries = tail.records.iter();
-        let asked = entries.find(|entry| entry.revision == worker.desired_revision);
-        let Some(asked) = asked else {
-            return Some(format!(
-                "{} for longer than the audit reaches back",
-                worker.name
-            ));
+    let long = facts.drains.values().filter(|drain| drain.is_active());
+    let long = long.filter_map(|drain| {
+        let minutes = seen.now_ms.saturating_sub(drain.began.0) / 60_000;
+        let left = drain.workers.iter().filter(|one| one.drained.is_none());
+        let left: Vec<&str> = left.map(|one| one.name.as_str()).collect();
+        let deadline = if drain.overdue {
+            ", past its deadline"
+        } else {
+            ""
         };
-        let minutes = seen.now_ms.saturating_sub(asked.at_ms) / 60_000;
-        let done = worker.observed == Observed::Drained;
-        (minutes >= LONG_MINUTES && !done).then(|| {
+        (drain.overdue || minutes >= LONG_MINUTES).then(|| {
             format!(
-                "{} since {minutes} minutes, by {}",
-                worker.name, asked.actor
+                "{} waits for {} since {minutes} minutes{deadline}, by {}",
+                drain.id,
+                left.join(", "),
+                drain.actor
             )
         })
     });
     report.warn(
         "workers.draining",
         &long.collect::<Vec<_>>(),
-        "none has been draining for long",
-        "requests that run there may never end: look at its agent's running and queued",
+        "no drain takes long",
+        "requests that run there may never end: `forebay drain status` says which; call it off or give it a deadline",
     );
 }
 
