@@ -218,6 +218,12 @@ fn verbs_that_take_workers_out_of_service_answer_as_written() {
 }
 
 #[test]
+fn verbs_that_look_answer_as_written() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fleet/look.transcript");
+    played(Path::new(path));
+}
+
+#[test]
 fn the_runbook_for_taking_a_worker_out_works_as_printed() {
     let manual = include_str!("../../../docs/operators.md");
     let section = manual.split("\n## ").filter(|section| {

@@ -95,7 +95,8 @@ async fn look(args: &CheckArgs) -> Seen {
         context: Err(CliError::usage("not looked at")),
         urls: args.context.urls().unwrap_or_default(),
         keys: args.keys.clone().map(|path| {
-            let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
+            let unread = |error| format!("{}: {error}", path.display());
+            let text = std::fs::read_to_string(&path).map_err(unread);
             let counted = text.and_then(|text| {
                 forebay_balancer::count_keys(&path, &text).map_err(|error| error.to_string())
             });

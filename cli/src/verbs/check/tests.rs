@@ -281,10 +281,10 @@ fn faults_of_control_nodes_are_told_apart() {
 fn faults_of_workers_are_told_apart() {
     use Status::{Fail, Warn};
     finds("workers.lost", Fail, "w1", |seen| {
-        put(seen, |worker| worker.lost = true)
+        put(seen, |worker| worker.lost = true);
     });
     finds("workers.departed", Warn, "w1", |seen| {
-        put(seen, |worker| worker.departed = true)
+        put(seen, |worker| worker.departed = true);
     });
     finds("workers.joining", Warn, "w1", |seen| {
         put(seen, |worker| worker.observed = Observed::Joining);
