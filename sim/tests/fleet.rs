@@ -233,3 +233,30 @@ fn eight_balancers_with_old_reports_place_nearly_as_well_as_one_that_sees_all() 
         assert!(kept > fresh - 0.02, "{kept}, not {fresh}: {check:?}");
     }
 }
+
+#[test]
+fn reports_that_are_rare_or_lost_make_nobody_suspect_and_cost_little() {
+    let load = sample();
+    let with = |reports, report_loss| {
+        let setup = Setup {
+            balancers: 8,
+            reports,
+            report_loss,
+            ..fleet("forebay", &[])
+        };
+        let runs = (1..=2).map(|seed| at(&load, &setup, FULL, seed));
+        let (kept, hits): (Vec<f64>, Vec<f64>) =
+            runs.map(|run| (run.attainment(), run.hit_ratio)).unzip();
+        (
+            kept.iter().sum::<f64>() / 2.0,
+            hits.iter().sum::<f64>() / 2.0,
+        )
+    };
+    let every = |ms| Reports::Every(Duration::from_millis(ms));
+    let (fresh, fresh_hits) = with(Reports::Fresh, 0.0);
+    for (reports, lost) in [(every(1_000), 0.0), (every(250), 0.3)] {
+        let (kept, hits) = with(reports, lost);
+        assert!(kept > fresh - 0.05, "{kept}, not {fresh}: {reports:?}");
+        assert!(hits > fresh_hits * 0.95, "{hits}, not {fresh_hits}");
+    }
+}

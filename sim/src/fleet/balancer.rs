@@ -16,9 +16,9 @@ use forebay_scheduler::{BookingId, Choice, Known, Load, NoChoice, View};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::MODEL;
 use super::arrivals::Job;
 use super::worker::Worker;
+use super::{MODEL, Reports, Setup};
 
 /// What of a worker's cache a balancer has not got yet.
 pub(super) enum News {
@@ -45,12 +45,14 @@ pub(super) struct Balancer {
     pub(super) asking: Asking,
     turn: u64,
     rng: StdRng,
+    /// Workers promise no report sooner.
+    interval: Duration,
 }
 
 impl Balancer {
-    pub(super) fn new(workers: &[Worker], now: Now, seed: u64, kv_tokens: u64) -> Self {
+    pub(super) fn new(workers: &[Worker], now: Now, seed: u64, setup: &Setup) -> Self {
         let mut view = View::default();
-        view.set_known(workers.iter().map(|worker| known(worker, kv_tokens)));
+        view.set_known(workers.iter().map(|worker| known(worker, setup.kv_tokens)));
         let mut balancer = Self {
             view,
             index: IndexWriter::default(),
@@ -59,11 +61,15 @@ impl Balancer {
             asking: Asking::default(),
             turn: seed,
             rng: StdRng::seed_from_u64(seed),
+            interval: match setup.reports {
+                Reports::Every(interval) => interval,
+                Reports::Fresh | Reports::Deployed => Duration::ZERO,
+            },
         };
         for worker in workers {
             balancer.follows.push(Follow::new(worker.incarnation()));
             balancer.view.connected(now, worker.incarnation());
-            balancer.view.report(now, worker.core.load());
+            balancer.reported(now, worker.core.load());
         }
         balancer
     }
@@ -104,7 +110,7 @@ impl Balancer {
     /// A worker's message arrives.
     pub(super) fn hear(&mut self, now: Now, load: Load, news: News) {
         let worker = load.incarnation.worker;
-        self.view.report(now, load);
+        self.reported(now, load);
         let follower = &mut self.follows[worker.0 as usize].follower;
         let mut ops = Vec::new();
         let mut take = |taken: Result<Vec<Op>, _>| match taken {
@@ -125,9 +131,15 @@ impl Balancer {
         }
     }
 
+    /// Silence until the next report is none.
+    fn reported(&mut self, now: Now, mut load: Load) {
+        load.interval = load.interval.max(self.interval);
+        self.view.report(now, load);
+    }
+
     /// What an answer of a worker says of its load.
     pub(super) fn told(&mut self, now: Now, load: Load) {
-        self.view.report(now, load);
+        self.reported(now, load);
     }
 
     /// The workers to ask about a job, at most so many.

@@ -182,7 +182,7 @@ impl<'a> World<'a> {
         let balancers: Vec<Balancer> = (0..u64::from(setup.balancers))
             .map(|number| {
                 let seed = mix(seed ^ mix(number + 1));
-                Balancer::new(&workers, now, seed, setup.kv_tokens)
+                Balancer::new(&workers, now, seed, setup)
             })
             .collect();
         let mut world = Self {
