@@ -15,7 +15,8 @@ use crate::node::{Members, Role, Snapshot, SnapshotReport};
 use crate::store::testing::failing;
 use crate::store::{ClusterFile, MemberRecord, Opened, StoreOptions};
 
-/// Keeps every command; gives back how many there are.
+/// Keeps every command; gives back how many there are. One that came last is not kept again: whoever
+/// lost its leader tries once more what may have been done.
 #[derive(Default)]
 struct Lines(Vec<String>);
 
@@ -23,7 +24,10 @@ impl Machine for Lines {
     type Output = usize;
 
     fn apply(&mut self, _index: u64, _term: u64, command: &Bytes) -> usize {
-        self.0.push(String::from_utf8(command.to_vec()).unwrap());
+        let command = String::from_utf8(command.to_vec()).unwrap();
+        if self.0.last() != Some(&command) {
+            self.0.push(command);
+        }
         self.0.len()
     }
 
