@@ -54,6 +54,10 @@ fn what_is_no_command_is_a_usage_error_that_names_it() {
         &["operator/viewer"],
     );
     check(&["workers", "--output", "yaml"], 2, &["table, json"]);
+    for verb in ["cordon", "uncordon", "drain"] {
+        check(&[verb], 2, &["no worker is named", "--pool"]);
+    }
+    check(&["drain", "w1", "--deadline", "soon"], 2, &["10m"]);
 }
 
 #[test]

@@ -82,6 +82,7 @@ fn change(
     wanted: Desired,
     guarded: bool,
 ) -> Result<(), CliError> {
+    workers.check()?;
     let context = change.context.resolve()?;
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;

@@ -180,6 +180,7 @@ fn start(args: &StartArgs) -> Result<(), CliError> {
             ));
         }
     };
+    args.workers.check()?;
     let change = &args.change;
     let context = change.context.resolve()?;
     crate::roles::thread()?.block_on(async {

@@ -98,6 +98,16 @@ impl Selection {
         self.pool.is_some() || self.zone.is_some() || !self.labels.is_empty()
     }
 
+    /// Refuses what means no worker, whoever answers.
+    fn check(&self) -> Result<(), CliError> {
+        if self.names.is_empty() && !self.is_by_selector() {
+            return Err(CliError::usage(
+                "no worker is named: give names, or --pool, --zone or --label",
+            ));
+        }
+        Ok(())
+    }
+
     /// The names that are meant; those that were given are judged by the fleet.
     fn names(&self, facts: &Facts) -> Result<Vec<String>, CliError> {
         if !self.names.is_empty() {
@@ -105,11 +115,6 @@ impl Selection {
             names.sort();
             names.dedup();
             return Ok(names);
-        }
-        if !self.is_by_selector() {
-            return Err(CliError::usage(
-                "no worker is named: give names, or --pool, --zone or --label",
-            ));
         }
         let selected = facts.workers.values().filter(|worker| {
             let spec = &worker.spec;
