@@ -165,29 +165,29 @@ pub(super) async fn follow(
         };
         let facts = watching.facts.borrow_and_update().clone();
         if let Some(facts) = facts {
-            let Some(drain) = facts.drains.get(&id) else {
-                if facts.revision.0 < id.0 {
-                    // The node that is watched is behind.
-                    continue;
+            match facts.drains.get(&id) {
+                Some(drain) => {
+                    let late = *overdue.get_or_insert(drain.overdue);
+                    last = Some(drain.clone());
+                    if let Some(over) = over(drain, late) {
+                        let report = Report::of(drain);
+                        output.print(&report, || report.page());
+                        return over;
+                    }
                 }
-                return Err(gone(id));
-            };
-            let late = *overdue.get_or_insert(drain.overdue);
-            last = Some(drain.clone());
-            if let Some(over) = over(drain, late) {
-                let report = Report::of(drain);
-                output.print(&report, || report.page());
-                return over;
+                // The node that is watched is behind; patience ends all the same.
+                None if facts.revision.0 < id.0 => {}
+                None => return Err(gone(id)),
             }
         }
         if !looked {
             continue;
         }
-        if let (Some(limit), Some(drain)) = (wait_timeout, &last)
+        if let Some(limit) = wait_timeout
             && began.elapsed() >= limit
         {
             let what = format!("not over after {} s", limit.as_secs());
-            return Err(detached(id, Some(drain), &what, output));
+            return Err(detached(id, last.as_ref(), &what, output));
         }
         let fresh = watching.status.borrow().fresh_at;
         heard = heard.max(fresh.unwrap_or(began));
