@@ -7,6 +7,7 @@ pub mod config;
 mod drain;
 pub mod fleet;
 pub mod frame;
+mod home;
 pub mod identity;
 pub mod ids;
 mod key;
@@ -21,6 +22,7 @@ pub mod wire;
 pub const FEATURE_LEVEL: u32 = 4;
 
 pub use drain::{Drain, DrainId, DrainPhase, DrainedWorker, OnDeadline};
+pub use home::{Family, Forecast, Move, Rebalance, RebalanceId, RebalancePhase, WorkerForecast};
 pub use identity::{Identity, Level, Role};
 pub use ids::{ClientId, ClusterId, Incarnation, NodeId, Revision, StoreId, WorkerId};
 pub use key::FingerprintKey;

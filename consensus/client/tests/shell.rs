@@ -365,6 +365,7 @@ async fn a_lease_is_renewed_at_once_when_there_is_news_and_never_after_a_takeove
     let renewed = Response::Renewed(control::Renewed {
         ttl_ms: 10_000,
         revision: 1,
+        ..Default::default()
     });
     node.next().await.answer(renewed).await;
     let began = Instant::now();

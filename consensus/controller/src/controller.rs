@@ -244,6 +244,7 @@ mod tests {
                     observed: Observed::Ready.into(),
                     feature_level: level,
                     work: None,
+                    heat: None,
                 };
                 self.leases.renewed(at(ms), &who, &renew).unwrap();
             }

@@ -323,6 +323,7 @@ mod tests {
                 oldest: vec!["r".repeat(200), "r1".into()],
                 ..control::Work::default()
             }),
+            heat: None,
         }
     }
 

@@ -317,6 +317,8 @@ impl Fleet {
             drains: self.drains.values().map(Drain::to_wire).collect(),
             // Answers to reads say it; the state has the keys.
             key_epoch: 0,
+            families: Vec::new(),
+            rebalances: Vec::new(),
         }
     }
 

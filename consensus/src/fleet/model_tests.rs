@@ -197,6 +197,8 @@ proptest! {
         }
         let mut workers: BTreeMap<String, wire::Worker> = BTreeMap::new();
         let mut drains: BTreeMap<u64, wire::Drain> = BTreeMap::new();
+        let mut families: BTreeMap<u64, wire::Family> = BTreeMap::new();
+        let mut rebalances: BTreeMap<String, wire::Rebalance> = BTreeMap::new();
         for delta in &world.deltas {
             for change in delta.changes.iter().filter_map(|change| change.change.clone()) {
                 match change {
@@ -212,6 +214,15 @@ proptest! {
                     wire::change::Change::DrainForgotten(id) => {
                         drains.remove(&id);
                     }
+                    wire::change::Change::Families(changes) => {
+                        for chunk in changes.removed {
+                            families.remove(&chunk);
+                        }
+                        families.extend(changes.put.into_iter().map(|one| (one.chunk, one)));
+                    }
+                    wire::change::Change::RebalancePut(one) => {
+                        rebalances.insert(one.pool.clone(), one);
+                    }
                     wire::change::Change::Config(_)
                     | wire::change::Change::Keys(_)
                     | wire::change::Change::CorrelatedExpiry(_)
@@ -222,6 +233,8 @@ proptest! {
         }
         prop_assert_eq!(workers.into_values().collect::<Vec<_>>(), world.fleet.facts().workers);
         prop_assert_eq!(drains.into_values().collect::<Vec<_>>(), world.fleet.facts().drains);
+        prop_assert_eq!(families.into_values().collect::<Vec<_>>(), world.fleet.facts().families);
+        prop_assert_eq!(rebalances.into_values().collect::<Vec<_>>(), world.fleet.facts().rebalances);
     }
 
     #[test]

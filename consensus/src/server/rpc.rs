@@ -420,6 +420,7 @@ async fn renewed(
             Ok(control::Renewed {
                 ttl_ms,
                 revision: facts.revision,
+                ..Default::default()
             })
         }
         Some(Err(RenewError::Superseded { current })) => {

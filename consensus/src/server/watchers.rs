@@ -192,9 +192,14 @@ fn gets_keys(consumer: &Identity) -> bool {
     consumer.role == Role::Balancer
 }
 
-/// Who begins, follows and carries out drains; balancers and agents need their workers alone.
+/// Who begins, follows and carries out drains and rebalances; balancers and agents need their workers alone.
 fn sees_drains(consumer: &Identity) -> bool {
     matches!(consumer.role, Role::Control | Role::Operator(_))
+}
+
+/// Who places requests, and whoever moves homes. Agents are no home by their own doing.
+fn sees_families(consumer: &Identity) -> bool {
+    consumer.role != Role::Agent
 }
 
 /// Copies no more than the consumer sees: agents of a whole cell may ask at once.
@@ -218,6 +223,16 @@ fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
             Vec::new()
         },
         key_epoch: 0,
+        families: if sees_families(consumer) {
+            facts.families.clone()
+        } else {
+            Vec::new()
+        },
+        rebalances: if sees_drains(consumer) {
+            facts.rebalances.clone()
+        } else {
+            Vec::new()
+        },
     }
 }
 
@@ -228,7 +243,10 @@ fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
         Some(Change::WorkerPut(worker)) => sees(consumer, &worker.name),
         Some(Change::WorkerRemoved(name)) => sees(consumer, name),
         Some(Change::Keys(_)) => gets_keys(consumer),
-        Some(Change::DrainPut(_) | Change::DrainForgotten(_)) => sees_drains(consumer),
+        Some(Change::DrainPut(_) | Change::DrainForgotten(_) | Change::RebalancePut(_)) => {
+            sees_drains(consumer)
+        }
+        Some(Change::Families(_)) => sees_families(consumer),
         Some(
             Change::Config(_)
             | Change::CorrelatedExpiry(_)

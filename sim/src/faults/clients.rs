@@ -608,6 +608,7 @@ fn renewal(
                 observed,
                 feature_level: FEATURE_LEVEL,
                 work,
+                heat: None,
             },
         },
         calls: Vec::new(),

@@ -73,6 +73,8 @@ fn facts(workers: impl IntoIterator<Item = (String, Arc<WorkerFact>)>) -> Facts 
         key_epoch: 1,
         feature_level: forebay_proto::FEATURE_LEVEL,
         drains: BTreeMap::new(),
+        families: BTreeMap::new(),
+        rebalances: BTreeMap::new(),
     }
 }
 

@@ -9,7 +9,8 @@ use forebay_proto::fleet::{Member, SpecError, WorkerSpec};
 use forebay_proto::ids::IdError;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{
-    ClusterId, Drain, DrainId, FingerprintKey, Incarnation, Millis, Revision, WorkerId,
+    ClusterId, Drain, DrainId, Family, FingerprintKey, Incarnation, Millis, Rebalance, RebalanceId,
+    Revision, WorkerId,
 };
 use wire::change::Change;
 use wire::{Desired, Observed};
@@ -43,6 +44,10 @@ pub struct Facts {
     pub feature_level: u32,
     /// Drains that go on, and the newest that ended; empty for balancers and agents.
     pub drains: BTreeMap<DrainId, Drain>,
+    /// The hottest families and their homes, by the chunk that names each; empty for agents.
+    pub families: BTreeMap<u64, Family>,
+    /// The rebalance that goes on or ended last, of each pool; empty for balancers and agents.
+    pub rebalances: BTreeMap<RebalanceId, Rebalance>,
 }
 
 /// One worker, as agreed.
@@ -178,6 +183,14 @@ impl Facts {
             let drain = Drain::from_wire(drain)?;
             Ok((drain.id, drain))
         });
+        let families = wire.families.into_iter().map(|family| {
+            let family = Family::from_wire(family)?;
+            Ok((family.chunk, family))
+        });
+        let rebalances = wire.rebalances.into_iter().map(|rebalance| {
+            let rebalance = Rebalance::from_wire(rebalance)?;
+            Ok((rebalance.id, rebalance))
+        });
         Ok(Self {
             cluster_id: ClusterId::from_wire(&wire.cluster_id)?,
             revision: Revision(wire.revision),
@@ -192,6 +205,8 @@ impl Facts {
             key_epoch: wire.key_epoch,
             feature_level: wire.feature_level,
             drains: drains.collect::<Result<_, IdError>>()?,
+            families: families.collect::<Result<_, IdError>>()?,
+            rebalances: rebalances.collect::<Result<_, IdError>>()?,
         })
     }
 
@@ -213,6 +228,8 @@ impl Facts {
             feature_level: self.feature_level,
             key_epoch: self.key_epoch,
             drains: self.drains.values().map(Drain::to_wire).collect(),
+            families: self.families.values().map(Family::to_wire).collect(),
+            rebalances: self.rebalances.values().map(Rebalance::to_wire).collect(),
         }
     }
 
@@ -252,6 +269,22 @@ impl Facts {
                 }
                 Change::DrainForgotten(id) => {
                     next.drains.remove(&DrainId(id));
+                }
+                Change::Families(changes) => {
+                    for chunk in changes.removed {
+                        next.families.remove(&chunk);
+                    }
+                    for family in changes.put {
+                        let family = Family::from_wire(family)?;
+                        next.families.insert(family.chunk, family);
+                    }
+                }
+                Change::RebalancePut(rebalance) => {
+                    let rebalance = Rebalance::from_wire(rebalance)?;
+                    // One a pool is kept.
+                    next.rebalances
+                        .retain(|_, held| held.pool != rebalance.pool);
+                    next.rebalances.insert(rebalance.id, rebalance);
                 }
             }
         }

@@ -86,6 +86,7 @@ async fn renew(
             observed: said.observed.into(),
             feature_level: forebay_proto::FEATURE_LEVEL,
             work: said.work,
+            heat: None,
         };
         let pause = match client.renew(renew, PATIENCE).await {
             Ok(renewed) => {

@@ -64,6 +64,7 @@ pub(super) fn renewal(
         observed: observed.into(),
         feature_level: 1,
         work: None,
+        heat: None,
     })
 }
 
