@@ -17,6 +17,7 @@ pub mod model;
 mod narrow;
 mod pick;
 pub mod policy;
+pub mod rebalance;
 mod receipt;
 pub mod residency;
 mod standing;
