@@ -22,9 +22,9 @@ pub struct Family {
     pub tokens: u32,
     /// Who is to hold it, ascending.
     pub homes: Vec<WorkerId>,
-    /// Prefill time that holding it saves, in milliseconds of one worker a second, when it was last assigned.
+    /// Tokens a second that need no prefill where it is held, when it was last assigned.
     pub saves: u32,
-    /// Time that its requests take, alike.
+    /// Time that its requests take, in milliseconds of one worker a second, then.
     pub takes: u32,
     /// Its homes were chosen by a rebalance or a drain: the leader adds some, and takes none away.
     pub pinned: bool,

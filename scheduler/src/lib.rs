@@ -6,6 +6,7 @@
 
 pub mod asking;
 pub mod fingerprint;
+pub mod homes;
 pub mod index;
 pub mod json;
 pub mod learn;
@@ -16,6 +17,7 @@ pub mod model;
 mod narrow;
 mod pick;
 pub mod policy;
+pub mod rebalance;
 mod receipt;
 pub mod residency;
 mod standing;

@@ -225,6 +225,17 @@ impl Profile {
         self.iteration_ms(0.0, backlog.decodes + 1.0, context, 0.0)
     }
 
+    /// Time of the worker that one request takes, whatever runs beside it: its prefill in full chunks, and what
+    /// each token of its answer adds to an iteration. What the worker takes without any tokens is nobody's, so
+    /// these add up to less than it is busy.
+    #[must_use]
+    pub fn work_ms(&self, cached: f64, uncached: f64, output: f64) -> f64 {
+        let prefill = uncached * Pace::of(self, 0.0, 0.0).least_token_ms();
+        let context = cached + uncached + output / 2.0;
+        let decode = output * (self.token_ms + self.context_ms * context);
+        prefill + self.pair_ms * attention_pairs(cached, uncached) + decode
+    }
+
     /// Time until an iteration begins that a new prompt can be part of, in the mean: half of the one
     /// under way, where that has decodes only. What is pending of prefills contains its own.
     #[must_use]
@@ -401,6 +412,17 @@ mod tests {
             chunk,
         );
         assert!(profile.ttft_ms(&idle, 2_000.0, 48.0) < profile.ttft_ms(&idle, 0.0, 2_048.0) / 5.0);
+    }
+
+    #[test]
+    fn a_request_takes_its_uncached_prefill_and_its_answer() {
+        let profile = Profile::default();
+        let chunk = profile.iteration_ms(1_024.0, 0.0, 0.0, 0.0);
+        let cold = profile.work_ms(0.0, 4_096.0, 0.0);
+        close(cold, 4.0 * chunk + 7.4e-7 * 4_096.0 * 2_048.0);
+        assert!(profile.work_ms(4_000.0, 96.0, 0.0) < cold / 20.0);
+        let answer = profile.work_ms(4_096.0, 0.0, 100.0);
+        close(answer, 100.0 * (0.068 + 9.4e-5 * 4_146.0));
     }
 
     #[test]
