@@ -217,6 +217,34 @@ impl ControlClient {
         }
     }
 
+    /// What a rebalance of a pool would move, by what its agents recorded in this time; nothing is changed.
+    ///
+    /// The leader needs some seconds: it asks the agents first.
+    ///
+    /// # Errors
+    ///
+    /// Returns why nobody could plan by the deadline.
+    pub async fn plan(
+        &self,
+        pool: &str,
+        window: Millis,
+        most_moves: u32,
+        deadline: Duration,
+    ) -> Result<wire::Planned, ClientError> {
+        let ask = |patience| {
+            Ask::Plan(wire::Plan {
+                pool: pool.into(),
+                window_ms: window.0,
+                most_moves,
+                deadline_ms: Millis::from_duration(patience).wire(),
+            })
+        };
+        match self.call_patiently(deadline, deadline, ask).await? {
+            (_, Response::Planned(planned)) => Ok(planned),
+            (address, _) => Err(unexpected(&address)),
+        }
+    }
+
     /// Keeps the caller's lease.
     pub(crate) async fn renew(
         &self,
