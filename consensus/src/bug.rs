@@ -69,8 +69,8 @@ pub enum Bug {
     SnapshotLosesRebalances,
     /// Homes stay on workers that take nothing any more.
     HomesStay,
-    /// A step of a rebalance that was proposed twice is made twice.
-    StepMadeTwice,
+    /// A rebalance takes the place of one that goes on.
+    RebalanceTakesOver,
 }
 
 impl Bug {
@@ -107,7 +107,7 @@ impl Bug {
         Self::DrainedByAnOldWord,
         Self::SnapshotLosesRebalances,
         Self::HomesStay,
-        Self::StepMadeTwice,
+        Self::RebalanceTakesOver,
     ];
 
     /// Its name on a command line: `ack-before-sync`.

@@ -18,6 +18,9 @@ use crate::controller::Action;
 /// Between two looks at the heat. It is a mean of about a minute.
 const ASSIGN_EVERY: Duration = Duration::from_secs(10);
 
+/// From the beginning of a reign to its first look: agents say their heat every five seconds.
+const FIRST_LOOK: Duration = Duration::from_secs(6);
+
 /// Between two looks at how many first tokens are in time: agents say it every five seconds.
 const JUDGE_EVERY: Duration = Duration::from_secs(5);
 
@@ -27,8 +30,8 @@ const ALL: u64 = 1_000;
 /// What this loop remembers while it leads.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Homes {
-    /// When the heat was last looked at.
-    assigned: Option<Now>,
+    /// When the heat is looked at next.
+    look: Option<Now>,
     /// When too few first tokens were in time, by rebalance. Bounded by those under way.
     late: BTreeMap<u64, Now>,
 }
@@ -60,10 +63,10 @@ impl Homes {
             .into_iter()
             .filter_map(|one| self.rebalance(now, leases, facts, one, cell_time))
             .collect();
-        let looked = self.assigned.get_or_insert(now);
+        let look = self.look.get_or_insert(now + FIRST_LOOK);
         // Beside a step it would be made from older homes.
-        if now.since(*looked) >= ASSIGN_EVERY && actions.is_empty() {
-            *looked = now;
+        if now >= *look && actions.is_empty() {
+            *look = now + ASSIGN_EVERY;
             actions.extend(assigned(now, leases, facts));
         }
         actions

@@ -207,7 +207,8 @@ mod tests {
             2 * before[0] > 3 * after[0].max(after[1]),
             "{before:?} {after:?}"
         );
-        assert_eq!(planned.measured.unwrap().window_ms, 300_000);
+        let window_ms = planned.measured.unwrap().window_ms;
+        assert!((290_000..=300_000).contains(&window_ms), "{window_ms}");
     }
 
     #[test]

@@ -62,7 +62,7 @@ struct WishArgs {
     #[arg(long, value_name = "POOL")]
     pool: Option<String>,
     /// How far back to look at what came: 10s to 10m.
-    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = some_time)]
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = recorded)]
     window: Time,
     /// Most moves of the plan.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=MAX_MOVES as i64))]
@@ -165,6 +165,15 @@ struct Time(Duration);
 fn some_time(text: &str) -> Result<Time, String> {
     let limit = time(text)?.0;
     limit.map(Time).ok_or_else(|| "is no time".into())
+}
+
+/// As far back as agents record.
+fn recorded(text: &str) -> Result<Time, String> {
+    let time = some_time(text)?;
+    let known = (10..=600).contains(&time.0.as_secs());
+    known
+        .then_some(time)
+        .ok_or_else(|| "is no time from 10s to 10m".into())
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -472,5 +481,7 @@ mod tests {
         }
         assert_eq!(some_time("5m"), Ok(Time(Duration::from_secs(300))));
         assert!(some_time("none").is_err() && some_time("0s").is_err());
+        assert!(recorded("10m").is_ok() && recorded("10s").is_ok());
+        assert!(recorded("11m").is_err() && recorded("9s").is_err());
     }
 }

@@ -307,17 +307,18 @@ fn hot() -> World {
 #[test]
 fn homes_follow_the_heat_every_ten_seconds() {
     let mut world = hot();
-    for ms in [500, 5_000, 10_000] {
+    for ms in [500, 5_000, 6_000] {
         heat(&mut world, ms, 10, 10);
         assert_eq!(world.step(ms), "");
     }
-    assert_eq!(world.step(10_500), "f at [2]");
+    assert_eq!(world.step(6_500), "f at [2]", "agents have said it by then");
     assert_eq!(world.step(11_000), "");
-    heat(&mut world, 20_000, 10, 10);
-    assert_eq!(world.step(20_500), "", "nothing changed");
+    heat(&mut world, 16_000, 10, 10);
+    assert_eq!(world.step(16_500), "", "nothing changed");
     world.facts.workers[1].desired = wire::Desired::Cordoned.into();
-    heat(&mut world, 30_000, 10, 10);
-    assert_eq!(world.step(30_500), "f at [1]");
+    heat(&mut world, 26_000, 10, 10);
+    assert_eq!(world.step(26_000), "");
+    assert_eq!(world.step(26_500), "f at [1]");
     let mut old = hot();
     old.facts.feature_level = 4;
     heat(&mut old, 10_000, 10, 10);
@@ -326,6 +327,14 @@ fn homes_follow_the_heat_every_ten_seconds() {
 
 fn moving(interval_ms: u32, stop_below: u32) -> World {
     let mut world = hot();
+    // As the heat asks for it.
+    world.facts.families = vec![wire::Family {
+        pool: "p".into(),
+        chunk: 0xf,
+        chunks: 16,
+        homes: vec![2],
+        ..Default::default()
+    }];
     world.facts.rebalances = vec![wire::Rebalance {
         id: 7,
         pool: "p".into(),
