@@ -66,6 +66,10 @@ pub(crate) enum Verb {
     Uncordon(verbs::operate::UncordonArgs),
     /// Take workers out of service: nothing new, what waits goes elsewhere, what runs is finished.
     Drain(Box<verbs::operate::DrainArgs>),
+    /// Even out load: plan moves of what workers are to hold, and have them made.
+    Rebalance(verbs::operate::RebalanceArgs),
+    /// Show what many conversations share, and which workers are to hold it.
+    Homes(verbs::operate::HomesArgs),
     /// Show the fleet on one page, and what is wrong with it.
     Status(verbs::status::StatusArgs),
     /// Watch the fleet live in the terminal.

@@ -185,12 +185,15 @@ fn of_refusal(refusal: &Refusal) -> Exit {
     match refusal {
         Refusal::UnknownWorker { .. }
         | Refusal::UnknownPool { .. }
-        | Refusal::UnknownDrain { .. } => Exit::NotFound,
+        | Refusal::UnknownDrain { .. }
+        | Refusal::UnknownRebalance { .. } => Exit::NotFound,
         Refusal::RevisionConflict { .. }
         | Refusal::Superseded { .. }
         | Refusal::StillLive { .. }
         | Refusal::StaleSequence { .. }
         | Refusal::DrainActive { .. }
+        | Refusal::RebalanceActive { .. }
+        | Refusal::PlanStale { .. }
         | Refusal::FeatureTooNew { .. } => Exit::Conflict,
         Refusal::LeavesModelEmpty { .. }
         | Refusal::CapacityShort { .. }

@@ -61,6 +61,8 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Cordon(args) => verbs::operate::cordon(&args),
         Verb::Uncordon(args) => verbs::operate::uncordon(&args),
         Verb::Drain(args) => verbs::operate::drain(&args),
+        Verb::Rebalance(args) => verbs::operate::rebalance(&args),
+        Verb::Homes(args) => verbs::operate::homes(&args),
         Verb::Status(args) => verbs::status::run(&args),
         Verb::Check(args) => verbs::check::run(&args),
         Verb::Explain(args) => verbs::explain::run(&args),

@@ -65,11 +65,17 @@ pub enum Bug {
     CapacityGuardOff,
     /// What an agent said before it knew of a drain counts for it.
     DrainedByAnOldWord,
+    /// A snapshot forgets the rebalances.
+    SnapshotLosesRebalances,
+    /// Homes stay on workers that take nothing any more.
+    HomesStay,
+    /// A rebalance takes the place of one that goes on.
+    RebalanceTakesOver,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 32] = [
         Self::AckBeforeSync,
         Self::FailedSyncPassedOver,
         Self::VoteNotPersisted,
@@ -99,6 +105,9 @@ impl Bug {
         Self::SnapshotLosesDrains,
         Self::CapacityGuardOff,
         Self::DrainedByAnOldWord,
+        Self::SnapshotLosesRebalances,
+        Self::HomesStay,
+        Self::RebalanceTakesOver,
     ];
 
     /// Its name on a command line: `ack-before-sync`.

@@ -19,7 +19,7 @@ pub mod wire;
 
 /// Newest replicated feature that this build understands; a cell uses those that everyone in it
 /// understands.
-pub const FEATURE_LEVEL: u32 = 4;
+pub const FEATURE_LEVEL: u32 = 5;
 
 pub use drain::{Drain, DrainId, DrainPhase, DrainedWorker, OnDeadline};
 pub use home::{Family, Forecast, Move, Rebalance, RebalanceId, RebalancePhase, WorkerForecast};

@@ -1,6 +1,7 @@
 //! Why the fleet refuses a command: data for programs, and one sentence that says what to do.
 
 use crate::drain::DrainId;
+use crate::home::RebalanceId;
 use crate::ids::{Incarnation, WorkerId};
 use crate::wire::fleet as wire;
 use wire::refusal::Reason;
@@ -162,6 +163,30 @@ pub enum Refusal {
         /// The drain asked for.
         drain: DrainId,
     },
+    /// A rebalance of the pool goes on.
+    #[error(
+        "rebalance {rebalance} moves homes of pool {pool}: `forebay rebalance status` shows it, `forebay rebalance cancel {rebalance}` calls it off"
+    )]
+    RebalanceActive {
+        /// The pool.
+        pool: String,
+        /// What goes on.
+        rebalance: RebalanceId,
+    },
+    /// There is no such rebalance, or not any more.
+    #[error(
+        "there is no rebalance {rebalance}: see `forebay rebalance status`; the newest of each pool is kept"
+    )]
+    UnknownRebalance {
+        /// The rebalance asked for.
+        rebalance: RebalanceId,
+    },
+    /// What a plan was made from is not so any more.
+    #[error("{what}: plan again with `forebay rebalance plan`")]
+    PlanStale {
+        /// What changed since.
+        what: String,
+    },
     /// The control plane cannot have these members, or not yet. Nothing was proposed.
     #[error("{problem}")]
     MembersUnfit {
@@ -201,6 +226,9 @@ impl Refusal {
             Self::CapacityUnknown { .. } => "capacity-unknown",
             Self::DrainActive { .. } => "drain-active",
             Self::UnknownDrain { .. } => "unknown-drain",
+            Self::RebalanceActive { .. } => "rebalance-active",
+            Self::UnknownRebalance { .. } => "unknown-rebalance",
+            Self::PlanStale { .. } => "plan-stale",
         }
     }
 
@@ -270,6 +298,14 @@ impl Refusal {
             Reason::UnknownDrain(r) => Self::UnknownDrain {
                 drain: DrainId(r.drain),
             },
+            Reason::RebalanceActive(r) => Self::RebalanceActive {
+                pool: r.pool,
+                rebalance: RebalanceId(r.rebalance),
+            },
+            Reason::UnknownRebalance(r) => Self::UnknownRebalance {
+                rebalance: RebalanceId(r.rebalance),
+            },
+            Reason::PlanStale(r) => Self::PlanStale { what: r.what },
         })
     }
 
@@ -336,6 +372,18 @@ impl Refusal {
             Self::UnknownDrain { drain } => {
                 Reason::UnknownDrain(wire::UnknownDrain { drain: drain.0 })
             }
+            Self::RebalanceActive { pool, rebalance } => {
+                Reason::RebalanceActive(wire::RebalanceActive {
+                    pool,
+                    rebalance: rebalance.0,
+                })
+            }
+            Self::UnknownRebalance { rebalance } => {
+                Reason::UnknownRebalance(wire::UnknownRebalance {
+                    rebalance: rebalance.0,
+                })
+            }
+            Self::PlanStale { what } => Reason::PlanStale(wire::PlanStale { what }),
         };
         wire::Refusal {
             reason: Some(reason),
@@ -422,6 +470,14 @@ mod tests {
                 drain: DrainId(5),
             },
             Refusal::UnknownDrain { drain: DrainId(6) },
+            Refusal::RebalanceActive {
+                pool: text(),
+                rebalance: RebalanceId(7),
+            },
+            Refusal::UnknownRebalance {
+                rebalance: RebalanceId(8),
+            },
+            Refusal::PlanStale { what: text() },
         ];
         for refusal in all {
             assert_eq!(Refusal::from_wire(refusal.to_wire()), Some(refusal));

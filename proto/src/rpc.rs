@@ -59,11 +59,21 @@ pub enum Rpc {
     PassDrainDeadline,
     /// Who holds a lease, and what they said with it.
     Holders,
+    /// Hand over what a worker recorded, for a plan that is being made.
+    Arrivals,
+    /// Plan a rebalance.
+    Plan,
+    /// Begin a rebalance, or call one off.
+    Rebalance,
+    /// Give families their homes.
+    AssignHomes,
+    /// Make the next move of a rebalance, or stop it.
+    StepRebalance,
 }
 
 impl Rpc {
     /// Every RPC, for tables and tests.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 31] = [
         Self::Probe,
         Self::Bootstrap,
         Self::Read,
@@ -90,6 +100,11 @@ impl Rpc {
         Self::Drain,
         Self::PassDrainDeadline,
         Self::Holders,
+        Self::Arrivals,
+        Self::Plan,
+        Self::Rebalance,
+        Self::AssignHomes,
+        Self::StepRebalance,
     ];
 
     /// Whether a peer of this role may call it.
@@ -108,15 +123,27 @@ impl Rpc {
             | Self::Snapshot
             | Self::RotateKey
             | Self::Measure => matches!(role, Operator(Level::Admin)),
-            Self::Read | Self::Audit | Self::Holders => matches!(role, Control | Operator(_)),
+            Self::Read | Self::Audit | Self::Holders | Self::Plan => {
+                matches!(role, Control | Operator(_))
+            }
             Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
             Self::Renew => matches!(role, Balancer | Agent),
-            Self::RegisterWorker | Self::ObserveWorker | Self::Goodbye => matches!(role, Agent),
-            Self::SetDesired | Self::RemoveWorker | Self::ApplyConfig | Self::Drain => {
+            Self::RegisterWorker | Self::ObserveWorker | Self::Goodbye | Self::Arrivals => {
+                matches!(role, Agent)
+            }
+            Self::SetDesired
+            | Self::RemoveWorker
+            | Self::ApplyConfig
+            | Self::Drain
+            | Self::Rebalance => {
                 matches!(role, Operator(Level::Operator | Level::Admin))
             }
             // Only the leader's own controller proposes it, never a peer.
-            Self::ExpireLeases | Self::RaiseFeatureLevel | Self::PassDrainDeadline => false,
+            Self::ExpireLeases
+            | Self::RaiseFeatureLevel
+            | Self::PassDrainDeadline
+            | Self::AssignHomes
+            | Self::StepRebalance => false,
             Self::Raft => matches!(role, Control),
             Self::Place | Self::Follow => matches!(role, Balancer),
         }
@@ -139,6 +166,8 @@ impl Rpc {
             Request::Snapshot(_) => Self::Snapshot,
             Request::Measure(_) => Self::Measure,
             Request::Holders(_) => Self::Holders,
+            Request::Arrivals(_) => Self::Arrivals,
+            Request::Plan(_) => Self::Plan,
             Request::Propose(_) => match action? {
                 Action::Register(_) => Self::RegisterWorker,
                 Action::Observe(_) => Self::ObserveWorker,
@@ -152,6 +181,9 @@ impl Rpc {
                 Action::RotateKey(_) => Self::RotateKey,
                 Action::ChangeMembers(_) => Self::ChangeMembers,
                 Action::RaiseFeatureLevel(_) => Self::RaiseFeatureLevel,
+                Action::AssignHomes(_) => Self::AssignHomes,
+                Action::StartRebalance(_) | Action::CancelRebalance(_) => Self::Rebalance,
+                Action::StepRebalance(_) | Action::StopRebalance(_) => Self::StepRebalance,
             },
         })
     }
@@ -162,7 +194,7 @@ mod tests {
     use super::*;
 
     /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
-    const REVIEWED: [(Rpc, &str); 26] = [
+    const REVIEWED: [(Rpc, &str); 31] = [
         (Rpc::Probe, "cbavoA"),
         (Rpc::Bootstrap, ".....A"),
         (Rpc::Read, "c..voA"),
@@ -189,6 +221,11 @@ mod tests {
         (Rpc::Drain, "....oA"),
         (Rpc::PassDrainDeadline, "......"),
         (Rpc::Holders, "c..voA"),
+        (Rpc::Arrivals, "..a..."),
+        (Rpc::Plan, "c..voA"),
+        (Rpc::Rebalance, "....oA"),
+        (Rpc::AssignHomes, "......"),
+        (Rpc::StepRebalance, "......"),
     ];
 
     #[test]
@@ -215,7 +252,7 @@ mod tests {
         }
         assert_eq!(
             Rpc::ALL.last().map(|rpc| *rpc as usize),
-            Some(Rpc::Holders as usize)
+            Some(Rpc::StepRebalance as usize)
         );
     }
 

@@ -37,6 +37,7 @@ fn worlds_with_faults_hold() {
     assert!(all.ops_ok > all.ops_unknown + all.ops_failed);
     assert!(all.placements > 0);
     assert!(all.drains > 0);
+    assert!(all.moves > 0);
 }
 
 /// Seeds within which each known bug must be caught.

@@ -70,6 +70,7 @@ pub(crate) fn run(args: ControlArgs) -> Result<(), CliError> {
         // Before the disk is opened: a taken port should be found while nothing was touched.
         let admin = forebay_admin::serve(args.admin, pages(&member)).await?;
         let node = server::start(config).await?;
+        node.plan_with(Arc::new(forebay_controller::Rebalancer));
         let name = node.name();
         member.node.get_or_init(|| node.clone());
         tracing::info!(

@@ -177,6 +177,7 @@ fn table(report: &Report) -> String {
             row("faults", faults.to_string()),
             row("placements", summary.placements.to_string()),
             row("drains", summary.drains.to_string()),
+            row("moves", summary.moves.to_string()),
             row(
                 "operations ok/unknown/refused",
                 format!(

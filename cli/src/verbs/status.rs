@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::ask::{Asked, of_read};
 use super::members::Row;
-use super::operate::drain_line;
+use super::operate::{drain_line, rebalance_line};
 use super::workers::state;
 use crate::context::ContextArgs;
 use crate::exit::CliError;
@@ -49,6 +49,10 @@ struct Status {
     alarms: Vec<String>,
     /// Those under way, such as `d812 in_force: w1, w2`.
     drains: Vec<String>,
+    /// Families that have homes.
+    families: usize,
+    /// Those under way, such as `r812 moving: 2 of 5 moves in pool default`.
+    rebalances: Vec<String>,
     problems: Vec<Problem>,
 }
 
@@ -137,6 +141,8 @@ fn status(
         pools: BTreeMap::new(),
         alarms: vec![],
         drains: vec![],
+        families: 0,
+        rebalances: vec![],
         problems: vec![],
     };
     if let Ok(facts) = facts {
@@ -158,6 +164,9 @@ fn status(
         status.alarms = facts.correlated_expiry.iter().map(alarm).collect();
         let active = facts.drains.values().filter(|drain| drain.is_active());
         status.drains = active.map(drain_line).collect();
+        status.families = facts.families.len();
+        let active = facts.rebalances.values().filter(|one| one.is_active());
+        status.rebalances = active.map(rebalance_line).collect();
         problems.extend(of_workers(facts, &status.pools));
     }
     status.problems = problems;
@@ -242,6 +251,18 @@ fn of_workers(facts: &Facts, pools: &BTreeMap<String, Pool>) -> Vec<Problem> {
     problems
 }
 
+/// Such as `3 families; r812 moving: 2 of 5 moves in pool default`.
+fn homes(status: &Status) -> String {
+    let families = match status.families {
+        0 => "none".into(),
+        1 => "1 family".into(),
+        more => format!("{more} families"),
+    };
+    let rebalances = status.rebalances.iter().cloned();
+    let parts: Vec<String> = std::iter::once(families).chain(rebalances).collect();
+    parts.join("; ")
+}
+
 fn page(status: &Status) -> String {
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "none".into());
     let states: Vec<String> = status
@@ -250,7 +271,7 @@ fn page(status: &Status) -> String {
         .map(|(s, n)| format!("{n} {s}"))
         .collect();
     let mut text = format!(
-        "cluster   {}\nleader    {}\nquorum    {}\nlimit     {}: {}\ncontrol   {} of {} nodes reachable\nrevision  {}\nworkers   {}\nalarms    {}\ndrains    {}\n",
+        "cluster   {}\nleader    {}\nquorum    {}\nlimit     {}: {}\ncontrol   {} of {} nodes reachable\nrevision  {}\nworkers   {}\nalarms    {}\ndrains    {}\nhomes     {}\n",
         or_none(status.cluster_id.map(|id| id.to_string())),
         or_none(status.leader.clone()),
         if status.quorum { "yes" } else { "no" },
@@ -274,6 +295,7 @@ fn page(status: &Status) -> String {
         } else {
             status.drains.join("; ")
         },
+        homes(status),
     );
     text += &format!("\n{}\n", super::members::page(&status.members));
     if !status.pools.is_empty() {

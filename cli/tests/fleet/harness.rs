@@ -200,6 +200,7 @@ impl Fleet {
     pub fn run(&self, args: &[&str]) -> Output {
         let context = self.data().join("context.toml");
         forebay()
+            .current_dir(self.dir.path())
             .args(args)
             .env("FOREBAY_CONTEXT", context)
             .output()

@@ -55,6 +55,8 @@ impl Stage {
             ["thaw", name] => self.signal(name, Signal::CONT),
             ["kill", name] => self.fleet.kill(name),
             ["as", level] => self.context = self.issued(level),
+            // A plan that somebody wrote: a family that nobody knows goes to this worker.
+            ["plan", to] => self.plan(to),
             ["wait"] => std::thread::sleep(Duration::from_secs(3)),
             _ => panic!("nobody knows how to {line}"),
         }
@@ -63,6 +65,28 @@ impl Stage {
     fn signal(&self, name: &str, signal: Signal) {
         let pid = Pid::from_raw(self.fleet.process(name).pid).unwrap();
         kill_process(pid, signal).unwrap();
+    }
+
+    fn plan(&self, to: &str) {
+        let status = self.fleet.json(&["status"]);
+        let mut cluster = status["cluster_id"].clone();
+        if to == "elsewhere" {
+            cluster = "0123456789abcdef0123456789abcdef".into();
+        }
+        let forecast = serde_json::json!({
+            "hit_ratio": 0.5, "in_time": 1.0, "arrivals": 9, "window_ms": 60_000, "workers": [],
+        });
+        let plan = serde_json::json!({
+            "schema_version": 1, "cluster_id": cluster, "pool": "default", "revision": 1,
+            "planned_ms": 1, "before": forecast, "after": forecast, "measured": forecast,
+            "moves": [{"family": "000000000000feed", "from": null, "to": to}],
+            "silent": [], "families": [],
+        });
+        std::fs::write(self.plan_file(), plan.to_string()).unwrap();
+    }
+
+    fn plan_file(&self) -> std::path::PathBuf {
+        self.fleet.dir.path().join("plan.json")
     }
 
     /// A context with a certificate of this level.
@@ -108,7 +132,8 @@ impl Stage {
 
     /// What it prints, stdout and stderr as they come, and how it exits.
     fn run(&self, line: &str) -> (String, i32) {
-        let words = words(&line.replace("$d", &self.newest));
+        let plan = self.plan_file().display().to_string();
+        let words = words(&line.replace("$d", &self.newest).replace("PLAN", &plan));
         let path = self.fleet.dir.path().join("printed");
         let printed = std::fs::File::create(&path).unwrap();
         let status = forebay()
@@ -218,6 +243,15 @@ fn verbs_that_take_workers_out_of_service_answer_as_written() {
 }
 
 #[test]
+fn verbs_that_move_homes_answer_as_written() {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fleet/rebalance.transcript"
+    );
+    played(Path::new(path));
+}
+
+#[test]
 fn verbs_that_look_answer_as_written() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fleet/look.transcript");
     played(Path::new(path));
@@ -230,6 +264,7 @@ fn the_runbook_for_taking_a_worker_out_works_as_printed() {
         section.starts_with("Cordon a worker")
             || section.starts_with("Bring a worker back")
             || section.starts_with("Drain a worker")
+            || section.starts_with("Even out load")
     });
     let fleet = Fleet::start(&["--workers", "3", "--engine-speed", "10"]);
     let mut ran = 0;
@@ -245,7 +280,7 @@ fn the_runbook_for_taking_a_worker_out_works_as_printed() {
             ran += 1;
         }
     }
-    assert!(ran >= 8, "{ran} commands");
+    assert!(ran >= 13, "{ran} commands");
 }
 
 #[test]

@@ -6,7 +6,10 @@
 //! from an old view can at worst be refused.
 
 mod controller;
+mod homes;
+mod planner;
 mod shell;
 
 pub use controller::{Action, Controller};
+pub use planner::Rebalancer;
 pub use shell::{Leader, STEP_EVERY, run};

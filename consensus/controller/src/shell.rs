@@ -8,7 +8,7 @@ use std::time::Duration;
 use forebay_consensus::fleet::lease::Leases;
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{DrainId, Millis, Now};
+use forebay_proto::{DrainId, Millis, Now, RebalanceId};
 
 use forebay_consensus::server;
 
@@ -79,6 +79,9 @@ impl Leader for server::Leader {
             wire::command::Action::RotateKey(_) => "the first fingerprint key",
             wire::command::Action::RaiseFeatureLevel(_) => "everyone understands it",
             wire::command::Action::PassDrainDeadline(_) => "its deadline passed",
+            wire::command::Action::AssignHomes(_) => "as its heat asks for it",
+            wire::command::Action::StepRebalance(_) => "it is due",
+            wire::command::Action::StopRebalance(_) => "too few first tokens are in time",
             _ => "leases ran out",
         };
         let outcome = Self::propose(self, action, reason).await;
@@ -131,6 +134,12 @@ pub async fn run(leader: Arc<impl Leader>) {
                 Action::PassDrainDeadline(id) => {
                     tracing::warn!(drain = %DrainId(id), "its deadline passed before it was drained");
                     wire::command::Action::PassDrainDeadline(wire::PassDrainDeadline { id })
+                }
+                Action::AssignHomes(assign) => wire::command::Action::AssignHomes(assign),
+                Action::StepRebalance(step) => wire::command::Action::StepRebalance(step),
+                Action::StopRebalance(stop) => {
+                    tracing::warn!(rebalance = %RebalanceId(stop.id), why = stop.why, "it stops");
+                    wire::command::Action::StopRebalance(stop)
                 }
             };
             if let Err(problem) = leader.propose(action).await {

@@ -46,11 +46,11 @@ pub(super) struct Subject {
 }
 
 impl Subject {
-    /// `None` for what is not audited: the routine reports of agents.
+    /// `None` for what is not audited: the routine reports of agents, and homes that follow their heat.
     pub(super) fn of(action: Option<&Action>) -> Option<Self> {
         let (action, target) = match action {
             None => ("unknown", String::new()),
-            Some(Action::Observe(_)) => return None,
+            Some(Action::Observe(_) | Action::AssignHomes(_)) => return None,
             Some(Action::Register(command)) => ("register", command.name.clone()),
             Some(Action::Goodbye(command)) => ("goodbye", printed(command.incarnation.as_ref())),
             Some(Action::SetDesired(command)) => ("set-desired", desired(command)),
@@ -81,6 +81,27 @@ impl Subject {
             Some(Action::PassDrainDeadline(command)) => {
                 ("drain-deadline", format!("d{}", command.id))
             }
+            Some(Action::StartRebalance(command)) => (
+                "rebalance",
+                format!(
+                    "{}, {} moves{}",
+                    cut(&command.pool),
+                    command.moves.len(),
+                    remarks(false, command.dry_run)
+                ),
+            ),
+            Some(Action::StepRebalance(command)) => (
+                "rebalance-step",
+                format!("r{} move {}", command.id, u64::from(command.step) + 1),
+            ),
+            Some(Action::StopRebalance(command)) => (
+                "rebalance-stop",
+                format!("r{}: {}", command.id, cut(&command.why)),
+            ),
+            Some(Action::CancelRebalance(command)) => (
+                "cancel-rebalance",
+                format!("r{}{}", command.id, remarks(false, command.dry_run)),
+            ),
             Some(Action::Remove(command)) => ("remove", command.name.clone()),
             Some(Action::ApplyConfig(_)) => ("apply-config", "config".into()),
             Some(Action::Expire(command)) => ("expire-leases", expired(command)),

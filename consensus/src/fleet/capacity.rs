@@ -101,7 +101,7 @@ impl Fleet {
 
 impl Worker {
     /// Whether it takes requests, by all that is agreed.
-    fn is_ready(&self) -> bool {
+    pub(super) fn is_ready(&self) -> bool {
         self.serves() && self.observed == Observed::Ready
     }
 }

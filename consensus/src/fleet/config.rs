@@ -90,6 +90,7 @@ impl Fleet {
         let still = still.filter(|pool| self.config.pools.contains(*pool));
         let still = still.cloned().collect();
         effect.changes.extend(self.raise(still));
+        effect.changes.extend(self.forget_rebalances());
         Ok(effect)
     }
 

@@ -24,8 +24,8 @@ pub const MAX_DRAINS: usize = 32;
 /// Workers of one command.
 pub const MAX_NAMES: usize = 1_000;
 
-/// Texts of a drain are cut to this many characters.
-const MAX_TEXT: usize = 200;
+/// Texts of a drain or rebalance are cut to this many characters.
+pub(super) const MAX_TEXT: usize = 200;
 
 impl Fleet {
     pub(super) fn set_desired_of(
@@ -205,7 +205,7 @@ impl Fleet {
         Ok(effect)
     }
 
-    /// The effect, and what it moves on of the drains under way.
+    /// The effect, and what follows from it: homes leave who takes nothing, and drains under way move on.
     pub(super) fn settled(&mut self, at: Revision, mut effect: Effect) -> Effect {
         let about_workers = effect
             .changes
@@ -214,6 +214,7 @@ impl Fleet {
         if !about_workers {
             return effect;
         }
+        effect.changes.extend(self.vacate(at));
         let (workers, now) = (&self.workers, self.cell_time);
         for drain in self.drains.values_mut().filter(|drain| drain.is_active()) {
             let before = drain.clone();

@@ -5,6 +5,7 @@
 //! starts every lease afresh, because it cannot know who was heard before it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_proto::wire::control;
@@ -21,6 +22,12 @@ pub const BALANCER_TTL: Duration = Duration::from_secs(3);
 
 /// Balancers of one cell.
 pub const MAX_BALANCERS: usize = 256;
+
+/// Families of one agent's heat.
+const MAX_FAMILIES_SAID: usize = 64;
+
+/// What was said longer ago than this says nothing of now: agents say it every five seconds.
+const HEAT_HOLDS: Duration = Duration::from_secs(30);
 
 /// Ids of requests that are kept of one agent, and bytes of one.
 const MAX_OLDEST: usize = 5;
@@ -41,6 +48,8 @@ pub struct Lease {
     pub feature_level: u32,
     /// What it has under way; `None` of balancers, and until an agent said it.
     pub work: Option<control::Work>,
+    /// What it was asked for lately, as it last said it, and when; `None` of balancers.
+    pub heat: Option<(Now, Arc<control::Heat>)>,
 }
 
 impl Lease {
@@ -52,6 +61,7 @@ impl Lease {
             observed: Observed::Unspecified,
             feature_level: 0,
             work: None,
+            heat: None,
         }
     }
 }
@@ -158,6 +168,10 @@ impl Leases {
             observed: renew.observed(),
             feature_level: renew.feature_level,
             work: work.filter(|_| identity.role == Role::Agent),
+            heat: renew
+                .heat
+                .clone()
+                .map(|heat| (now, Arc::new(bounded(heat)))),
         };
         match identity.role {
             Role::Agent => self.agent(&identity.name, incarnation, lease),
@@ -175,7 +189,9 @@ impl Leases {
         let asked = incarnation.ok_or(RenewError::NotAHolder)?;
         match self.agents.get_mut(name) {
             Some((current, held)) if *current == asked => {
-                *held = lease;
+                // It is said less often than a lease is renewed.
+                let heat = lease.heat.clone().or(held.heat.take());
+                *held = Lease { heat, ..lease };
                 Ok(AGENT_TTL)
             }
             Some((current, _)) if current.worker == asked.worker && *current > asked => {
@@ -196,6 +212,10 @@ impl Leases {
                 .ok_or(RenewError::Full)?;
             self.balancers.remove(&silent);
         }
+        let lease = Lease {
+            heat: None,
+            ..lease
+        };
         self.balancers.insert(name.to_owned(), lease);
         Ok(BALANCER_TTL)
     }
@@ -243,6 +263,14 @@ impl Leases {
         said.collect()
     }
 
+    /// What this agent was asked for, if it said so lately.
+    #[must_use]
+    pub fn heat(&self, now: Now, name: &str) -> Option<Arc<control::Heat>> {
+        let (_, lease) = self.agents.get(name)?;
+        let (said, heat) = lease.heat.as_ref()?;
+        (now.since(*said) < HEAT_HOLDS).then(|| heat.clone())
+    }
+
     /// All balancers that were heard, also those whose lease ran out, by name.
     pub fn all_balancers(&self) -> impl Iterator<Item = (&str, &Lease)> {
         let balancers = self.balancers.iter();
@@ -273,6 +301,14 @@ impl Leases {
     pub fn agents(&self) -> BTreeSet<&str> {
         self.agents.keys().map(String::as_str).collect()
     }
+}
+
+/// What is kept of an agent's heat.
+fn bounded(mut heat: control::Heat) -> control::Heat {
+    heat.families.truncate(MAX_FAMILIES_SAID);
+    heat.families
+        .retain(|family| family.pool.len() <= MAX_ID_BYTES);
+    heat
 }
 
 #[cfg(test)]
@@ -456,6 +492,41 @@ mod tests {
         assert_eq!(lease.work.unwrap().oldest, ["r1"], "none is too long");
         leases.registered(at(2_000), "w1", start(1, 6));
         assert_eq!(leases.loads(at(2_000)), [], "another process");
+    }
+
+    #[test]
+    fn heat_is_bounded_outlives_renewals_that_say_none_and_no_longer_than_it_is_true() {
+        let mut leases = led();
+        let family = |pool: &str| control::FamilyHeat {
+            chunk: 7,
+            pool: pool.into(),
+            ..control::FamilyHeat::default()
+        };
+        let mut families = vec![family(&"p".repeat(200))];
+        families.extend((0..100).map(|_| family("p")));
+        let renew = control::Renew {
+            heat: Some(control::Heat {
+                families,
+                takes: 70,
+                ..control::Heat::default()
+            }),
+            ..said(Some(start(1, 5)), 3)
+        };
+        let w1 = who(Role::Agent, "w1");
+        leases.renewed(at(1_000), &w1, &renew).unwrap();
+        let quiet = said(Some(start(1, 5)), 3);
+        leases.renewed(at(2_000), &w1, &quiet).unwrap();
+        let heat = leases.heat(at(30_999), "w1").unwrap();
+        assert_eq!((heat.takes, heat.families.len()), (70, 63));
+        assert_eq!(leases.heat(at(31_000), "w1"), None);
+        assert_eq!(leases.heat(at(2_000), "w2"), None);
+        leases.registered(at(3_000), "w1", start(1, 6));
+        assert_eq!(leases.heat(at(3_000), "w1"), None, "another process");
+        leases
+            .renewed(at(1_000), &who(Role::Balancer, "b1"), &renew)
+            .unwrap();
+        let (_, balancer) = leases.all_balancers().next().unwrap();
+        assert_eq!(balancer.heat, None);
     }
 
     #[test]

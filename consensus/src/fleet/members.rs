@@ -27,6 +27,9 @@ pub const MEMBERS_LEVEL: u32 = 2;
 /// The feature level that drains, and cordons judged by capacity, need.
 pub const DRAINS_LEVEL: u32 = 4;
 
+/// The feature level that prefix homes and rebalances need.
+pub const HOMES_LEVEL: u32 = 5;
+
 /// The feature level of the version that first understood this command.
 #[must_use]
 pub const fn level_of(action: &Action) -> u32 {
@@ -36,6 +39,11 @@ pub const fn level_of(action: &Action) -> u32 {
         | Action::StartDrain(_)
         | Action::CancelDrain(_)
         | Action::PassDrainDeadline(_) => DRAINS_LEVEL,
+        Action::AssignHomes(_)
+        | Action::StartRebalance(_)
+        | Action::StepRebalance(_)
+        | Action::StopRebalance(_)
+        | Action::CancelRebalance(_) => HOMES_LEVEL,
         Action::Register(_)
         | Action::Observe(_)
         | Action::Goodbye(_)

@@ -14,11 +14,13 @@ mod capacity;
 mod config;
 mod drains;
 mod expiry;
+mod homes;
 mod keys;
 pub mod lease;
 mod machine;
 mod members;
 mod proposal;
+mod rebalances;
 mod registration;
 pub mod reign;
 mod sessions;
@@ -27,6 +29,8 @@ mod workers;
 
 #[cfg(test)]
 mod drain_tests;
+#[cfg(test)]
+mod home_tests;
 #[cfg(test)]
 mod model_tests;
 #[cfg(test)]
@@ -40,12 +44,16 @@ use bytes::Bytes;
 use forebay_proto::fleet::Member;
 use forebay_proto::refusal::Refusal;
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, Drain, DrainId, FEATURE_LEVEL, Millis, Revision};
+use forebay_proto::{
+    ClusterId, Drain, DrainId, FEATURE_LEVEL, Family, Millis, Rebalance, RebalanceId, Revision,
+};
 use wire::change::Change;
 use wire::command::Action;
 
 pub use drains::{MAX_DRAINS, MAX_NAMES};
-pub use members::{DRAINS_LEVEL, MEMBERS_LEVEL, level_of, too_new};
+pub use homes::{MAX_FAMILIES, MAX_HOMES};
+pub use members::{DRAINS_LEVEL, HOMES_LEVEL, MEMBERS_LEVEL, level_of, too_new};
+pub use rebalances::{INTERVALS_MS, MAX_MOVES};
 pub use snapshot::RestoreError;
 pub use workers::Worker;
 
@@ -95,6 +103,12 @@ pub struct Fleet {
     keys: Vec<wire::FingerprintKey>,
     /// Drains that go on, and the newest that ended; at most [`MAX_DRAINS`].
     drains: BTreeMap<DrainId, Drain>,
+    /// The hottest families, by the chunk that names each; at most [`MAX_FAMILIES`].
+    families: BTreeMap<u64, Family>,
+    /// When a home last changed.
+    homes_revision: Revision,
+    /// The rebalance that goes on or ended last, by pool; at most one a pool of the configuration.
+    rebalances: BTreeMap<String, Rebalance>,
     sessions: Sessions,
     audit: Chain,
 }
@@ -118,6 +132,8 @@ struct Effect {
     affected: u32,
     /// The drain that began or goes on.
     drain: Option<DrainId>,
+    /// The rebalance that began or goes on.
+    rebalance: Option<RebalanceId>,
 }
 
 impl Effect {
@@ -152,6 +168,9 @@ impl Fleet {
             correlated: BTreeSet::new(),
             keys: Vec::new(),
             drains: BTreeMap::new(),
+            families: BTreeMap::new(),
+            homes_revision: Revision(0),
+            rebalances: BTreeMap::new(),
             sessions: Sessions::default(),
             audit: Chain::default(),
         }
@@ -264,6 +283,11 @@ impl Fleet {
             Action::StartDrain(command) => self.start_drain(at, &command, proposal),
             Action::CancelDrain(command) => self.cancel_drain(at, &command),
             Action::PassDrainDeadline(command) => self.pass_drain_deadline(at, &command),
+            Action::AssignHomes(command) => self.assign_homes(at, command),
+            Action::StartRebalance(command) => self.start_rebalance(at, command, proposal),
+            Action::StepRebalance(command) => self.step_rebalance(at, &command),
+            Action::StopRebalance(command) => self.stop_rebalance(&command),
+            Action::CancelRebalance(command) => self.cancel_rebalance(&command),
         }
     }
 
@@ -278,6 +302,7 @@ impl Fleet {
             unchanged,
             affected: effect.affected,
             drain: effect.drain.map_or(0, |drain| drain.0),
+            rebalance: effect.rebalance.map_or(0, |rebalance| rebalance.0),
         };
         let delta = (!unchanged).then(|| wire::Delta {
             revision: at.0,
@@ -317,8 +342,8 @@ impl Fleet {
             drains: self.drains.values().map(Drain::to_wire).collect(),
             // Answers to reads say it; the state has the keys.
             key_epoch: 0,
-            families: Vec::new(),
-            rebalances: Vec::new(),
+            families: self.families.values().map(Family::to_wire).collect(),
+            rebalances: self.rebalances.values().map(Rebalance::to_wire).collect(),
         }
     }
 
@@ -373,6 +398,16 @@ impl Fleet {
     /// Drains that go on, and the newest that ended, oldest first.
     pub fn drains(&self) -> impl Iterator<Item = &Drain> {
         self.drains.values()
+    }
+
+    /// The hottest families and their homes, by chunk.
+    pub fn families(&self) -> impl Iterator<Item = &Family> {
+        self.families.values()
+    }
+
+    /// The rebalance that goes on or ended last of each pool, by pool.
+    pub fn rebalances(&self) -> impl Iterator<Item = &Rebalance> {
+        self.rebalances.values()
     }
 
     /// All workers, by name.

@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use forebay_proto::WorkerId;
 use forebay_proto::wire::fleet as wire;
+use forebay_proto::{RebalancePhase, WorkerId};
 use proptest::prelude::*;
 use wire::Desired;
 
 use super::testing::{World, entry};
-use super::{Fleet, audit};
+use super::{Fleet, MAX_FAMILIES, MAX_HOMES, audit};
 
 fn name() -> impl Strategy<Value = String> {
     (1..5u8).prop_map(|i| format!("w{i}"))
@@ -63,6 +63,18 @@ fn line() -> impl Strategy<Value = String> {
             .prop_map(|(id, how)| format!("call-off d{id} {how}")),
         (1..60u8).prop_map(|id| format!("deadline d{id}")),
         (0..4u8).prop_map(|epoch| format!("rotate {epoch} key=0123456789abcdef")),
+        (
+            1..5u8,
+            1..5u8,
+            1..3u8,
+            word(&["", "gone=1", "as_of=9", "pool=other"])
+        )
+            .prop_map(|(a, b, family, how)| format!("homes {family}={a},{b} 3={b}:90 {how}")),
+        (0..5u8, 0..5u8, 1..4u8, word(&["", "dry", "2:1>2", "3:3>1"]))
+            .prop_map(|(a, b, family, more)| format!("rebalance {family}:{a}>{b} {more}")),
+        (1..60u8, 0..3u8).prop_map(|(id, step)| format!("step r{id} {step}")),
+        (1..60u8, word(&["stop", "call-rebalance-off"]))
+            .prop_map(|(id, verb)| format!("{verb} r{id}")),
     ]
 }
 
@@ -127,6 +139,52 @@ fn drains_go_on(before: &Fleet, after: &Fleet) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// A home is a worker of its family's pool that is wanted ready.
+fn homes_are_kept(fleet: &Fleet) -> Result<(), TestCaseError> {
+    prop_assert!(fleet.families().count() <= MAX_FAMILIES);
+    for family in fleet.families() {
+        prop_assert!((1..=MAX_HOMES).contains(&family.homes.len()));
+        prop_assert!(family.homes.is_sorted_by(|a, b| a < b));
+        for home in &family.homes {
+            let worker = fleet.workers().find(|worker| worker.id == *home);
+            let fits = worker.is_some_and(|worker| {
+                worker.spec.pool == family.pool && worker.desired == Desired::Ready
+            });
+            prop_assert!(fits, "{family:?} has {worker:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A rebalance under way is not forgotten with its pool there, goes one way, and counts its moves.
+fn rebalances_go_on(before: &Fleet, after: &Fleet) -> Result<(), TestCaseError> {
+    for was in before.rebalances() {
+        let now = after.rebalances().find(|now| now.pool == was.pool);
+        let Some(now) = now else {
+            prop_assert!(
+                !after.config.pools.contains(&was.pool),
+                "{} is forgotten",
+                was.id
+            );
+            continue;
+        };
+        if now.id == was.id {
+            prop_assert!(
+                was.is_active() || now == was,
+                "{} goes on after its end",
+                was.id
+            );
+            prop_assert!((was.done..=was.done + 1).contains(&now.done));
+            prop_assert_eq!(&now.moves, &was.moves);
+            let all = now.done as usize == now.moves.len();
+            prop_assert_eq!(all, now.phase == RebalancePhase::Done);
+        } else {
+            prop_assert!(!was.is_active(), "{} made way while it went on", was.id);
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #[test]
     fn invariants_hold_after_every_command(log in log()) {
@@ -153,12 +211,14 @@ proptest! {
                 prop_assert!(fleet.config.pools.contains(&worker.spec.pool));
             }
             drains_go_on(&before, fleet)?;
+            homes_are_kept(fleet)?;
+            rebalances_go_on(&before, fleet)?;
             let guards = ["set", "remove", "cordon", "drain"];
             let guarded = guards.iter().any(|verb| line.starts_with(verb));
             if guarded && !line.ends_with("override") && !line.ends_with("ignore") {
                 prop_assert!(served(fleet).is_superset(&served(&before)), "{}", line);
             }
-            let audited = u64::from(!line.starts_with("observe"));
+            let audited = u64::from(!line.starts_with("observe") && !line.starts_with("homes"));
             prop_assert_eq!(fleet.audit_count(), before.audit_count() + audited);
             let (entries, head) = fleet.audit_tail(usize::MAX);
             prop_assert_eq!(audit::verify(&entries, &head), Ok(()));
@@ -167,6 +227,8 @@ proptest! {
                 prop_assert_eq!(fleet.revision().0, delta.revision);
             } else {
                 prop_assert_eq!(fleet.facts().workers, before.facts().workers);
+                prop_assert_eq!(fleet.facts().families, before.facts().families);
+                prop_assert_eq!(fleet.facts().rebalances, before.facts().rebalances);
                 prop_assert_eq!(fleet.revision(), before.revision());
             }
         }
@@ -222,6 +284,9 @@ proptest! {
                     }
                     wire::change::Change::RebalancePut(one) => {
                         rebalances.insert(one.pool.clone(), one);
+                    }
+                    wire::change::Change::RebalanceForgotten(pool) => {
+                        rebalances.remove(&pool);
                     }
                     wire::change::Change::Config(_)
                     | wire::change::Change::Keys(_)

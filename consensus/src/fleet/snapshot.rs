@@ -6,10 +6,13 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use forebay_proto::config::MAX_POOLS;
 use forebay_proto::fleet::{Member, WorkerSpec};
 use forebay_proto::ids::{ClientId, Incarnation};
 use forebay_proto::wire::fleet as wire;
-use forebay_proto::{ClusterId, Drain, DrainId, FEATURE_LEVEL, Millis, Revision, WorkerId};
+use forebay_proto::{
+    ClusterId, Drain, DrainId, FEATURE_LEVEL, Family, Millis, Rebalance, Revision, WorkerId,
+};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
@@ -17,7 +20,7 @@ use super::audit::{Broken, Chain};
 use super::config::Agreed;
 use super::keys::MAX_KEYS;
 use super::sessions::{MAX_SESSIONS, Session, Sessions};
-use super::{Fleet, MAX_DRAINS, MAX_WORKERS, Worker};
+use super::{Fleet, MAX_DRAINS, MAX_FAMILIES, MAX_HOMES, MAX_MOVES, MAX_WORKERS, Worker};
 use crate::bug::{Bug, on};
 
 const MAGIC: &[u8; 8] = b"FBYFLEET";
@@ -78,6 +81,8 @@ struct Body {
     audit_tail: Vec<wire::AuditEntry>,
     #[prost(uint64, tag = "8")]
     newest_member: u64,
+    #[prost(uint64, tag = "9")]
+    homes_revision: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -150,6 +155,11 @@ impl Fleet {
         {
             facts.drains.clear();
         }
+        if on(Bug::SnapshotLosesRebalances)
+            && let Some(facts) = &mut body.facts
+        {
+            facts.rebalances.clear();
+        }
         body
     }
 
@@ -169,6 +179,7 @@ impl Fleet {
             audit_count: self.audit.count(),
             audit_tail: self.audit.tail(usize::MAX),
             newest_member: self.newest_member,
+            homes_revision: self.homes_revision.0,
         }
     }
 
@@ -216,6 +227,9 @@ impl Fleet {
             correlated: facts.correlated_expiry.into_iter().collect(),
             keys: keys(facts.keys.unwrap_or_default())?,
             drains: drains(facts.drains)?,
+            families: families(facts.families)?,
+            homes_revision: Revision(body.homes_revision),
+            rebalances: rebalances(facts.rebalances)?,
             sessions: Sessions::restore(sessions.collect::<Result<Vec<_>, _>>()?),
             audit: Chain::restore(head, body.audit_count, body.audit_tail)?,
         };
@@ -262,6 +276,36 @@ fn drains(stored: Vec<wire::Drain>) -> Result<BTreeMap<DrainId, Drain>, RestoreE
         Ok((drain.id, drain))
     });
     drains.collect()
+}
+
+fn families(stored: Vec<wire::Family>) -> Result<BTreeMap<u64, Family>, RestoreError> {
+    let families = stored.into_iter().map(|family| {
+        let family = Family::from_wire(family).map_err(malformed)?;
+        if !(1..=MAX_HOMES).contains(&family.homes.len()) {
+            return Err(malformed("a family has no home, or more than fit"));
+        }
+        Ok((family.chunk, family))
+    });
+    let families: BTreeMap<_, _> = families.collect::<Result<_, _>>()?;
+    if families.len() > MAX_FAMILIES {
+        return Err(malformed("it has more families than fit"));
+    }
+    Ok(families)
+}
+
+fn rebalances(stored: Vec<wire::Rebalance>) -> Result<BTreeMap<String, Rebalance>, RestoreError> {
+    if stored.len() > MAX_POOLS {
+        return Err(malformed("it has more rebalances than fit"));
+    }
+    let rebalances = stored.into_iter().map(|rebalance| {
+        let rebalance = Rebalance::from_wire(rebalance).map_err(malformed)?;
+        let moves = rebalance.moves.len();
+        if moves > MAX_MOVES || rebalance.done as usize > moves {
+            return Err(malformed("a rebalance has more moves than fit"));
+        }
+        Ok((rebalance.pool.clone(), rebalance))
+    });
+    rebalances.collect()
 }
 
 fn session(stored: StoredSession) -> Result<(ClientId, Session), RestoreError> {

@@ -14,6 +14,11 @@
 //! drain w1,w2 deadline=100 cancel loads=1:3
 //! call-off d7 uncordon
 //! deadline d7
+//! homes f=1,2:90 e=3 gone=d as_of=9 pool=default
+//! rebalance f:1>2 e:0>3 every=100 below=900 pool=default dry
+//! step r7 0
+//! stop r7
+//! call-rebalance-off r7 dry
 //! ```
 
 use std::collections::BTreeMap;
@@ -88,8 +93,9 @@ pub(super) fn shown(applied: &Applied) -> String {
             let worker = done.worker.and_then(|worker| worker.incarnation);
             let worker = worker.map(|i| format!(" {}.{}.{}", i.worker, i.grant, i.start));
             let drain = (done.drain > 0).then(|| format!(" d{}", done.drain));
+            let rebalance = (done.rebalance > 0).then(|| format!(" r{}", done.rebalance));
             let affected = (done.affected > 0).then(|| format!(" +{}", done.affected));
-            [Some(what.into()), worker, drain, affected]
+            [Some(what.into()), worker, drain, rebalance, affected]
                 .into_iter()
                 .flatten()
                 .collect()
@@ -194,6 +200,37 @@ pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
         "deadline" => Action::PassDrainDeadline(wire::PassDrainDeadline {
             id: words[1][1..].parse().unwrap(),
         }),
+        "homes" => Action::AssignHomes(wire::AssignHomes {
+            put: words[1..]
+                .iter()
+                .filter_map(|word| family(word, &given))
+                .collect(),
+            remove: given.get("gone").map_or(vec![], |gone| {
+                gone.split(',').map(|chunk| hex(chunk).unwrap()).collect()
+            }),
+            as_of: number("as_of").unwrap_or(u64::MAX),
+        }),
+        "rebalance" => Action::StartRebalance(wire::StartRebalance {
+            pool: (*given.get("pool").unwrap_or(&"default")).into(),
+            moves: words[1..].iter().filter_map(|word| moved(word)).collect(),
+            before: None,
+            after: None,
+            interval_ms: number("every").unwrap_or(100) as u32,
+            stop_below: number("below").unwrap_or(0) as u32,
+            dry_run: flag("dry"),
+        }),
+        "step" => Action::StepRebalance(wire::StepRebalance {
+            id: words[1][1..].parse().unwrap(),
+            step: words[2].parse().unwrap(),
+        }),
+        "stop" => Action::StopRebalance(wire::StopRebalance {
+            id: words[1][1..].parse().unwrap(),
+            why: "too late".into(),
+        }),
+        "call-rebalance-off" => Action::CancelRebalance(wire::CancelRebalance {
+            id: words[1][1..].parse().unwrap(),
+            dry_run: flag("dry"),
+        }),
         other => panic!("no command {other}"),
     };
     let command = wire::Command {
@@ -205,6 +242,39 @@ pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
         loads: loads(given.get("loads").copied()),
     });
     proposal(command.encode_to_vec().into(), client, sequence, evidence)
+}
+
+fn hex(chunk: &str) -> Option<u64> {
+    u64::from_str_radix(chunk, 16).ok()
+}
+
+/// `f=1,2:90`: the family of chunk 15 with these homes, whose requests take 90.
+fn family(word: &str, given: &BTreeMap<&str, &str>) -> Option<wire::Family> {
+    let (chunk, homes) = word.split_once('=')?;
+    let chunk = hex(chunk)?;
+    let (homes, takes) = homes.split_once(':').unwrap_or((homes, "10"));
+    Some(wire::Family {
+        pool: (*given.get("pool").unwrap_or(&"default")).into(),
+        chunk,
+        key_epoch: 1,
+        chunks: 4,
+        tokens: 400,
+        homes: homes.split(',').map(|home| home.parse().unwrap()).collect(),
+        saves: 10,
+        takes: takes.parse().unwrap(),
+        pinned: false,
+    })
+}
+
+/// `f:1>2`: the family of chunk 15 from worker 1 to worker 2; 0 is none.
+fn moved(word: &str) -> Option<wire::Move> {
+    let (chunk, ends) = word.split_once(':')?;
+    let (from, to) = ends.split_once('>')?;
+    Some(wire::Move {
+        chunk: hex(chunk)?,
+        from: from.parse().unwrap(),
+        to: to.parse().unwrap(),
+    })
 }
 
 fn list(words: &str) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! From an opened disk to a running member, and to its end.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use forebay_link::{Alpn, Code, Credentials, Endpoint, Link};
@@ -13,6 +13,7 @@ use super::callers::Callers;
 use super::group::Group;
 use super::leader::Leader;
 use super::peers;
+use super::plans::{Planner, Plans};
 use super::publish::Publisher;
 use super::{Config, ServerError, Settings, rpc, snapshots, watchers};
 use crate::fleet::{Applied, Fleet};
@@ -34,6 +35,8 @@ pub(crate) struct Running {
     pub(crate) wakes: watch::Sender<u64>,
     /// What comes in of snapshots.
     pub(crate) snapshots: snapshots::Inbound,
+    /// The plan that is made here, if one is.
+    pub(crate) plans: Arc<Plans>,
 }
 
 /// What a node is in.
@@ -60,6 +63,8 @@ pub(crate) struct Shared {
     pub(crate) rpcs: Semaphore,
     pub(crate) started: Instant,
     pub(crate) callers: Callers,
+    /// Who makes plans, once somebody was handed in.
+    pub(crate) planner: OnceLock<Arc<dyn Planner>>,
     options: ReplicaOptions,
     settings: Settings,
 }
@@ -141,6 +146,7 @@ pub async fn start_with(config: Config, settings: Settings) -> Result<ControlNod
         rpcs: Semaphore::new(MAX_RPCS),
         started: Instant::now(),
         callers: Callers::default(),
+        planner: OnceLock::new(),
         options: config.replica,
         settings,
     });
@@ -208,6 +214,7 @@ pub(crate) fn run_member(
         group,
         wakes,
         snapshots: snapshots::Inbound::default(),
+        plans: Arc::default(),
     };
     tracing::info!(
         name = shared.name,
@@ -264,6 +271,12 @@ impl ControlNode {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.shared.name
+    }
+
+    /// Lets this one make plans of rebalances while the node leads; only the first that is handed in does.
+    pub fn plan_with(&self, planner: Arc<dyn Planner>) {
+        // A second one changes nothing.
+        let _ = self.shared.planner.set(planner);
     }
 
     /// Its side of leading, once it is a member: waits until then. `None` if it stops before.

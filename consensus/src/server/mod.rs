@@ -13,6 +13,7 @@ mod leader;
 mod lifecycle;
 mod membership;
 mod peers;
+mod plans;
 pub mod publish;
 mod rpc;
 mod snapshots;
@@ -33,6 +34,7 @@ use crate::store::StoreError;
 
 pub use leader::{Leader, ProposeFailure};
 pub use lifecycle::{ControlNode, start, start_with};
+pub use plans::{Candidate, Planner, Question};
 
 /// How long a node is up before it lets itself be bootstrapped: time for a cluster that already
 /// counts it as a member to say so.

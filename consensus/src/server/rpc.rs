@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::callers::{Bounds, Caller};
 use super::lifecycle::{Phase, Running, Shared};
-use super::{bootstrap, membership, watchers};
+use super::{bootstrap, membership, plans, watchers};
 use crate::fleet::lease::{Lease, RenewError};
 use crate::fleet::reign::{self, Asked};
 use crate::fleet::{MAX_NAMES, too_new};
@@ -29,10 +29,16 @@ const MAX_DEADLINE: Duration = Duration::from_secs(10);
 /// A renewal waits no longer for a node that was just elected: the next one comes in a second.
 const RENEW_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Largest request of a peer: whole documents come from operators only.
-const fn most_bytes(role: Role) -> usize {
+/// Largest request of a peer: whole documents come from operators only, and records of arrivals from
+/// agents while a plan is made.
+fn most_bytes(shared: &Shared, role: Role) -> usize {
+    let collects = || {
+        let running = shared.running();
+        running.is_some_and(|running| running.plans.is_collecting())
+    };
     match role {
         Role::Operator(_) => Kind::Request.max_bytes(),
+        Role::Agent if collects() => plans::MOST_BYTES,
         Role::Control | Role::Balancer | Role::Agent => 64 << 10,
     }
 }
@@ -63,7 +69,8 @@ async fn answer(
 ) {
     let receive = async {
         let _turn = bounds.receiving.acquire().await;
-        recv.recv_at_most(most_bytes(link.peer().role)).await
+        recv.recv_at_most(most_bytes(shared, link.peer().role))
+            .await
     };
     let response = match tokio::time::timeout(REQUEST_PATIENCE, receive).await {
         Ok(Ok(Some(frame))) if frame.kind == Kind::Request => match shared.rpcs.try_acquire() {
@@ -197,6 +204,13 @@ async fn execute(
             }))
         }
         (Request::Holders(asked), _) => holders(shared, &asked).await.map(Response::Holders),
+        (Request::Arrivals(told), _) => {
+            arrivals(&*member(shared)?, link.peer(), told)?;
+            Ok(Response::ArrivalsTaken(control::ArrivalsTaken {}))
+        }
+        (Request::Plan(asked), _) => plans::plan(shared, &member(shared)?, asked)
+            .await
+            .map(Response::Planned),
         (Request::Renew(renew), _) => renewed(shared, link.peer(), &renew)
             .await
             .map(Response::Renewed),
@@ -306,6 +320,11 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         | Action::StartDrain(_)
         | Action::CancelDrain(_)
         | Action::PassDrainDeadline(_)
+        | Action::AssignHomes(_)
+        | Action::StartRebalance(_)
+        | Action::StepRebalance(_)
+        | Action::StopRebalance(_)
+        | Action::CancelRebalance(_)
         | Action::Remove(_)
         | Action::ApplyConfig(_)
         | Action::Expire(_)
@@ -417,11 +436,15 @@ async fn renewed(
                 note_observed(&running, &facts, &peer.name, incarnation, renew);
             }
             let ttl_ms = Millis::from_duration(ttl).wire();
-            Ok(control::Renewed {
+            let mut renewed = control::Renewed {
                 ttl_ms,
                 revision: facts.revision,
                 ..Default::default()
-            })
+            };
+            if let Some(incarnation) = incarnation.filter(|_| peer.role == Role::Agent) {
+                running.plans.wants(incarnation, &mut renewed);
+            }
+            Ok(renewed)
         }
         Some(Err(RenewError::Superseded { current })) => {
             Err(Failure::Superseded(control::Superseded {
@@ -433,6 +456,22 @@ async fn renewed(
         }
         Some(Err(RenewError::Full)) => Err(overloaded("balancers with a lease")),
     }
+}
+
+/// Takes what an agent recorded of its own worker, if a plan is made that asked for it.
+fn arrivals(running: &Running, peer: &Identity, told: control::Arrivals) -> Result<(), Failure> {
+    let incarnation = Incarnation::from_wire(told.incarnation.as_ref());
+    let incarnation = incarnation.map_err(|error| bad(error.to_string()))?;
+    let facts = running.published.facts();
+    let own = facts.workers.iter().find(|worker| worker.name == peer.name);
+    if own.is_none_or(|own| own.incarnation != told.incarnation) {
+        return Err(bad(format!(
+            "{incarnation} is not registered as {}",
+            peer.name
+        )));
+    }
+    running.plans.take(incarnation, told);
+    Ok(())
 }
 
 /// Who was heard lately, by the leader's own memory.

@@ -19,6 +19,7 @@ mod founding;
 mod large;
 mod leases;
 mod membership;
+mod planning;
 mod rot;
 mod strangers;
 mod watching;

@@ -243,9 +243,12 @@ fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
         Some(Change::WorkerPut(worker)) => sees(consumer, &worker.name),
         Some(Change::WorkerRemoved(name)) => sees(consumer, name),
         Some(Change::Keys(_)) => gets_keys(consumer),
-        Some(Change::DrainPut(_) | Change::DrainForgotten(_) | Change::RebalancePut(_)) => {
-            sees_drains(consumer)
-        }
+        Some(
+            Change::DrainPut(_)
+            | Change::DrainForgotten(_)
+            | Change::RebalancePut(_)
+            | Change::RebalanceForgotten(_),
+        ) => sees_drains(consumer),
         Some(Change::Families(_)) => sees_families(consumer),
         Some(
             Change::Config(_)

@@ -202,7 +202,14 @@ impl Asker {
                 }
                 Part::Balancer { name, revision } => {
                     let (name, revision) = (name.clone(), *revision);
-                    Some(renewal(Role::Balancer, name, None, revision, 0, None))
+                    Some(renewal(
+                        Role::Balancer,
+                        name,
+                        None,
+                        revision,
+                        0,
+                        (None, None),
+                    ))
                 }
                 Part::Admin => self.admin_operation(world),
             };
@@ -379,6 +386,7 @@ impl Asker {
                     in_flight,
                     ..control::Work::default()
                 };
+                let heat = world.rng.random_bool(0.3).then(|| heat(world));
                 let incarnation = Some(incarnation);
                 return renewal(
                     Role::Agent,
@@ -386,7 +394,7 @@ impl Asker {
                     incarnation,
                     revision,
                     observed,
-                    Some(work),
+                    (Some(work), heat),
                 );
             }
             Wants::Register { name, held, start } => (name, held, start),
@@ -587,13 +595,38 @@ pub(super) fn drained(agents: u32) -> String {
     format!("w{}", agents.saturating_sub(1))
 }
 
+/// What an agent was asked for, now of the one families and now of others; and sometimes it is late, but
+/// for when the world heals.
+fn heat(world: &mut Outside<'_>) -> control::Heat {
+    let families = (1..=4).map(|chunk| control::FamilyHeat {
+        chunk,
+        chunks: 4,
+        tokens: 1_024,
+        arrivals: world.rng.random_range(0..1_000),
+        takes: world.rng.random_range(0..1_500),
+        held: world.rng.random_bool(0.5),
+        key_epoch: 1,
+        pool: "default".into(),
+        ..control::FamilyHeat::default()
+    });
+    let families = families.collect();
+    let late = !world.healing && world.rng.random_bool(0.3);
+    control::Heat {
+        families,
+        takes: world.rng.random_range(0..1_000),
+        first_tokens: 10,
+        in_time: if late { 0 } else { 10 },
+        ..control::Heat::default()
+    }
+}
+
 fn renewal(
     role: Role,
     name: String,
     incarnation: Option<Incarnation>,
     revision: u64,
     observed: i32,
-    work: Option<control::Work>,
+    (work, heat): (Option<control::Work>, Option<control::Heat>),
 ) -> Request {
     Request {
         ask: Ask::Renew {
@@ -608,7 +641,7 @@ fn renewal(
                 observed,
                 feature_level: FEATURE_LEVEL,
                 work,
-                heat: None,
+                heat,
             },
         },
         calls: Vec::new(),

@@ -716,6 +716,11 @@ impl Process {
                     let action = command::Action::PassDrainDeadline(deadline);
                     (action, "its deadline passed")
                 }
+                Action::AssignHomes(assign) => {
+                    (command::Action::AssignHomes(assign), "as its heat asks")
+                }
+                Action::StepRebalance(step) => (command::Action::StepRebalance(step), "it is due"),
+                Action::StopRebalance(stop) => (command::Action::StopRebalance(stop), "too late"),
             };
             let proposed = self.propose_own(now, action, reason);
             self.own.extend(proposed);

@@ -73,6 +73,8 @@ pub struct Summary {
     pub placements: u64,
     /// Drains that came to their end.
     pub drains: u64,
+    /// Homes that rebalances moved.
+    pub moves: u64,
     /// Events.
     pub events: u64,
     /// Terms in which a leader was elected.
@@ -112,6 +114,7 @@ impl Summary {
         self.lin_checked_ops += other.lin_checked_ops;
         self.placements += other.placements;
         self.drains += other.drains;
+        self.moves += other.moves;
         self.events += other.events;
         self.terms += other.terms;
         self.trace_hash = self.trace_hash.rotate_left(7) ^ other.trace_hash;
@@ -189,6 +192,7 @@ fn run_plan(request: Request, plan: Vec<Fault>) -> Result<Summary, (Violation, u
         lin_checked_ops: ended.checked,
         placements: ended.placements,
         drains: ended.drains,
+        moves: ended.moves,
         events: ended.events,
         terms: ended.terms as u64,
         trace_hash: ended.trace,

@@ -313,6 +313,7 @@ impl World {
                 self.agreed(&batch, position)?;
             }
             self.checks.drains.held(&batch.facts)?;
+            self.checks.homes.held(&batch.facts)?;
             self.newest_member = self.newest_member.max(batch.newest_member);
         }
         Ok(messages)
@@ -326,6 +327,7 @@ impl World {
         self.checks.incarnations.delta(delta)?;
         self.checks.force.delta(delta);
         self.checks.drains.delta(delta)?;
+        self.checks.homes.delta(delta)?;
         for change in &delta.changes {
             match &change.change {
                 Some(Change::Members(list)) => self.members_are(&list.members),

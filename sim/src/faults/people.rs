@@ -1,4 +1,4 @@
-//! What those who ask do: they wake, get answers; the admin changes the members.
+//! What those who ask do: they wake, get answers; the admin drains, moves homes, changes the members.
 
 use forebay_consensus::node::MembersChange;
 use forebay_proto::NodeId;
@@ -117,12 +117,14 @@ impl World {
             .copied()
     }
 
-    /// What the admin does next: a drain of the worker that is kept for it, or other members.
+    /// What the admin does next: a drain of the worker that is kept for it, a rebalance, or other members.
     fn operates(&mut self) -> (Option<(Action, Option<MembersChange>)>, Option<NodeId>) {
-        if self.rng.random_bool(0.3) {
-            return (self.drains().map(|action| (action, None)), None);
+        let dice = self.rng.random_range(0..10);
+        match dice {
+            0..3 => (self.drains().map(|action| (action, None)), None),
+            3..6 => (self.rebalances().map(|action| (action, None)), None),
+            _ => self.churn(),
         }
-        self.churn()
     }
 
     /// The next step of a drain, always by the guard.
@@ -151,6 +153,40 @@ impl World {
             uncordon: dice < 8,
             dry_run: dice == 0,
         }))
+    }
+
+    /// A rebalance begins, also where one goes on, or is called off.
+    fn rebalances(&mut self) -> Option<Action> {
+        let dice = self.rng.random_range(0..100);
+        let picks = [(); 3].map(|()| self.rng.random_range(0..1_000));
+        let interval_ms = self.rng.random_range(100..1_500);
+        let active = self.checks.homes.active();
+        if let Some(id) = active.filter(|_| dice < 20) {
+            let dry_run = dice == 0;
+            return Some(Action::CancelRebalance(wire::CancelRebalance {
+                id,
+                dry_run,
+            }));
+        }
+        let mut moves: Vec<wire::Move> = picks
+            .into_iter()
+            .filter_map(|pick| self.checks.homes.possible(pick))
+            .collect();
+        // A later one of the same family may not be possible after the one before.
+        if dice < 80 {
+            let mut seen = std::collections::BTreeSet::new();
+            moves.retain(|one| seen.insert(one.chunk));
+        }
+        (!moves.is_empty() && !self.healing).then(|| {
+            Action::StartRebalance(wire::StartRebalance {
+                pool: "default".into(),
+                moves,
+                interval_ms,
+                stop_below: if dice % 2 == 0 { 0 } else { 800 },
+                dry_run: dice > 95,
+                ..wire::StartRebalance::default()
+            })
+        })
     }
 
     /// What the admin does next with the members.

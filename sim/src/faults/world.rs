@@ -125,6 +125,7 @@ pub(super) struct Ended {
     pub(super) injected: BTreeMap<&'static str, u64>,
     pub(super) placements: u64,
     pub(super) drains: u64,
+    pub(super) moves: u64,
 }
 
 impl World {
@@ -316,6 +317,7 @@ impl World {
                     injected: self.injected,
                     placements: self.checks.force.taken,
                     drains: self.checks.drains.drained,
+                    moves: self.checks.homes.moved,
                 })
             }
         }
@@ -479,7 +481,9 @@ impl World {
             .collect();
         let leader = self.hosts.values().find(|host| host.leads());
         if let Some(process) = leader.and_then(|host| host.process.as_ref()) {
-            super::check::Drains::at_rest(&process.publisher.facts())?;
+            let facts = process.publisher.facts();
+            super::check::Drains::at_rest(&facts)?;
+            super::check::Homes::at_rest(&facts)?;
         }
         let idle = self.idle_balancers();
         let members = self.members.iter();

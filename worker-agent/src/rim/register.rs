@@ -130,6 +130,9 @@ impl Registrar<'_> {
                 | Refusal::CapacityUnknown { .. }
                 | Refusal::DrainActive { .. }
                 | Refusal::UnknownDrain { .. }
+                | Refusal::RebalanceActive { .. }
+                | Refusal::UnknownRebalance { .. }
+                | Refusal::PlanStale { .. }
                 | Refusal::PoolInUse { .. } => {
                     Attempt::Fatal(AgentError::Refused { name, refusal })
                 }

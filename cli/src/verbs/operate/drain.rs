@@ -123,7 +123,8 @@ struct CancelArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limit(pub(super) Option<Duration>);
 
-fn time(text: &str) -> Result<Limit, String> {
+/// Reads 90s, 10m, 2h or none.
+pub(super) fn time(text: &str) -> Result<Limit, String> {
     if text == "none" {
         return Ok(Limit(None));
     }

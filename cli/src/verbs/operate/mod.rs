@@ -1,9 +1,10 @@
-//! Verbs that take workers out of service and bring them back: which workers, the question before it,
-//! and who has applied it.
+//! Verbs that take workers out of service, bring them back and even out their load: which workers, the
+//! question before it, and who has applied it.
 
 mod cordon;
 mod drain;
 mod follow;
+mod rebalance;
 mod report;
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 
 pub(crate) use cordon::{CordonArgs, UncordonArgs, cordon, uncordon};
 pub(crate) use drain::{DrainArgs, run as drain};
+pub(crate) use rebalance::{HomesArgs, RebalanceArgs, homes, rebalance_line, run as rebalance};
 pub(crate) use report::drain_line;
 
 use super::ask::Asked;

@@ -286,6 +286,9 @@ impl Facts {
                         .retain(|_, held| held.pool != rebalance.pool);
                     next.rebalances.insert(rebalance.id, rebalance);
                 }
+                Change::RebalanceForgotten(pool) => {
+                    next.rebalances.retain(|_, held| held.pool != pool);
+                }
             }
         }
         next.revision = Revision(delta.revision);

@@ -10,7 +10,7 @@ use forebay_proto::wire::control::response::Response;
 use forebay_proto::wire::fleet::command::Action;
 use forebay_proto::wire::fleet::outcome::Outcome;
 use forebay_proto::wire::{control as wire, fleet};
-use forebay_proto::{ClientId, ClusterId, DrainId, Millis, NodeId, Now, Revision};
+use forebay_proto::{ClientId, ClusterId, DrainId, Millis, NodeId, Now, RebalanceId, Revision};
 use futures::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
 use prost::Message;
@@ -56,6 +56,8 @@ pub struct Done {
     pub affected: u32,
     /// The drain that began or goes on.
     pub drain: Option<DrainId>,
+    /// The rebalance that began or goes on.
+    pub rebalance: Option<RebalanceId>,
 }
 
 impl ControlClient {
@@ -211,6 +213,34 @@ impl ControlClient {
         };
         match self.call(deadline, ask).await? {
             (_, Response::Holders(held)) => Ok(held),
+            (address, _) => Err(unexpected(&address)),
+        }
+    }
+
+    /// What a rebalance of a pool would move, by what its agents recorded in this time; nothing is changed.
+    ///
+    /// The leader needs some seconds: it asks the agents first.
+    ///
+    /// # Errors
+    ///
+    /// Returns why nobody could plan by the deadline.
+    pub async fn plan(
+        &self,
+        pool: &str,
+        window: Millis,
+        most_moves: u32,
+        deadline: Duration,
+    ) -> Result<wire::Planned, ClientError> {
+        let ask = |patience| {
+            Ask::Plan(wire::Plan {
+                pool: pool.into(),
+                window_ms: window.0,
+                most_moves,
+                deadline_ms: Millis::from_duration(patience).wire(),
+            })
+        };
+        match self.call_patiently(deadline, deadline, ask).await? {
+            (_, Response::Planned(planned)) => Ok(planned),
             (address, _) => Err(unexpected(&address)),
         }
     }
@@ -403,6 +433,7 @@ pub(crate) fn read_outcome(address: &str, outcome: Outcome) -> Result<Done, Clie
                 unchanged: done.unchanged,
                 affected: done.affected,
                 drain: (done.drain > 0).then_some(DrainId(done.drain)),
+                rebalance: (done.rebalance > 0).then_some(RebalanceId(done.rebalance)),
             })
         }
         Outcome::Refusal(refusal) => Err(Refusal::from_wire(refusal).map_or_else(

@@ -7,6 +7,7 @@ mod drains;
 mod durable;
 mod election;
 mod force;
+mod homes;
 mod incarnation;
 mod lease;
 mod liveness;
@@ -27,6 +28,7 @@ pub(super) use drains::Drains;
 pub(super) use durable::Durable;
 pub(super) use election::Election;
 pub(super) use force::InForce;
+pub(super) use homes::Homes;
 pub(super) use incarnation::Incarnations;
 pub(super) use lease::Leases;
 pub(super) use liveness::{Liveness, NodeRest, Rest};
@@ -80,4 +82,5 @@ pub(super) struct Checks {
     pub(super) watchers: Watchers,
     pub(super) force: InForce,
     pub(super) drains: Drains,
+    pub(super) homes: Homes,
 }
