@@ -59,11 +59,13 @@ pub enum Rpc {
     PassDrainDeadline,
     /// Who holds a lease, and what they said with it.
     Holders,
+    /// What an agent recorded of the last minutes.
+    Arrivals,
 }
 
 impl Rpc {
     /// Every RPC, for tables and tests.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::Probe,
         Self::Bootstrap,
         Self::Read,
@@ -90,6 +92,7 @@ impl Rpc {
         Self::Drain,
         Self::PassDrainDeadline,
         Self::Holders,
+        Self::Arrivals,
     ];
 
     /// Whether a peer of this role may call it.
@@ -111,7 +114,9 @@ impl Rpc {
             Self::Read | Self::Audit | Self::Holders => matches!(role, Control | Operator(_)),
             Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
             Self::Renew => matches!(role, Balancer | Agent),
-            Self::RegisterWorker | Self::ObserveWorker | Self::Goodbye => matches!(role, Agent),
+            Self::RegisterWorker | Self::ObserveWorker | Self::Goodbye | Self::Arrivals => {
+                matches!(role, Agent)
+            }
             Self::SetDesired | Self::RemoveWorker | Self::ApplyConfig | Self::Drain => {
                 matches!(role, Operator(Level::Operator | Level::Admin))
             }
@@ -139,6 +144,7 @@ impl Rpc {
             Request::Snapshot(_) => Self::Snapshot,
             Request::Measure(_) => Self::Measure,
             Request::Holders(_) => Self::Holders,
+            Request::Arrivals(_) => Self::Arrivals,
             Request::Propose(_) => match action? {
                 Action::Register(_) => Self::RegisterWorker,
                 Action::Observe(_) => Self::ObserveWorker,
@@ -162,7 +168,7 @@ mod tests {
     use super::*;
 
     /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
-    const REVIEWED: [(Rpc, &str); 26] = [
+    const REVIEWED: [(Rpc, &str); 27] = [
         (Rpc::Probe, "cbavoA"),
         (Rpc::Bootstrap, ".....A"),
         (Rpc::Read, "c..voA"),
@@ -189,6 +195,7 @@ mod tests {
         (Rpc::Drain, "....oA"),
         (Rpc::PassDrainDeadline, "......"),
         (Rpc::Holders, "c..voA"),
+        (Rpc::Arrivals, "..a..."),
     ];
 
     #[test]
@@ -215,7 +222,7 @@ mod tests {
         }
         assert_eq!(
             Rpc::ALL.last().map(|rpc| *rpc as usize),
-            Some(Rpc::Holders as usize)
+            Some(Rpc::Arrivals as usize)
         );
     }
 
