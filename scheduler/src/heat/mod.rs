@@ -67,6 +67,14 @@ pub struct Ticket {
     took_ms: f64,
 }
 
+impl Ticket {
+    /// Time that it took so far, in milliseconds.
+    #[must_use]
+    pub const fn took_ms(&self) -> f64 {
+        self.took_ms
+    }
+}
+
 /// What one worker is asked for.
 #[derive(Debug, Default)]
 pub struct Heat {
@@ -224,6 +232,12 @@ impl Heat {
     #[must_use]
     pub fn size(&self) -> [usize; 3] {
         [self.tree.len(), self.tree.chunks(), self.record.len()]
+    }
+
+    /// For how long it has counted, and its record goes back.
+    #[must_use]
+    pub fn since(&self, now: Now) -> Duration {
+        self.counted_for(now).min(record::WINDOW)
     }
 
     fn counted_for(&self, now: Now) -> Duration {
