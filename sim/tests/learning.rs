@@ -190,6 +190,7 @@ impl Pair {
             stream: true,
             cache_salt: None,
             zone: None,
+            tenant: String::new(),
         };
         let admitted = self.core.place(now, &offer).unwrap();
         let queueing = Queueing {

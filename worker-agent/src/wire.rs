@@ -58,6 +58,7 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         stream: place.stream,
         cache_salt: Some(place.cache_salt).filter(|salt| !salt.is_empty()),
         zone: Some(place.zone).filter(|zone| !zone.is_empty()),
+        tenant: place.tenant,
     })
 }
 
@@ -131,6 +132,7 @@ pub(crate) fn refused(refused: &Refused) -> Frame {
         RefusalReason::BodyBudget => Wire::RefusalBodyBudget,
         RefusalReason::Invalid => Wire::RefusalInvalid,
         RefusalReason::WrongZone => Wire::RefusalWrongZone,
+        RefusalReason::WrongTenant => Wire::RefusalWrongTenant,
     };
     let refused = work::Refused {
         reason: reason.into(),

@@ -93,6 +93,8 @@ impl World {
             admin: None,
             engine_url: format!("http://{}", self.engine.address),
             engine_kind: "emulated".into(),
+            tenant: None,
+            engine_priority: false,
             pool: "default".into(),
             slots: 2,
             queue_limit: None,

@@ -292,6 +292,7 @@ impl World {
             stream: true,
             cache_salt: None,
             zone: None,
+            tenant: String::new(),
         };
         let (said, load) = match core.place(now, &offer) {
             Ok(admitted) => {

@@ -345,6 +345,7 @@ pub(super) fn offer(job: &Job, block_tokens: u32, incarnation: Incarnation) -> O
         stream: true,
         cache_salt: None,
         zone: None,
+        tenant: String::new(),
     }
 }
 

@@ -20,6 +20,7 @@ mod queue;
 mod standing;
 mod starting;
 mod state;
+mod tenants;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -31,4 +32,5 @@ pub use map::{MAX_MAP_BYTES, Map, MapError};
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
 pub use standing::{Standing, standing};
 pub use state::{Core, EngineState, Settings};
+pub use tenants::Tenants;
 pub use work::Work;

@@ -48,6 +48,7 @@ pub(super) fn offer() -> Offer {
         stream: true,
         cache_salt: None,
         zone: None,
+        tenant: "t".into(),
     }
 }
 

@@ -4,6 +4,7 @@
 pub(crate) mod config;
 mod disk;
 pub(crate) mod engine;
+pub(crate) mod found;
 pub(crate) mod map;
 mod metrics;
 mod placement;

@@ -18,12 +18,12 @@ use tokio::sync::watch;
 use super::config::{Checked, Config};
 use super::disk::DataDir;
 use super::engine::Engine;
+use super::found::EngineFacts;
 use super::map::MapFile;
 use super::metrics::Metrics;
-use super::probe::first_models;
+use super::probe::first_found;
 use super::register::{Registered, Registrar};
 use super::work::{Patience, Setup, Status, Work};
-use crate::adapter::Adapter;
 use crate::core::{Standing, standing};
 use crate::error::AgentError;
 use crate::wire;
@@ -68,8 +68,8 @@ struct Agent {
     /// When that was registered.
     registered: watch::Sender<Option<Revision>>,
     cluster: Option<ClusterId>,
-    /// The models of the newest registration.
-    declared: Option<Arc<[String]>>,
+    /// What the newest registration says of the engine.
+    declared: Option<Declared>,
 }
 
 impl Agent {
@@ -108,8 +108,8 @@ impl Agent {
             Some(record) => (record.incarnation(), None),
             None => {
                 let engine = Engine::new(checked.engine.clone(), 1);
-                let models = first_models(&engine).await;
-                let spec = config.spec(&advertise, &models)?;
+                let found = first_found(&engine, checked.manner.kind.as_deref()).await;
+                let spec = config.spec(&advertise, &found.models, &found.engine)?;
                 let registrar = Registrar {
                     client: &client,
                     name: &checked.name,
@@ -123,7 +123,10 @@ impl Agent {
                 } = registrar.register(&dir, None, &spec).await?;
                 dir.granted(cluster_id, incarnation)?;
                 cluster = Some(cluster_id);
-                declared = Some(models.into());
+                declared = Some(Declared {
+                    models: found.models.into(),
+                    engine: Arc::new(found.engine),
+                });
                 (incarnation, Some(revision))
             }
         };
@@ -136,7 +139,7 @@ impl Agent {
             zone: config.zone.clone(),
             engine: checked.engine.clone(),
             patience: Patience::default(),
-            adapter: Adapter::of(&config.engine_kind),
+            manner: checked.manner.clone(),
             map: Some(MapFile::in_directory(dir.path())),
         };
         let work = Work::start_with(&endpoint, setup, metrics);
@@ -281,6 +284,13 @@ async fn follow(
     }
 }
 
+/// What a registration says of the engine.
+#[derive(Clone, Debug, PartialEq)]
+struct Declared {
+    models: Arc<[String]>,
+    engine: Arc<EngineFacts>,
+}
+
 /// Keeps the worker registered as what it is, and its lease.
 struct Lease<'a> {
     config: &'a Config,
@@ -295,8 +305,8 @@ struct Lease<'a> {
 }
 
 impl Lease<'_> {
-    /// Returns why the process must stop. `declared`: the models it is registered with already.
-    async fn keep(&mut self, declared: Option<Arc<[String]>>) -> AgentError {
+    /// Returns why the process must stop. `declared`: what it is registered with already.
+    async fn keep(&mut self, declared: Option<Declared>) -> AgentError {
         match self.keep_on(declared).await {
             Ok(never) => match never {},
             Err(error) => error,
@@ -305,14 +315,14 @@ impl Lease<'_> {
 
     async fn keep_on(
         &mut self,
-        declared: Option<Arc<[String]>>,
+        declared: Option<Declared>,
     ) -> Result<std::convert::Infallible, AgentError> {
         let mut declared = match declared {
             Some(declared) => declared,
             None => {
-                let models = other_models(self.work, &Arc::default()).await;
-                self.register(&models).await?;
-                models
+                let found = other_engine(self.work, None).await;
+                self.register(&found).await?;
+                found
             }
         };
         loop {
@@ -321,8 +331,9 @@ impl Lease<'_> {
         }
     }
 
-    async fn register(&self, models: &[String]) -> Result<(), AgentError> {
-        let spec = self.config.spec(self.advertise, models)?;
+    async fn register(&self, declared: &Declared) -> Result<(), AgentError> {
+        let Declared { models, engine } = declared;
+        let spec = self.config.spec(self.advertise, models, engine)?;
         let registrar = Registrar {
             client: self.client,
             name: self.name,
@@ -337,11 +348,8 @@ impl Lease<'_> {
         Ok(())
     }
 
-    /// Renews the lease; returns when the engine serves other models.
-    async fn renew_until_other(
-        &self,
-        declared: &Arc<[String]>,
-    ) -> Result<Arc<[String]>, AgentError> {
+    /// Renews the lease; returns when the engine says something else of itself.
+    async fn renew_until_other(&self, declared: &Declared) -> Result<Declared, AgentError> {
         let mut status = self.work.status();
         // A copy: what is under way is looked at with the status free to change.
         let first = status.borrow_and_update().clone();
@@ -389,7 +397,7 @@ impl Lease<'_> {
             }
         };
         tokio::select! {
-            models = other_models(self.work, declared) => Ok(models),
+            found = other_engine(self.work, Some(declared)) => Ok(found),
             current = superseded => Err(AgentError::Superseded {
                 name: self.name.into(),
                 own: self.own,
@@ -414,19 +422,27 @@ fn work_of(work: &Work, observed: Observed) -> forebay_proto::wire::control::Wor
     wire::work_under_way(work.under_way(), draining)
 }
 
-/// The engine's models, once there are some and they are not these.
-async fn other_models(work: &Work, than: &Arc<[String]>) -> Arc<[String]> {
+/// What the engine says of itself, once it does and it is not this.
+async fn other_engine(work: &Work, than: Option<&Declared>) -> Declared {
     let mut status = work.status();
-    let other = |status: &Status| !status.models.is_empty() && status.models != *than;
-    let found = status
-        .wait_for(other)
-        .await
-        .map(|status| status.models.clone());
-    match found {
-        Ok(models) => models,
+    let found =
+        status.wait_for(|status| declared(status).is_some_and(|found| Some(&found) != than));
+    match found.await.map(|status| declared(&status)) {
+        Ok(Some(found)) => found,
         // The sender lives as long as the work side.
-        Err(_) => std::future::pending().await,
+        Ok(None) | Err(_) => std::future::pending().await,
     }
+}
+
+fn declared(status: &Status) -> Option<Declared> {
+    let engine = status
+        .engine
+        .clone()
+        .filter(|_| !status.models.is_empty())?;
+    Some(Declared {
+        models: status.models.clone(),
+        engine,
+    })
 }
 
 /// What the admin pages show; there is no work side before the first registration.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use forebay_admin::prometheus_client::registry::Registry;
@@ -16,16 +17,17 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::engine::{Engine, EngineAddress};
+use super::found::{EngineFacts, Found};
 use super::map::{Keeper, MapFile};
 use super::metrics::Metrics;
 use super::placement::carry;
 use super::reports::{Links, report};
 use super::tasks::OwnedTask;
 use super::{map, probe, reports};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Gauges, NotStarted};
 use crate::core::{
     Admitted, Continuity, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
-    RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
+    RefusalReason, Refused, Settings, Tenants, Unstarted, Usage, Work as UnderWay,
 };
 use crate::wire;
 
@@ -34,6 +36,9 @@ const SPARE_CONNECTIONS: usize = 2;
 
 /// Balancers that are sent a snapshot of the cache at once; others wait for their turn.
 const SNAPSHOTS: usize = 4;
+
+/// The `--tenant` that is everybody.
+const ANYBODY: &str = "*";
 
 /// For the last frames of what just ended to arrive.
 const TELLING: Duration = Duration::from_secs(1);
@@ -76,9 +81,22 @@ pub struct Setup {
     /// How long it waits for others.
     pub patience: Patience,
     /// How the engine is spoken to.
-    pub adapter: Adapter,
+    pub manner: Manner,
     /// Where the cache's map is kept for the next start; nowhere when absent.
     pub map: Option<MapFile>,
+}
+
+/// How an engine is spoken to, and for whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// What kind it is; absent: found by asking it.
+    pub kind: Option<String>,
+    /// Whose requests it gets; absent: everybody's, or one tenant's where it keeps no caches apart.
+    pub tenant: Option<String>,
+    /// It is told what goes first, where it can be.
+    pub priority: bool,
+    /// Nobody said how much its cache holds: it is believed in that.
+    pub asks_size: bool,
 }
 
 /// What the agent says of itself.
@@ -94,6 +112,8 @@ pub struct Status {
     pub in_flight: usize,
     /// Models that the engine serves; empty until it answered.
     pub models: Arc<[String]>,
+    /// What else it said; absent until it answered.
+    pub engine: Option<Arc<EngineFacts>>,
 }
 
 /// The work side, serving until this is dropped. It needs no control plane.
@@ -120,7 +140,7 @@ impl Work {
             zone,
             engine,
             patience,
-            adapter,
+            manner,
             map,
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
@@ -129,15 +149,17 @@ impl Work {
         if let Some(kept) = map.as_ref().and_then(map::read) {
             core.recall(kept);
         }
-        let (status, _) = watch::channel(status(&core));
+        let (status, _) = watch::channel(status(&core, None));
         let shared = Arc::new(Shared {
             origin: Instant::now(),
             inner: Mutex::new(Inner {
                 core,
                 waiting: HashMap::new(),
+                engine: None,
             }),
             patience,
-            adapter,
+            manner,
+            doubted: AtomicBool::new(false),
             changed: Notify::new(),
             status,
             engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS)),
@@ -231,7 +253,9 @@ pub(super) struct Shared {
     origin: Instant,
     inner: Mutex<Inner>,
     pub(super) patience: Patience,
-    pub(super) adapter: Adapter,
+    pub(super) manner: Manner,
+    /// The engine answers and did no work: before it is believed in again it has to do some.
+    doubted: AtomicBool,
     /// A report may be due earlier than was thought.
     pub(super) changed: Notify,
     status: watch::Sender<Status>,
@@ -252,6 +276,8 @@ struct Inner {
     core: Core,
     /// Who is told when a slot is free; as bounded as the queue.
     waiting: HashMap<PlacementId, oneshot::Sender<Call>>,
+    /// What the engine said of itself.
+    engine: Option<Arc<EngineFacts>>,
 }
 
 /// What a placement that waits is told.
@@ -310,7 +336,7 @@ impl Shared {
         let core = &inner.core;
         self.metrics.show(core);
         self.status.send_if_modified(|shown| {
-            let fresh = status(core);
+            let fresh = status(core, inner.engine.as_ref());
             let changed = *shown != fresh;
             *shown = fresh;
             changed
@@ -328,7 +354,7 @@ impl Shared {
         }
         if let Some(grade) = grade {
             self.metrics.grade_changed(grade);
-            announce(grade);
+            announce(grade, self.adapter());
         }
         result
     }
@@ -387,6 +413,67 @@ impl Shared {
         }
     }
 
+    /// How the engine is spoken to.
+    pub(super) fn adapter(&self) -> Adapter {
+        let inner = self.inner.lock();
+        let said = inner.engine.as_ref().map(|engine| engine.adapter);
+        said.unwrap_or_default()
+    }
+
+    /// The engine said who it is; it may be another one than before.
+    pub(super) fn engine_found(&self, found: &Found) {
+        let adapter = found.engine.adapter;
+        let tenants = match self.manner.tenant.as_deref() {
+            Some(ANYBODY) => Tenants::All,
+            Some(tenant) => Tenants::Only(tenant.to_owned()),
+            None if adapter.shares_its_cache() => Tenants::First(None),
+            None => Tenants::All,
+        };
+        let news = self.enter(|inner, _| {
+            let news = inner.engine.as_deref() != Some(&found.engine);
+            if news {
+                inner.engine = Some(Arc::new(found.engine.clone()));
+            }
+            inner.core.engine_kind(tenants, adapter.first_grade());
+            if let Some(tokens) = found.engine.kv_tokens.filter(|_| self.manner.asks_size) {
+                inner.core.engine_holds(tokens);
+            }
+            news
+        });
+        if news {
+            tell_of(found, self.metrics.slots());
+        }
+        self.engine_is(found.process.clone());
+        self.engine_up(&found.models);
+    }
+
+    /// The engine's metrics page was read.
+    pub(super) fn engine_shows(&self, gauges: &Gauges) {
+        self.metrics.engine(gauges);
+    }
+
+    /// The engine answered that it did not begin.
+    pub(super) fn engine_refused(&self, why: NotStarted) {
+        self.metrics.engine_refused(why);
+        match why {
+            NotStarted::Overloaded => {}
+            NotStarted::Stopping => {
+                self.doubted.store(true, Ordering::Relaxed);
+                self.engine_down(why.detail());
+            }
+        }
+    }
+
+    /// Whether the engine has to do some work before it is believed in.
+    pub(super) fn is_doubted(&self) -> bool {
+        self.doubted.load(Ordering::Relaxed)
+    }
+
+    /// The engine did some.
+    pub(super) fn trusts(&self) {
+        self.doubted.store(false, Ordering::Relaxed);
+    }
+
     /// The engine says that it is this process, or does not say.
     pub(super) fn engine_is(&self, process: Option<String>) {
         match self.with(|core, _| core.engine_is(process)) {
@@ -430,7 +517,41 @@ impl Shared {
     }
 }
 
-fn announce(change: GradeChange) {
+/// What an operator should know of an engine that was found.
+fn tell_of(found: &Found, slots: u32) {
+    let EngineFacts {
+        kind,
+        kv_tokens,
+        max_context_tokens,
+        adapter,
+    } = &found.engine;
+    tracing::info!(
+        kind,
+        kv_tokens,
+        block_tokens = found.block_tokens,
+        max_context_tokens,
+        "the engine says what it is"
+    );
+    if found.prefix_caching == Some(false) {
+        tracing::warn!(
+            "the engine caches no prefixes: start vLLM with --enable-prefix-caching, or nothing is gained by placing alike prompts together"
+        );
+    }
+    if let Some(engine) = found.slots.filter(|engine| *engine < slots) {
+        tracing::warn!(
+            slots,
+            engine,
+            "the engine runs fewer requests at once than --slots says: the others wait in its queue, where they have no order"
+        );
+    }
+    if adapter.shares_its_cache() {
+        tracing::info!(
+            "the engine keeps no caches apart: it serves one tenant (--tenant), else the first that asks"
+        );
+    }
+}
+
+fn announce(change: GradeChange, adapter: Adapter) {
     match change {
         GradeChange::Restored => tracing::info!(
             grade = "inferred",
@@ -442,7 +563,8 @@ fn announce(change: GradeChange) {
         ),
         GradeChange::Silent => tracing::warn!(
             grade = "blind",
-            "the engine does not say how many prompt tokens were cached: start vLLM with --enable-prompt-tokens-details; prefixes are believed to be cached for a minute until it does"
+            "the engine does not say how many prompt tokens were cached: {}; prefixes are believed to be cached for a minute until it does",
+            adapter.to_count_cached()
         ),
     }
 }
@@ -456,13 +578,14 @@ impl Drop for Carrying {
     }
 }
 
-fn status(core: &Core) -> Status {
+fn status(core: &Core, engine: Option<&Arc<EngineFacts>>) -> Status {
     Status {
         incarnation: core.incarnation(),
         observed: core.observed(),
         applied_revision: core.applied_revision(),
         in_flight: core.in_flight(),
         models: core.models().clone(),
+        engine: engine.cloned(),
     }
 }
 
