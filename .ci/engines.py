@@ -180,6 +180,7 @@ def llama(path, port, slots, context):
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.hostnames, params.port = ["127.0.0.1"], int(port)
+    params.model_alias = {"tiny-llama"}
     params.n_parallel, params.n_ctx = int(slots), int(slots) * int(context)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.endpoint_metrics = params.endpoint_slots = params.endpoint_props = True

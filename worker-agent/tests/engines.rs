@@ -90,6 +90,23 @@ async fn an_engine_is_known_by_what_it_answers() {
 }
 
 #[tokio::test]
+async fn an_engine_is_asked_how_it_renders_prompts() {
+    let render = async |engine: Scripted| {
+        let agent = beside(&engine).await;
+        let status = agent.work.status().borrow().clone();
+        status.engine.unwrap().render.map(|render| render.id())
+    };
+    let found = render(Scripted::llama().await).await;
+    assert_eq!(
+        found.as_deref(),
+        Some("tools_first+developer+no_reasoning+names")
+    );
+    // They have no page for it, or none of their pages answers.
+    assert_eq!(render(Scripted::vllm().await).await, None);
+    assert_eq!(render(Scripted::unknown().await).await, None);
+}
+
+#[tokio::test]
 async fn each_kind_gets_what_it_understands() {
     let check = async |engine: Scripted, model: &str, expected: &str| {
         let agent = beside(&engine).await;
@@ -328,4 +345,43 @@ async fn an_engine_is_told_what_goes_first_where_that_is_wanted() {
     );
     assert!(0 < soon && soon < later, "{soon} {later}");
     assert_eq!(whenever, i64::from(i32::MAX));
+}
+
+#[tokio::test]
+async fn an_engine_that_makes_no_progress_is_not_waited_for_though_its_health_is_good() {
+    let engine = Scripted::llama().await;
+    let agent = Agent::set_up(engine.address, |setup| {
+        setup.manner = Manner::default();
+        setup.patience = Patience {
+            looks: Duration::from_millis(50),
+            stall: Duration::from_millis(600),
+            ..Patience::default()
+        };
+    })
+    .await;
+    let balancer = agent.balancer("b1").await;
+    let model = "tiny/tiny.gguf";
+    engine.hangs(true, true);
+    let body = "{}";
+    let mut placed = balancer.offer(&of_model(model, body)).await;
+    placed.accepted().await;
+    placed.send_body(body).await;
+    // A long prefill: nothing is said, and counters go on.
+    let said = tokio::time::timeout(Duration::from_millis(1_500), placed.receiver.recv()).await;
+    assert!(said.is_err(), "it works, and is waited for");
+    engine.hangs(true, false);
+    let answer = placed.answer().await;
+    assert_eq!(answer.end(), End::EngineFailed);
+    let refused = balancer.refusal(&of_model(model, body)).await;
+    assert_eq!(refused.reason(), RefusalReason::RefusalEngineDown);
+
+    engine.says(Says::of(200, r#"{"choices":[{"finish_reason":"length"}]}"#));
+    engine.hangs(false, false);
+    let mut status = agent.work.status();
+    let ready = |status: &forebay_worker_agent::Status| {
+        status.observed == forebay_proto::wire::fleet::Observed::Ready
+    };
+    // The token that it is asked for may have to be waited for in vain once.
+    let back = tokio::time::timeout(2 * PATIENCE, status.wait_for(ready)).await;
+    drop(back.unwrap().unwrap());
 }

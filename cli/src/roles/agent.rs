@@ -67,6 +67,30 @@ pub(crate) struct AgentArgs {
     /// with --scheduling-policy priority.
     #[arg(long, env = "FOREBAY_ENGINE_PRIORITY")]
     engine_priority: bool,
+    /// Run the engine by this command: it is started (by /bin/sh), started again when it ends or hangs, and
+    /// ended with the agent, after what ran on it. It has to serve at --engine. It outlives an agent that
+    /// dies, whose next start goes on with it. Default: the engine is there already.
+    #[arg(long, value_name = "COMMAND", env = "FOREBAY_ENGINE_COMMAND")]
+    engine_command: Option<String>,
+    /// How long an engine that is started may take until it answers, in milliseconds; then it is started
+    /// again.
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 900_000,
+        env = "FOREBAY_ENGINE_START_MS"
+    )]
+    engine_start_ms: u64,
+    /// How long an engine with requests may make no progress, in milliseconds: no piece of an answer, and no
+    /// change of its own counters. Then what runs on it fails, and it gets nothing more until it made a
+    /// token. Longer than the longest prefill takes.
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 60_000,
+        env = "FOREBAY_ENGINE_STALL_MS"
+    )]
+    engine_stall_ms: u64,
     /// The pool it belongs to: a set of interchangeable workers in the fleet's configuration.
     #[arg(long, default_value = "default", env = "FOREBAY_POOL")]
     pool: String,
@@ -160,6 +184,9 @@ pub(crate) fn run(args: AgentArgs) -> Result<(), CliError> {
         engine_kind: args.engine_kind,
         tenant: args.tenant,
         engine_priority: args.engine_priority,
+        engine_command: args.engine_command,
+        engine_start_ms: args.engine_start_ms,
+        engine_stall_ms: args.engine_stall_ms,
         pool: args.pool,
         slots: args.slots,
         queue_limit: args.queue_limit,

@@ -11,12 +11,14 @@ mod event;
 mod gauges;
 mod listing;
 mod refusal;
+mod render;
 mod splice;
 
 pub(crate) use answer::{Answers, Events, Verdict};
 pub(crate) use gauges::Gauges;
 pub(crate) use listing::Listing;
 pub(crate) use refusal::{NotStarted, not_started};
+pub(crate) use render::{RENDERS, conversations, profile};
 pub(crate) use splice::{Asked, Spliced, splice};
 
 use forebay_scheduler::residency::Grade;

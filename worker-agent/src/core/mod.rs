@@ -16,6 +16,7 @@ mod model_tests;
 #[cfg(test)]
 mod order_tests;
 mod placement;
+mod progress;
 mod queue;
 mod standing;
 mod starting;
@@ -30,6 +31,7 @@ pub use cache::{Continuity, GradeChange, Prompt};
 pub use cadence::Cadence;
 pub use map::{MAX_MAP_BYTES, Map, MapError};
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
+pub use progress::{Progress, Pulse};
 pub use standing::{Standing, standing};
 pub use state::{Core, EngineState, Settings};
 pub use tenants::Tenants;

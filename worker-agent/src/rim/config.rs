@@ -13,7 +13,8 @@ use forebay_scheduler::model::{PROFILES, Profile};
 
 use super::engine::EngineAddress;
 use super::found::EngineFacts;
-use super::work::Manner;
+use super::lifecycle::Running;
+use super::work::{Manner, Patience};
 use crate::adapter::Adapter;
 use crate::core::Settings;
 use crate::error::AgentError;
@@ -21,6 +22,8 @@ use crate::error::AgentError;
 /// Bytes of request bodies that are held at once.
 const BODY_BUDGET_BYTES: u64 = 256 << 20;
 const MAX_SLOTS: u32 = 65_536;
+/// An engine that prefills a long prompt says nothing for seconds.
+const LEAST_STALL_MS: u64 = 1_000;
 /// The `--engine-kind` that is none.
 const AUTO: &str = "auto";
 
@@ -44,6 +47,12 @@ pub struct Config {
     pub tenant: Option<String>,
     /// The engine is told when each first token is due.
     pub engine_priority: bool,
+    /// Runs the engine, by a shell; it is there already when absent.
+    pub engine_command: Option<String>,
+    /// How long an engine that is started may take until it answers.
+    pub engine_start_ms: u64,
+    /// How long an engine with requests may make no progress.
+    pub engine_stall_ms: u64,
     /// The pool it belongs to.
     pub pool: String,
     /// Requests that run on the engine at once.
@@ -86,6 +95,8 @@ pub(super) struct Checked {
     pub(super) credentials: Credentials,
     pub(super) engine: EngineAddress,
     pub(super) manner: Manner,
+    pub(super) process: Option<Running>,
+    pub(super) patience: Patience,
     pub(super) settings: Settings,
     pub(super) drain_timeout: Duration,
 }
@@ -111,8 +122,15 @@ impl Config {
             check_address(address).map_err(|problem| option("--control", problem))?;
         }
         let kind = self.kind()?;
+        if self.engine_stall_ms < LEAST_STALL_MS {
+            let problem = format!(
+                "is {}, must be at least {LEAST_STALL_MS}",
+                self.engine_stall_ms
+            );
+            return Err(option("--engine-stall-ms", problem));
+        }
         let profile = self.profile()?;
-        self.check_render_profile()?;
+        let render = self.render_profile()?;
         let credentials = Credentials::load(&self.credentials)?;
         let identity = credentials.identity();
         let name = self.name.clone().unwrap_or_else(|| identity.name.clone());
@@ -132,6 +150,16 @@ impl Config {
                 tenant: self.tenant.clone(),
                 priority: self.engine_priority,
                 asks_size: self.kv_tokens == 0,
+                render,
+            },
+            process: self.engine_command.clone().map(|command| Running {
+                command,
+                start: Duration::from_millis(self.engine_start_ms),
+                silence: Duration::from_millis(self.engine_stall_ms),
+            }),
+            patience: Patience {
+                stall: Duration::from_millis(self.engine_stall_ms),
+                ..Patience::default()
             },
             settings: Settings {
                 at_once: false,
@@ -159,9 +187,12 @@ impl Config {
     }
 
     /// How the engine's template renders prompts, where that is said.
-    fn check_render_profile(&self) -> Result<(), AgentError> {
-        if RenderProfile::declared(&self.labels).is_some() {
-            return Ok(());
+    fn render_profile(&self) -> Result<Option<RenderProfile>, AgentError> {
+        let Some(id) = self.labels.get(RENDER_PROFILE) else {
+            return Ok(None);
+        };
+        if let Some(profile) = RenderProfile::named(id) {
+            return Ok(Some(profile));
         }
         let problem = format!(
             "{RENDER_PROFILE} is not tools_first, system_tools, tools_first_user or tools_last_user, with any of \
@@ -215,6 +246,13 @@ impl Config {
         engine: &EngineFacts,
     ) -> Result<WorkerSpec, AgentError> {
         let told = |said: u32| (said > 0).then_some(said);
+        let mut labels = self.labels.clone();
+        if let Some(render) = engine.render {
+            // What an operator said counts.
+            labels
+                .entry(RENDER_PROFILE.into())
+                .or_insert_with(|| render.id());
+        }
         let spec = WorkerSpec {
             pool: self.pool.clone(),
             advertise: advertise.to_owned(),
@@ -232,7 +270,7 @@ impl Config {
                 .unwrap_or(0),
             adapters: Vec::new(),
             zone: self.zone.clone(),
-            labels: self.labels.clone(),
+            labels,
             slots: self.slots,
         };
         WorkerSpec::from_wire(&spec.to_wire())

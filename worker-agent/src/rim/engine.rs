@@ -1,6 +1,7 @@
 //! The engine's client: OpenAI's HTTP API on the same host.
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -9,6 +10,7 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Response, Uri};
 
+use super::lifecycle::Lifecycle;
 use super::pool::{CallError, Connection, Pool, Text};
 
 /// Larger documents are none of an engine's.
@@ -64,6 +66,8 @@ impl std::fmt::Display for EngineAddress {
 pub(super) struct Engine {
     address: EngineAddress,
     pool: Pool,
+    /// Its process, where the agent runs it.
+    process: Option<Arc<Lifecycle>>,
 }
 
 /// What one look at a page gave.
@@ -80,9 +84,22 @@ pub(super) struct Answer {
 
 impl Engine {
     /// A client that keeps at most so many connections.
-    pub(super) fn new(address: EngineAddress, connections: usize) -> Self {
+    pub(super) fn new(
+        address: EngineAddress,
+        connections: usize,
+        process: Option<Arc<Lifecycle>>,
+    ) -> Self {
         let pool = Pool::new(address.authority.clone(), connections);
-        Self { address, pool }
+        Self {
+            address,
+            pool,
+            process,
+        }
+    }
+
+    /// Its process, where the agent runs it.
+    pub(super) fn process(&self) -> Option<&Lifecycle> {
+        self.process.as_deref()
     }
 
     /// Where it is.

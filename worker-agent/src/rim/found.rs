@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use forebay_scheduler::fingerprint::RenderProfile;
+
 use super::engine::Engine;
 use super::pool::CallError;
+use super::render;
 use crate::adapter::{Adapter, Gauges, Listing};
 
 /// What an engine said when it was asked who it is.
@@ -30,6 +33,8 @@ pub struct EngineFacts {
     pub kv_tokens: Option<u64>,
     /// The longest context of its models, in tokens.
     pub max_context_tokens: Option<u32>,
+    /// How its template renders prompts.
+    pub render: Option<RenderProfile>,
 }
 
 /// Asks an engine who it is; `chosen`: the kind that an operator named.
@@ -46,6 +51,7 @@ pub(super) async fn ask(
         Adapter::LlamaCpp => slots(engine, patience).await,
         Adapter::Vllm | Adapter::Sglang | Adapter::Generic => None,
     };
+    let render = render::probe(engine, adapter, &listing.models[0], patience).await;
     Ok(Found {
         models: listing.models,
         block_tokens: gauges.block_tokens,
@@ -57,6 +63,7 @@ pub(super) async fn ask(
             adapter,
             kv_tokens: gauges.kv_tokens.or(slots.map(|slots| slots.tokens)),
             max_context_tokens: listing.max_context_tokens,
+            render,
         },
     })
 }
@@ -83,8 +90,11 @@ pub(super) async fn gauges(engine: &Engine, patience: Duration) -> Option<Gauges
     None
 }
 
-/// Which process it is, where its metrics page says.
+/// Which process it is, where the agent runs it or its metrics page says.
 pub(super) fn process(engine: &Engine, gauges: &Gauges) -> Option<String> {
+    if let Some(process) = engine.process() {
+        return process.identity();
+    }
     let since = gauges.started.as_ref();
     since.map(|since| format!("{} since {since}", engine.address()))
 }

@@ -174,6 +174,10 @@ impl Carried {
                 End::Drained,
                 "the deadline of a drain passed".into(),
             ))),
+            () = shared.stalling() => Ok(Ok(Outcome::Ended(
+                End::EngineFailed,
+                "the engine makes no progress".into(),
+            ))),
         };
         let (end, detail) = match outcome {
             Ok(Ok(Outcome::Sent(trailer))) => return self.part(trailer).await,
@@ -261,6 +265,7 @@ impl Carried {
             };
             match piece {
                 Ok(Some(piece)) => {
+                    shared.heard();
                     let mut piece = reading.push(piece);
                     if reading.is_broken() && piece.is_empty() {
                         break;

@@ -7,12 +7,14 @@ use bytes::Bytes;
 use forebay_link::Backoff;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use tokio::time::Instant;
 
 use super::engine::Engine;
 use super::found::{self, Found};
 use super::pool::CallError;
 use super::work::{Patience, Shared};
 use crate::adapter::Adapter;
+use crate::core::{Progress, Pulse};
 
 /// The models are read again at each such look, and whenever the engine came back.
 const MODELS_EVERY: u32 = 10;
@@ -20,6 +22,8 @@ const MODELS_EVERY: u32 = 10;
 const METRICS_EVERY: u32 = 5;
 /// A busy engine may be late; so many times in a row it is down.
 const LATE_IN_A_ROW: u32 = 3;
+/// So often the engine is asked again who it is, and how it renders prompts: dates stand in some templates.
+const ASK_AGAIN: Duration = Duration::from_secs(24 * 3600);
 /// For one token, from an engine that has nothing else to do.
 const PROOF: Duration = Duration::from_secs(10);
 
@@ -31,11 +35,17 @@ pub(super) async fn keep_probing(shared: Arc<Shared>) {
         match look(&shared).await {
             Ok(found) => {
                 backoff.reset();
+                if let Some(process) = shared.engine.process() {
+                    process.answers();
+                }
                 shared.engine_found(&found);
                 watch_health(&shared).await;
             }
             Err(problem) => {
                 shared.engine_down(&problem.to_string());
+                if let Some(process) = shared.engine.process() {
+                    process.is_late();
+                }
                 tokio::time::sleep(backoff.next(&mut rng)).await;
             }
         }
@@ -70,7 +80,7 @@ async fn prove(engine: &Engine, model: &str) -> Result<(), CallError> {
     Err(CallError::Failed(problem))
 }
 
-/// Returns when the engine failed, or may be another one.
+/// Returns when the engine failed, may be another one, or is to be asked again who it is.
 async fn watch_health(shared: &Shared) {
     let Patience { look, looks, .. } = shared.patience;
     let every = match shared.adapter() {
@@ -79,6 +89,7 @@ async fn watch_health(shared: &Shared) {
         Adapter::Vllm | Adapter::Sglang | Adapter::Generic => METRICS_EVERY,
     };
     let (mut late, mut work) = (0, 0);
+    let asked = Instant::now();
     for turn in 1_u32.. {
         tokio::time::sleep(looks).await;
         let looked = if turn.is_multiple_of(MODELS_EVERY) {
@@ -88,7 +99,12 @@ async fn watch_health(shared: &Shared) {
             ask_health(&shared.engine, look).await
         };
         match looked {
-            Ok(()) => late = 0,
+            Ok(()) => {
+                late = 0;
+                if let Some(process) = shared.engine.process() {
+                    process.answers();
+                }
+            }
             Err(CallError::NotStarted(problem)) => return shared.engine_down(&problem),
             Err(CallError::Failed(problem)) => {
                 late += 1;
@@ -97,7 +113,7 @@ async fn watch_health(shared: &Shared) {
                 }
             }
         }
-        if !shared.engine_is_up() {
+        if !shared.engine_is_up() || asked.elapsed() >= ASK_AGAIN {
             return;
         }
         if late == 0
@@ -112,6 +128,32 @@ async fn watch_health(shared: &Shared) {
             }
             work = gauges.work.unwrap_or(work);
             shared.engine_shows(&gauges);
+        }
+    }
+}
+
+/// Watches whether the engine makes progress, for as long as the work side lives.
+pub(super) async fn watch_progress(shared: Arc<Shared>) {
+    let Patience {
+        look, looks, stall, ..
+    } = shared.patience;
+    let mut progress = Progress::default();
+    loop {
+        tokio::time::sleep(looks).await;
+        let pulse =
+            shared.with(|core, now| progress.look(now, core.running(), shared.last_heard(), stall));
+        match pulse {
+            Pulse::Good => {}
+            Pulse::Faint => {
+                let gauges = found::gauges(&shared.engine, look).await;
+                if let Some(work) = gauges.and_then(|gauges| gauges.work) {
+                    progress.counted(shared.now(), work);
+                }
+            }
+            Pulse::None => {
+                progress.forget();
+                shared.engine_stalled();
+            }
         }
     }
 }
@@ -139,11 +181,14 @@ pub(super) async fn first_found(engine: &Engine, chosen: Option<&str>) -> Found 
     loop {
         match found::ask(engine, chosen, Patience::default().look).await {
             Ok(found) => return found,
-            Err(problem) if !said => {
-                said = true;
-                tracing::warn!(%problem, "waiting for the engine");
+            Err(problem) => {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!(%problem, "waiting for the engine");
+                }
+                if let Some(process) = engine.process() {
+                    process.is_late();
+                }
             }
-            Err(_) => {}
         }
         tokio::time::sleep(backoff.next(&mut rng)).await;
     }

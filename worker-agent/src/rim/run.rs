@@ -19,11 +19,13 @@ use super::config::{Checked, Config};
 use super::disk::DataDir;
 use super::engine::Engine;
 use super::found::EngineFacts;
+use super::lifecycle::Lifecycle;
 use super::map::MapFile;
 use super::metrics::Metrics;
+use super::peers::Peers;
 use super::probe::first_found;
 use super::register::{Registered, Registrar};
-use super::work::{Patience, Setup, Status, Work};
+use super::work::{Setup, Status, Work};
 use crate::core::{Standing, standing};
 use crate::error::AgentError;
 use crate::wire;
@@ -48,11 +50,19 @@ pub async fn run(
 ) -> Result<(), AgentError> {
     let checked = config.check()?;
     let mut shutdown = pin!(shutdown);
-    let agent = tokio::select! {
-        agent = Agent::start(config, &checked) => agent?,
-        () = &mut shutdown => return Ok(()),
+    let process = checked.process.clone().map(Lifecycle::new);
+    let ran = async {
+        let agent = tokio::select! {
+            agent = Agent::start(config, &checked, process.clone()) => agent?,
+            () = &mut shutdown => return Ok(()),
+        };
+        agent.serve(shutdown, &checked).await
     };
-    agent.serve(shutdown, &checked).await
+    let ended = ran.await;
+    if let Some(process) = process {
+        process.stop().await;
+    }
+    ended
 }
 
 struct Agent {
@@ -73,8 +83,15 @@ struct Agent {
 }
 
 impl Agent {
-    async fn start(config: Config, checked: &Checked) -> Result<Self, AgentError> {
+    async fn start(
+        config: Config,
+        checked: &Checked,
+        process: Option<Arc<Lifecycle>>,
+    ) -> Result<Self, AgentError> {
         let mut dir = DataDir::open(&config.data_dir, &checked.name)?;
+        if let Some(process) = &process {
+            process.begin(dir.path());
+        }
         let held = dir.count_start()?;
         let endpoint = Endpoint::bind(config.listen, &checked.credentials, &[Alpn::Work])?;
         if let Some(held) = &held {
@@ -107,7 +124,7 @@ impl Agent {
         let (incarnation, registered) = match held {
             Some(record) => (record.incarnation(), None),
             None => {
-                let engine = Engine::new(checked.engine.clone(), 1);
+                let engine = Engine::new(checked.engine.clone(), 1, process.clone());
                 let found = first_found(&engine, checked.manner.kind.as_deref()).await;
                 let spec = config.spec(&advertise, &found.models, &found.engine)?;
                 let registrar = Registrar {
@@ -138,11 +155,11 @@ impl Agent {
             settings: checked.settings,
             zone: config.zone.clone(),
             engine: checked.engine.clone(),
-            patience: Patience::default(),
+            patience: checked.patience,
             manner: checked.manner.clone(),
             map: Some(MapFile::in_directory(dir.path())),
         };
-        let work = Work::start_with(&endpoint, setup, metrics);
+        let work = Work::start_with(&endpoint, setup, metrics, process);
         shown.show(work.status());
         tracing::info!(
             name = checked.name,
@@ -253,10 +270,12 @@ async fn follow(
     registered: &watch::Sender<Option<Revision>>,
 ) -> AgentError {
     let mut registration = registered.subscribe();
+    let mut peers = Peers::default();
     loop {
         let newest = facts.borrow_and_update().clone();
         let at = *registration.borrow_and_update();
         if let Some(newest) = newest {
+            peers.look(&newest, name);
             match standing(&newest, name, own, at) {
                 Standing::NotYet => {}
                 Standing::Wanted(desired) => {

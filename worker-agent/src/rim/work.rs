@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use forebay_admin::prometheus_client::registry::Registry;
@@ -11,6 +11,7 @@ use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
+use forebay_scheduler::fingerprint::RenderProfile;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
@@ -18,6 +19,7 @@ use tokio::time::Instant;
 
 use super::engine::{Engine, EngineAddress};
 use super::found::{EngineFacts, Found};
+use super::lifecycle::Lifecycle;
 use super::map::{Keeper, MapFile};
 use super::metrics::Metrics;
 use super::placement::carry;
@@ -54,6 +56,8 @@ pub struct Patience {
     pub looks: Duration,
     /// The engine with a small page; so late three times in a row, it is down.
     pub look: Duration,
+    /// An engine with requests, without any sign of work.
+    pub stall: Duration,
 }
 
 impl Default for Patience {
@@ -63,6 +67,7 @@ impl Default for Patience {
             slow_reader: Duration::from_secs(30),
             looks: Duration::from_secs(1),
             look: Duration::from_secs(2),
+            stall: Duration::from_secs(60),
         }
     }
 }
@@ -97,6 +102,8 @@ pub struct Manner {
     pub priority: bool,
     /// Nobody said how much its cache holds: it is believed in that.
     pub asks_size: bool,
+    /// How prompts are rendered, where an operator said so.
+    pub render: Option<RenderProfile>,
 }
 
 /// What the agent says of itself.
@@ -130,10 +137,15 @@ impl Work {
     #[must_use]
     pub fn start(endpoint: &Endpoint, setup: Setup) -> Self {
         let metrics = Metrics::new(setup.settings.slots);
-        Self::start_with(endpoint, setup, metrics)
+        Self::start_with(endpoint, setup, metrics, None)
     }
 
-    pub(super) fn start_with(endpoint: &Endpoint, setup: Setup, metrics: Metrics) -> Self {
+    pub(super) fn start_with(
+        endpoint: &Endpoint,
+        setup: Setup,
+        metrics: Metrics,
+        process: Option<Arc<Lifecycle>>,
+    ) -> Self {
         let Setup {
             incarnation,
             settings,
@@ -162,18 +174,21 @@ impl Work {
             doubted: AtomicBool::new(false),
             changed: Notify::new(),
             status,
-            engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS)),
+            engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS), process),
             metrics,
             links: Links::default(),
             resident: watch::Sender::new(()),
             snapshots: Semaphore::new(SNAPSHOTS),
             carried: watch::Sender::new(0),
             ending: watch::Sender::new(false),
+            heard: AtomicU64::new(0),
+            stalls: watch::Sender::new(0),
         });
         let mut tasks = vec![
             OwnedTask::spawn(accept(endpoint.clone(), shared.clone())),
             OwnedTask::spawn(report(shared.clone())),
             OwnedTask::spawn(probe::keep_probing(shared.clone())),
+            OwnedTask::spawn(probe::watch_progress(shared.clone())),
         ];
         let map = map.map(|file| Arc::new(Keeper::new(file, shared.clone())));
         if let Some(keeper) = map.clone() {
@@ -270,6 +285,10 @@ pub(super) struct Shared {
     carried: watch::Sender<usize>,
     /// What runs is to end: a drain's deadline passed.
     ending: watch::Sender<bool>,
+    /// When the engine last said something to anybody, in microseconds since the origin; 0: never.
+    heard: AtomicU64,
+    /// How often it was found to hang: what ran on it then is over.
+    stalls: watch::Sender<u64>,
 }
 
 struct Inner {
@@ -430,9 +449,14 @@ impl Shared {
             None => Tenants::All,
         };
         let news = self.enter(|inner, _| {
-            let news = inner.engine.as_deref() != Some(&found.engine);
+            let mut said = found.engine.clone();
+            // A page that was late is no other template.
+            let before = inner.engine.as_ref();
+            let before = before.filter(|before| before.kind == said.kind);
+            said.render = said.render.or(before.and_then(|before| before.render));
+            let news = inner.engine.as_deref() != Some(&said);
             if news {
-                inner.engine = Some(Arc::new(found.engine.clone()));
+                inner.engine = Some(Arc::new(said));
             }
             inner.core.engine_kind(tenants, adapter.first_grade());
             if let Some(tokens) = found.engine.kv_tokens.filter(|_| self.manner.asks_size) {
@@ -441,7 +465,7 @@ impl Shared {
             news
         });
         if news {
-            tell_of(found, self.metrics.slots());
+            tell_of(found, &self.manner, self.metrics.slots());
         }
         self.engine_is(found.process.clone());
         self.engine_up(&found.models);
@@ -462,6 +486,37 @@ impl Shared {
                 self.engine_down(why.detail());
             }
         }
+    }
+
+    /// The engine said something.
+    pub(super) fn heard(&self) {
+        let since = self.origin.elapsed().as_micros();
+        let since = u64::try_from(since).unwrap_or(u64::MAX);
+        self.heard.store(since, Ordering::Relaxed);
+    }
+
+    /// When it last did.
+    pub(super) fn last_heard(&self) -> Option<Now> {
+        let heard = self.heard.load(Ordering::Relaxed);
+        (heard > 0).then(|| Now::at(Duration::from_micros(heard)))
+    }
+
+    /// The engine has requests and makes nothing of them: they are over, and it has to do some work before it
+    /// is believed in again.
+    pub(super) fn engine_stalled(&self) {
+        self.doubted.store(true, Ordering::Relaxed);
+        self.engine_down("it has requests and makes no progress");
+        self.stalls.send_modify(|stalls| *stalls += 1);
+        if let Some(process) = self.engine.process() {
+            process.hangs();
+        }
+    }
+
+    /// Returns when the engine is found to hang.
+    pub(super) async fn stalling(&self) {
+        let mut stalls = self.stalls.subscribe();
+        // The sender lives as long as this.
+        let _ = stalls.changed().await;
     }
 
     /// Whether the engine has to do some work before it is believed in.
@@ -518,20 +573,31 @@ impl Shared {
 }
 
 /// What an operator should know of an engine that was found.
-fn tell_of(found: &Found, slots: u32) {
+fn tell_of(found: &Found, manner: &Manner, slots: u32) {
     let EngineFacts {
         kind,
         kv_tokens,
         max_context_tokens,
         adapter,
+        render,
     } = &found.engine;
     tracing::info!(
         kind,
         kv_tokens,
         block_tokens = found.block_tokens,
         max_context_tokens,
+        render = render.map(|render| render.id()),
         "the engine says what it is"
     );
+    if let (Some(said), Some(found)) = (manner.render, render)
+        && said != *found
+    {
+        tracing::warn!(
+            said = said.id(),
+            found = found.id(),
+            "the engine renders prompts otherwise than --label render-profile says: without that label, what is found counts"
+        );
+    }
     if found.prefix_caching == Some(false) {
         tracing::warn!(
             "the engine caches no prefixes: start vLLM with --enable-prefix-caching, or nothing is gained by placing alike prompts together"

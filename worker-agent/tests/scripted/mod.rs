@@ -49,6 +49,11 @@ struct Script {
     answer: Answer,
     asked: Asked,
     read: Vec<String>,
+    /// It says nothing to requests for text.
+    hangs: bool,
+    /// Its counters go on whenever they are read.
+    works: bool,
+    work: u64,
 }
 
 pub struct Scripted {
@@ -107,6 +112,9 @@ impl Scripted {
             answer: Answer::of(500, "{}"),
             asked: Asked::default(),
             read: vec![],
+            hangs: false,
+            works: false,
+            work: 183,
         }));
         let shared = script.clone();
         let task = tokio::spawn(async move {
@@ -124,6 +132,12 @@ impl Scripted {
     /// From here on it answers this.
     pub fn says(&self, answer: Answer) {
         self.script.lock().answer = answer;
+    }
+
+    /// From here on it says nothing to requests for text; its counters go on, or not.
+    pub fn hangs(&self, hangs: bool, works: bool) {
+        let mut script = self.script.lock();
+        (script.hangs, script.works) = (hangs, works);
     }
 
     /// From here on its metrics page says this.
@@ -184,23 +198,51 @@ async fn serve(stream: TcpStream, script: Arc<Mutex<Script>>) {
         script.read.push(path.clone());
         match path.as_str() {
             "/v1/models" => Answer::of(200, &script.models),
-            "/metrics" if !script.metrics.is_empty() => Answer::of(200, &script.metrics),
+            "/metrics" if !script.metrics.is_empty() => {
+                script.work += u64::from(script.works);
+                let work = format!(" {}\n", script.work);
+                Answer::of(200, &script.metrics.replace(" 183\n", &work))
+            }
             "/slots" if !script.slots.is_empty() => Answer::of(200, &script.slots),
             "/health" => Answer::of(200, ""),
+            "/apply-template" if !script.slots.is_empty() => {
+                let prompt = rendered(&serde_json::from_slice(&body).unwrap());
+                Answer::of(200, &serde_json::json!({"prompt": prompt}).to_string())
+            }
             path if path.starts_with("/v1/") => {
                 script.asked = Asked {
                     request_id,
                     body: String::from_utf8(body).unwrap(),
                 };
-                script.answer.clone()
+                if script.hangs {
+                    Answer::of(0, "")
+                } else {
+                    script.answer.clone()
+                }
             }
             _ => Answer::of(404, r#"{"detail":"Not Found"}"#),
         }
     };
     let Answer { status, kind, body } = answer;
+    if status == 0 {
+        // Until the agent goes.
+        let _ = stream.read(&mut [0]).await;
+        return;
+    }
     let head = format!(
         "HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
         body.len()
     );
     let _ = stream.write_all((head + &body).as_bytes()).await;
+}
+
+/// By a template that puts tools first and knows names.
+fn rendered(conversation: &serde_json::Value) -> String {
+    let tools = conversation.get("tools").map(|tools| tools.to_string());
+    let messages = conversation["messages"].as_array().unwrap().iter();
+    let said = messages.map(|message| {
+        let (role, name, content) = (&message["role"], &message["name"], &message["content"]);
+        format!("<{role} {name}>{content}")
+    });
+    tools.into_iter().chain(said).collect()
 }
