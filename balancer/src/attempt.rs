@@ -449,6 +449,7 @@ fn said(reason: work::RefusalReason) -> &'static str {
         Reason::RefusalStaleView => "refused: more is before it than was thought",
         Reason::RefusalWrongModel => "refused: it does not serve the model",
         Reason::RefusalWrongZone => "refused: it is in another zone",
+        Reason::RefusalWrongTenant => "refused: its engine's cache is another tenant's",
         Reason::RefusalInvalid => "refused: it did not understand the placement",
         Reason::RefusalUnspecified => "refused",
         Reason::RefusalFenced => "refused: another start of it serves",
@@ -465,7 +466,9 @@ fn refusal(reason: work::RefusalReason) -> Ended {
     use work::RefusalReason as Reason;
     match reason {
         Reason::RefusalStaleView => Ended::Stale,
-        Reason::RefusalWrongModel | Reason::RefusalWrongZone => Ended::Refused { for_good: true },
+        Reason::RefusalWrongModel | Reason::RefusalWrongZone | Reason::RefusalWrongTenant => {
+            Ended::Refused { for_good: true }
+        }
         Reason::RefusalInvalid => Ended::Hopeless(died()),
         Reason::RefusalUnspecified
         | Reason::RefusalFenced

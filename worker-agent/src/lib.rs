@@ -18,6 +18,7 @@ pub use adapter::Adapter;
 pub use error::AgentError;
 pub use rim::config::Config;
 pub use rim::engine::{EngineAddress, EngineAddressError};
+pub use rim::found::EngineFacts;
 pub use rim::map::MapFile;
 pub use rim::run::run;
-pub use rim::work::{Patience, Setup, Status, Work};
+pub use rim::work::{Manner, Patience, Setup, Status, Work};

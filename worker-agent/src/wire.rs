@@ -60,6 +60,7 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         zone: Some(place.zone).filter(|zone| !zone.is_empty()),
         key_epoch: place.key_epoch,
         shadow: place.shadow,
+        tenant: place.tenant,
     })
 }
 
@@ -133,6 +134,7 @@ pub(crate) fn refused(refused: &Refused) -> Frame {
         RefusalReason::BodyBudget => Wire::RefusalBodyBudget,
         RefusalReason::Invalid => Wire::RefusalInvalid,
         RefusalReason::WrongZone => Wire::RefusalWrongZone,
+        RefusalReason::WrongTenant => Wire::RefusalWrongTenant,
     };
     let refused = work::Refused {
         reason: reason.into(),

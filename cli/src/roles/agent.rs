@@ -50,16 +50,47 @@ pub(crate) struct AgentArgs {
         env = "FOREBAY_ENGINE"
     )]
     engine: Option<String>,
-    /// What the engine is. With vllm (or emulated) the caches of tenants are kept apart and cached
-    /// tokens are counted, for which bodies are changed (see docs/api.md); with any other kind bodies
-    /// and answers pass byte for byte.
+    /// What the engine is: vllm, sglang, llama.cpp, openai (any other), or auto, by what it answers. It
+    /// says what is changed of bodies and answers (see docs/engines.md); with openai nothing is.
     #[arg(
         long,
         value_name = "KIND",
-        default_value = "openai",
+        default_value = "auto",
         env = "FOREBAY_ENGINE_KIND"
     )]
     engine_kind: String,
+    /// Only requests of this tenant are taken; *: everybody's. Default: everybody's, but an engine that
+    /// keeps no caches apart (llama.cpp) serves one tenant, the first that asks.
+    #[arg(long, value_name = "TENANT", env = "FOREBAY_TENANT")]
+    tenant: Option<String>,
+    /// Tell the engine when each first token is due, as its priority. Only for a vLLM that was started
+    /// with --scheduling-policy priority.
+    #[arg(long, env = "FOREBAY_ENGINE_PRIORITY")]
+    engine_priority: bool,
+    /// Run the engine by this command: it is started (by /bin/sh), started again when it ends or hangs, and
+    /// ended with the agent, after what ran on it. It has to serve at --engine. It outlives an agent that
+    /// dies, whose next start goes on with it. Default: the engine is there already.
+    #[arg(long, value_name = "COMMAND", env = "FOREBAY_ENGINE_COMMAND")]
+    engine_command: Option<String>,
+    /// How long an engine that is started may take until it answers, in milliseconds; then it is started
+    /// again.
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 900_000,
+        env = "FOREBAY_ENGINE_START_MS"
+    )]
+    engine_start_ms: u64,
+    /// How long an engine with requests may make no progress, in milliseconds: no piece of an answer, and no
+    /// change of its own counters. Then what runs on it fails, and it gets nothing more until it made a
+    /// token. Longer than the longest prefill takes.
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 60_000,
+        env = "FOREBAY_ENGINE_STALL_MS"
+    )]
+    engine_stall_ms: u64,
     /// The pool it belongs to: a set of interchangeable workers in the fleet's configuration.
     #[arg(long, default_value = "default", env = "FOREBAY_POOL")]
     pool: String,
@@ -69,7 +100,7 @@ pub(crate) struct AgentArgs {
     /// Requests that wait beyond them; default: as many as slots.
     #[arg(long, value_name = "N", env = "FOREBAY_QUEUE_LIMIT")]
     queue_limit: Option<u32>,
-    /// Longest context that the engine takes, in tokens; 0: not told.
+    /// Longest context that the engine takes, in tokens; 0: as it says.
     #[arg(
         long,
         value_name = "TOKENS",
@@ -77,7 +108,7 @@ pub(crate) struct AgentArgs {
         env = "FOREBAY_MAX_CONTEXT"
     )]
     max_context: u32,
-    /// Tokens that the engine's KV cache holds; 0: not told.
+    /// Tokens that the engine's KV cache holds; 0: as it says.
     #[arg(
         long,
         value_name = "TOKENS",
@@ -151,6 +182,11 @@ pub(crate) fn run(args: AgentArgs) -> Result<(), CliError> {
         admin: Some(args.admin),
         engine_url: required("engine", args.engine)?,
         engine_kind: args.engine_kind,
+        tenant: args.tenant,
+        engine_priority: args.engine_priority,
+        engine_command: args.engine_command,
+        engine_start_ms: args.engine_start_ms,
+        engine_stall_ms: args.engine_stall_ms,
         pool: args.pool,
         slots: args.slots,
         queue_limit: args.queue_limit,

@@ -26,4 +26,5 @@ mod many_balancers;
 mod operators;
 mod receipts;
 mod secrets;
+mod supervised;
 mod transcripts;

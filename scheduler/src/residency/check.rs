@@ -55,6 +55,15 @@ impl SelfCheck {
         self.grade
     }
 
+    /// What is believed before the first answer; says whether it is news. Once an answer came, answers tell.
+    pub fn expect(&mut self, first: Grade) -> bool {
+        let news = self.grade != first && self.recent.is_empty() && self.silent == 0;
+        if news {
+            self.grade = first;
+        }
+        news
+    }
+
     /// Tokens predicted and reported so far, over the answers that reported.
     #[must_use]
     pub const fn totals(&self) -> (u64, u64) {

@@ -294,6 +294,7 @@ impl World {
             zone: None,
             key_epoch: 0,
             shadow: false,
+            tenant: String::new(),
         };
         let (said, load) = match core.place(now, &offer) {
             Ok(admitted) => {

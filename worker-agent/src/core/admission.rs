@@ -47,6 +47,8 @@ pub struct Offer {
     pub key_epoch: u32,
     /// A copy of a request that runs elsewhere, for the cache's sake.
     pub shadow: bool,
+    /// Whose it is; empty: the balancer does not say.
+    pub tenant: String,
 }
 
 /// Why a placement was not taken. Nothing was started.
@@ -74,11 +76,13 @@ pub enum RefusalReason {
     Invalid,
     /// It must stay in another zone.
     WrongZone,
+    /// The engine's cache is another tenant's.
+    WrongTenant,
 }
 
 impl RefusalReason {
     /// Every reason, for metrics and tests.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Fenced,
         Self::Cordoned,
         Self::Draining,
@@ -90,6 +94,7 @@ impl RefusalReason {
         Self::BodyBudget,
         Self::Invalid,
         Self::WrongZone,
+        Self::WrongTenant,
     ];
 
     /// Its name in metrics.
@@ -107,6 +112,7 @@ impl RefusalReason {
             Self::BodyBudget => "body_budget",
             Self::Invalid => "invalid",
             Self::WrongZone => "wrong_zone",
+            Self::WrongTenant => "wrong_tenant",
         }
     }
 }
@@ -219,6 +225,7 @@ impl Core {
             predicted_ms: predicted.then_some(forecast.ttft.as_secs_f64() * 1e3),
             usage: Usage::default(),
         };
+        self.tenants.took(&offer.tenant);
         self.body_bytes += offer.body_bytes;
         self.queue.push(&placement.waiting(id));
         self.placements.insert(id, placement);
@@ -275,6 +282,9 @@ impl Core {
         }
         if offer.zone.as_ref().is_some_and(|zone| *zone != self.zone) {
             return Some(R::WrongZone);
+        }
+        if !self.tenants.admits(&offer.tenant) {
+            return Some(R::WrongTenant);
         }
         if offer.deadline.is_zero() {
             return Some(R::Deadline);

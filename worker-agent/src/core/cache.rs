@@ -131,6 +131,21 @@ impl Cache {
         }
     }
 
+    /// What is believed of predictions before the first answer; later, answers tell.
+    pub(super) fn expect(&mut self, first: Grade) {
+        if self.check.expect(first) {
+            self.publisher.set_grade(first);
+        }
+    }
+
+    /// The engine's cache holds so many tokens.
+    pub(super) fn holds(&mut self, kv_tokens: u64) {
+        if self.kv_tokens != kv_tokens && self.shadow.is_empty() {
+            self.shadow = Shadow::new(kv_tokens);
+        }
+        self.kv_tokens = kv_tokens;
+    }
+
     /// What was kept when this agent, or the link to its engine, was last there.
     pub(super) fn recall(&mut self, map: Map) {
         self.map = Some(map);

@@ -19,11 +19,13 @@ mod model_tests;
 #[cfg(test)]
 mod order_tests;
 mod placement;
+mod progress;
 mod queue;
 mod shadows;
 mod standing;
 mod starting;
 mod state;
+mod tenants;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -34,6 +36,8 @@ pub use cadence::Cadence;
 pub use heat::Recorded;
 pub use map::{MAX_MAP_BYTES, Map, MapError};
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
+pub use progress::{Progress, Pulse};
 pub use standing::{Standing, standing};
 pub use state::{Core, EngineState, Settings};
+pub use tenants::Tenants;
 pub use work::Work;

@@ -20,6 +20,7 @@ use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unsta
 use super::queue::Queue;
 use super::shadows::Shadows;
 use super::starting::{Lengths, Residents};
+use super::tenants::Tenants;
 
 /// What does not change while the agent runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -66,6 +67,8 @@ pub struct Core {
     pub(super) models: Arc<[String]>,
     /// Where it is; empty: nobody said.
     pub(super) zone: String,
+    /// Whose requests are taken.
+    pub(super) tenants: Tenants,
     engine: EngineState,
     wanted: Option<Wanted>,
     stopping: bool,
@@ -109,6 +112,7 @@ impl Core {
             incarnation,
             models: Arc::default(),
             zone: String::new(),
+            tenants: Tenants::default(),
             engine: EngineState::Unknown,
             wanted: None,
             stopping: false,
@@ -338,6 +342,21 @@ impl Core {
     pub fn in_zone(mut self, zone: &str) -> Self {
         zone.clone_into(&mut self.zone);
         self
+    }
+
+    /// What kind of engine it is: whose requests it is to get, and what is believed of predictions of its cache
+    /// before its first answer. Said again, it changes nothing.
+    pub fn engine_kind(&mut self, tenants: Tenants, first: Grade) {
+        if std::mem::discriminant(&self.tenants) != std::mem::discriminant(&tenants) {
+            self.tenants = tenants;
+        }
+        self.cache.expect(first);
+    }
+
+    /// Tokens that the engine's cache holds, where nobody had said: to be told before [`Core::engine_is`].
+    pub fn engine_holds(&mut self, kv_tokens: u64) {
+        self.settings.kv_tokens = kv_tokens;
+        self.cache.holds(kv_tokens);
     }
 
     /// The engine answers, with these models.

@@ -50,6 +50,7 @@ pub(super) fn offer() -> Offer {
         zone: None,
         key_epoch: 0,
         shadow: false,
+        tenant: "t".into(),
     }
 }
 

@@ -12,12 +12,20 @@ use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
 use forebay_scheduler::model::{PROFILES, Profile};
 
 use super::engine::EngineAddress;
+use super::found::EngineFacts;
+use super::lifecycle::Running;
+use super::work::{Manner, Patience};
+use crate::adapter::Adapter;
 use crate::core::Settings;
 use crate::error::AgentError;
 
 /// Bytes of request bodies that are held at once.
 const BODY_BUDGET_BYTES: u64 = 256 << 20;
 const MAX_SLOTS: u32 = 65_536;
+/// An engine that prefills a long prompt says nothing for seconds.
+const LEAST_STALL_MS: u64 = 1_000;
+/// The `--engine-kind` that is none.
+const AUTO: &str = "auto";
 
 /// What an agent is started with; the command line declares the options.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,17 +40,28 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// The engine: `http://host:port`.
     pub engine_url: String,
-    /// Kind of engine, such as `vllm`.
+    /// Kind of engine, such as `vllm`; `auto`: found by asking it.
     pub engine_kind: String,
+    /// Whose requests the engine gets; `*`: everybody's. Absent: everybody's, or the first tenant's where the
+    /// engine keeps no caches apart.
+    pub tenant: Option<String>,
+    /// The engine is told when each first token is due.
+    pub engine_priority: bool,
+    /// Runs the engine, by a shell; it is there already when absent.
+    pub engine_command: Option<String>,
+    /// How long an engine that is started may take until it answers.
+    pub engine_start_ms: u64,
+    /// How long an engine with requests may make no progress.
+    pub engine_stall_ms: u64,
     /// The pool it belongs to.
     pub pool: String,
     /// Requests that run on the engine at once.
     pub slots: u32,
     /// Requests that wait beyond them; as many as slots when absent.
     pub queue_limit: Option<u32>,
-    /// Longest context it takes; 0 when not told.
+    /// Longest context it takes; 0: as the engine says.
     pub max_context_tokens: u32,
-    /// Tokens its KV cache holds; 0 when not told.
+    /// Tokens its KV cache holds; 0: as the engine says.
     pub kv_tokens: u64,
     /// The latency profile that comes nearest to the engine; not known when absent.
     pub profile: Option<String>,
@@ -75,6 +94,9 @@ pub(super) struct Checked {
     pub(super) name: String,
     pub(super) credentials: Credentials,
     pub(super) engine: EngineAddress,
+    pub(super) manner: Manner,
+    pub(super) process: Option<Running>,
+    pub(super) patience: Patience,
     pub(super) settings: Settings,
     pub(super) drain_timeout: Duration,
 }
@@ -99,8 +121,16 @@ impl Config {
         for address in &self.control {
             check_address(address).map_err(|problem| option("--control", problem))?;
         }
+        let kind = self.kind()?;
+        if self.engine_stall_ms < LEAST_STALL_MS {
+            let problem = format!(
+                "is {}, must be at least {LEAST_STALL_MS}",
+                self.engine_stall_ms
+            );
+            return Err(option("--engine-stall-ms", problem));
+        }
         let profile = self.profile()?;
-        self.check_render_profile()?;
+        let render = self.render_profile()?;
         let credentials = Credentials::load(&self.credentials)?;
         let identity = credentials.identity();
         let name = self.name.clone().unwrap_or_else(|| identity.name.clone());
@@ -115,6 +145,22 @@ impl Config {
             name,
             credentials,
             engine,
+            manner: Manner {
+                kind,
+                tenant: self.tenant.clone(),
+                priority: self.engine_priority,
+                asks_size: self.kv_tokens == 0,
+                render,
+            },
+            process: self.engine_command.clone().map(|command| Running {
+                command,
+                start: Duration::from_millis(self.engine_start_ms),
+                silence: Duration::from_millis(self.engine_stall_ms),
+            }),
+            patience: Patience {
+                stall: Duration::from_millis(self.engine_stall_ms),
+                ..Patience::default()
+            },
             settings: Settings {
                 at_once: false,
                 slots: self.slots,
@@ -127,10 +173,26 @@ impl Config {
         })
     }
 
+    /// The kind that was named; none: the engine is asked.
+    fn kind(&self) -> Result<Option<String>, AgentError> {
+        match self.engine_kind.as_str() {
+            AUTO => Ok(None),
+            kind if Adapter::named(kind).is_some() => Ok(Some(kind.to_owned())),
+            kind => {
+                let kinds = Adapter::kinds().join(", ");
+                let problem = format!("is {kind:?}, must be {AUTO} or one of {kinds}");
+                Err(option("--engine-kind", problem))
+            }
+        }
+    }
+
     /// How the engine's template renders prompts, where that is said.
-    fn check_render_profile(&self) -> Result<(), AgentError> {
-        if RenderProfile::declared(&self.labels).is_some() {
-            return Ok(());
+    fn render_profile(&self) -> Result<Option<RenderProfile>, AgentError> {
+        let Some(id) = self.labels.get(RENDER_PROFILE) else {
+            return Ok(None);
+        };
+        if let Some(profile) = RenderProfile::named(id) {
+            return Ok(Some(profile));
         }
         let problem = format!(
             "{RENDER_PROFILE} is not tools_first, system_tools, tools_first_user or tools_last_user, with any of \
@@ -181,20 +243,34 @@ impl Config {
         &self,
         advertise: &str,
         models: &[String],
+        engine: &EngineFacts,
     ) -> Result<WorkerSpec, AgentError> {
+        let told = |said: u32| (said > 0).then_some(said);
+        let mut labels = self.labels.clone();
+        if let Some(render) = engine.render {
+            // What an operator said counts.
+            labels
+                .entry(RENDER_PROFILE.into())
+                .or_insert_with(|| render.id());
+        }
         let spec = WorkerSpec {
             pool: self.pool.clone(),
             advertise: advertise.to_owned(),
-            engine: self.engine_kind.clone(),
+            engine: engine.kind.clone(),
             models: models.to_vec(),
             revision: self.revision.clone(),
             gpu_type: self.gpu_type.clone(),
             gpu_count: self.gpu_count,
-            kv_tokens: self.kv_tokens,
-            max_context_tokens: self.max_context_tokens,
+            kv_tokens: match self.kv_tokens {
+                0 => engine.kv_tokens.unwrap_or(0),
+                told => told,
+            },
+            max_context_tokens: told(self.max_context_tokens)
+                .or(engine.max_context_tokens)
+                .unwrap_or(0),
             adapters: Vec::new(),
             zone: self.zone.clone(),
-            labels: self.labels.clone(),
+            labels,
             slots: self.slots,
         };
         WorkerSpec::from_wire(&spec.to_wire())

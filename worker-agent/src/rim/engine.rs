@@ -1,6 +1,7 @@
 //! The engine's client: OpenAI's HTTP API on the same host.
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -9,12 +10,14 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Response, Uri};
 
+use super::lifecycle::Lifecycle;
 use super::pool::{CallError, Connection, Pool, Text};
 
 /// Larger documents are none of an engine's.
 const MAX_DOCUMENT_BYTES: usize = 1 << 20;
-const MAX_MODELS: usize = 256;
 const REQUEST_ID: &str = "x-request-id";
+/// Of the agent's own questions.
+const PROBE_ID: &str = "forebay-probe";
 
 /// Where an engine answers: `http://host:port` and perhaps a path in front of its API.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +66,8 @@ impl std::fmt::Display for EngineAddress {
 pub(super) struct Engine {
     address: EngineAddress,
     pool: Pool,
+    /// Its process, where the agent runs it.
+    process: Option<Arc<Lifecycle>>,
 }
 
 /// What one look at a page gave.
@@ -79,9 +84,22 @@ pub(super) struct Answer {
 
 impl Engine {
     /// A client that keeps at most so many connections.
-    pub(super) fn new(address: EngineAddress, connections: usize) -> Self {
+    pub(super) fn new(
+        address: EngineAddress,
+        connections: usize,
+        process: Option<Arc<Lifecycle>>,
+    ) -> Self {
         let pool = Pool::new(address.authority.clone(), connections);
-        Self { address, pool }
+        Self {
+            address,
+            pool,
+            process,
+        }
+    }
+
+    /// Its process, where the agent runs it.
+    pub(super) fn process(&self) -> Option<&Lifecycle> {
+        self.process.as_deref()
     }
 
     /// Where it is.
@@ -111,6 +129,20 @@ impl Engine {
         })
     }
 
+    /// Sends a document and reads the answer, which is small.
+    pub(super) async fn ask(
+        &self,
+        path: &str,
+        body: Bytes,
+        patience: Duration,
+    ) -> Result<Document, CallError> {
+        let reading = async {
+            let answer = self.post(path, PROBE_ID, Text::of(body)).await?;
+            self.read(path, answer).await
+        };
+        in_time(path, reading, patience).await
+    }
+
     /// Keeps the connection of an answer that was read to its end.
     pub(super) async fn keep(&self, answer: Answer) {
         self.pool.keep(answer.connection).await;
@@ -125,27 +157,40 @@ impl Engine {
             .map_err(|error| CallError::NotStarted(error.to_string()))?;
         let reading = async {
             let (response, connection) = self.pool.send(request).await?;
-            let mut answer = Answer {
+            let answer = Answer {
                 response,
                 connection,
             };
-            let status = answer.status();
-            let mut body = BytesMut::new();
-            while let Some(piece) = answer.next().await.map_err(CallError::Failed)? {
-                body.extend_from_slice(&piece);
-                if body.len() > MAX_DOCUMENT_BYTES {
-                    let problem = format!("{path} is larger than {MAX_DOCUMENT_BYTES} bytes");
-                    return Err(CallError::Failed(problem));
-                }
-            }
-            self.keep(answer).await;
-            let body = body.freeze();
-            Ok(Document { status, body })
+            self.read(path, answer).await
         };
-        tokio::time::timeout(patience, reading)
-            .await
-            .unwrap_or_else(|_| Err(CallError::Failed(format!("{path} does not answer in time"))))
+        in_time(path, reading, patience).await
     }
+
+    /// The whole of a small answer.
+    async fn read(&self, path: &str, mut answer: Answer) -> Result<Document, CallError> {
+        let status = answer.status();
+        let mut body = BytesMut::new();
+        while let Some(piece) = answer.next().await.map_err(CallError::Failed)? {
+            body.extend_from_slice(&piece);
+            if body.len() > MAX_DOCUMENT_BYTES {
+                let problem = format!("{path} is larger than {MAX_DOCUMENT_BYTES} bytes");
+                return Err(CallError::Failed(problem));
+            }
+        }
+        self.keep(answer).await;
+        let body = body.freeze();
+        Ok(Document { status, body })
+    }
+}
+
+async fn in_time(
+    path: &str,
+    reading: impl Future<Output = Result<Document, CallError>>,
+    patience: Duration,
+) -> Result<Document, CallError> {
+    tokio::time::timeout(patience, reading)
+        .await
+        .unwrap_or_else(|_| Err(CallError::Failed(format!("{path} does not answer in time"))))
 }
 
 impl Answer {
@@ -174,42 +219,6 @@ impl Answer {
     }
 }
 
-/// The names in an answer of `/v1/models`, sorted.
-pub(super) fn models(document: &[u8]) -> Result<Vec<String>, &'static str> {
-    #[derive(serde::Deserialize)]
-    struct List {
-        data: Vec<Model>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Model {
-        id: String,
-    }
-    let list: List =
-        serde_json::from_slice(document).map_err(|_| "/v1/models is not a list of models")?;
-    let mut names: Vec<_> = list.data.into_iter().map(|model| model.id).collect();
-    names.sort_unstable();
-    names.dedup();
-    match names.len() {
-        0 => Err("/v1/models names no model"),
-        1..=MAX_MODELS => Ok(names),
-        _ => Err("/v1/models names more than 256 models"),
-    }
-}
-
-/// Since when the engine's process runs, as its metrics page says it: vLLM does, and SGLang with
-/// `--enable-metrics`; llama.cpp does not, nor does a vLLM with several API servers.
-pub(super) fn started(page: &[u8]) -> Option<&str> {
-    let lines = page.split(|byte| *byte == b'\n');
-    let mut values = lines.filter_map(|line| line.strip_prefix(PROCESS_START));
-    let value = str::from_utf8(values.next()?).ok()?.trim();
-    let plain = (1..=MAX_START_BYTES).contains(&value.len())
-        && value.parse::<f64>().is_ok_and(|at| at > 0.0);
-    plain.then_some(value)
-}
-
-const PROCESS_START: &[u8] = b"process_start_time_seconds ";
-const MAX_START_BYTES: usize = 64;
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,29 +246,5 @@ mod tests {
         ] {
             check(bad, None);
         }
-    }
-
-    #[test]
-    fn a_process_is_known_by_when_it_started() {
-        let page = "# TYPE process_start_time_seconds gauge\nx 1\nprocess_start_time_seconds 1.79537712649e+09\ny 2\n";
-        assert_eq!(started(page.as_bytes()), Some("1.79537712649e+09"));
-        for none in [
-            "",
-            "process_start_time_seconds",
-            "process_start_time_seconds \n",
-            "process_start_time_seconds soon\n",
-            "process_start_time_seconds 0\n",
-            "process_start_time_seconds{pid=\"1\"} 3\n",
-        ] {
-            assert_eq!(started(none.as_bytes()), None, "{none:?}");
-        }
-    }
-
-    #[test]
-    fn models_are_named_once_and_sorted() {
-        let list = br#"{"object":"list","data":[{"id":"b","x":1},{"id":"a"},{"id":"b"}]}"#;
-        assert_eq!(models(list), Ok(vec!["a".to_owned(), "b".to_owned()]));
-        assert!(models(br#"{"data":[]}"#).is_err());
-        assert!(models(b"<html>").is_err());
     }
 }

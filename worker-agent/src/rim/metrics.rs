@@ -12,6 +12,7 @@ use forebay_scheduler::learn::Calibration;
 use forebay_scheduler::model::Residuals;
 use forebay_scheduler::residency::Grade;
 
+use crate::adapter::{Gauges, NotStarted};
 use crate::core::{Core, End, Ending, EngineState, GradeChange, RefusalReason};
 
 type Labels = [(&'static str, &'static str); 1];
@@ -27,6 +28,10 @@ pub(super) struct Metrics {
     slots: Gauge,
     body_bytes: Gauge,
     engine_up: Gauge,
+    engine_running: Gauge,
+    engine_waiting: Gauge,
+    engine_kv_usage: Gauge<f64, AtomicU64>,
+    engine_refused: Family<Labels, Counter>,
     resident: Gauge,
     trusted: Gauge,
     downgrades: Family<Labels, Counter>,
@@ -64,6 +69,13 @@ impl Metrics {
         for word in [TAKEN, REFUSED] {
             drop(metrics.shadows.get_or_create(&[("outcome", word)]));
         }
+        for why in NotStarted::ALL {
+            drop(
+                metrics
+                    .engine_refused
+                    .get_or_create(&[("reason", why.name())]),
+            );
+        }
         for end in End::ALL {
             drop(metrics.ended.get_or_create(&[("end", end.name())]));
         }
@@ -96,6 +108,16 @@ impl Metrics {
             "forebay_agent_engine_up",
             "Whether the engine answers",
             &self.engine_up,
+        );
+        gauge(
+            "forebay_agent_engine_running",
+            "Requests that the engine says it runs, whoever asked",
+            &self.engine_running,
+        );
+        gauge(
+            "forebay_agent_engine_waiting",
+            "Requests that the engine says wait in it; more than a few for long: --slots is too high",
+            &self.engine_waiting,
         );
         gauge(
             "forebay_agent_resident_chunks",
@@ -144,6 +166,11 @@ impl Metrics {
         );
         for (gauge, name, help) in [
             (
+                &self.engine_kv_usage,
+                "forebay_agent_engine_kv_usage",
+                "Share of the engine's cache that running requests hold, as it says",
+            ),
+            (
                 &self.late_p50,
                 "forebay_agent_ttft_ratio_p50",
                 "Median of actual / predicted time to first token",
@@ -180,6 +207,11 @@ impl Metrics {
             "forebay_agent_shadows",
             "Copies of requests that run elsewhere, sent to warm the cache, by outcome; none of them is among the requests",
             self.shadows.clone(),
+        );
+        registry.register(
+            "forebay_agent_engine_refused",
+            "Requests that the engine did not begin, by reason: they went elsewhere",
+            self.engine_refused.clone(),
         );
         registry.register(
             "forebay_agent_residency_downgrades",
@@ -230,6 +262,32 @@ impl Metrics {
         let Residuals { ttft_p50, ttft_p95 } = core.residuals();
         self.late_p50.set(ttft_p50);
         self.late_p95.set(ttft_p95);
+    }
+
+    /// Requests that may run at once.
+    pub(super) fn slots(&self) -> u32 {
+        u32::try_from(self.slots.get()).unwrap_or(u32::MAX)
+    }
+
+    /// What the engine's own page says.
+    pub(super) fn engine(&self, gauges: &Gauges) {
+        let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        if let Some(running) = gauges.running {
+            self.engine_running.set(number(running));
+        }
+        if let Some(waiting) = gauges.waiting {
+            self.engine_waiting.set(number(waiting));
+        }
+        if let Some(usage) = gauges.kv_usage {
+            self.engine_kv_usage.set(usage);
+        }
+    }
+
+    /// The engine answered that it did not begin.
+    pub(super) fn engine_refused(&self, why: NotStarted) {
+        self.engine_refused
+            .get_or_create(&[("reason", why.name())])
+            .inc();
     }
 
     pub(super) fn unseen(&self, arrivals: u64) {

@@ -4,13 +4,17 @@
 pub(crate) mod config;
 mod disk;
 pub(crate) mod engine;
+pub(crate) mod found;
 mod heat;
+mod lifecycle;
 pub(crate) mod map;
 mod metrics;
+mod peers;
 mod placement;
 mod pool;
 mod probe;
 mod register;
+mod render;
 mod reports;
 mod residency;
 

@@ -6,19 +6,27 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use forebay_link::{Code, FrameReceiver, FrameSender};
+use forebay_proto::Now;
 use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::engine::Answer;
 use super::pool::{CallError, Text};
 use super::residency;
 use super::work::{Call, Patience, Shared, Ticket};
-use crate::adapter::{Adapter, Answers, Events, splice};
+use crate::adapter::{Adapter, Answers, Asked, Events, Spliced, Verdict, not_started, splice};
 use crate::core::{End, Offer, Usage};
 use crate::wire;
 
 const END_PATIENCE: Duration = Duration::from_secs(1);
+/// Of an error's document, so much is read before it is relayed.
+const MAX_ERROR_BYTES: usize = 64 << 10;
+/// For that: it is there as a rule.
+const ERROR_PATIENCE: Duration = Duration::from_secs(2);
+/// For requests that nobody promised a time: engines take the least first.
+const LAST: u32 = i32::MAX as u32;
 
 /// Carries one placement of the balancer whose link has this key.
 pub(super) async fn carry(
@@ -115,17 +123,32 @@ impl Reading {
         }
     }
 
-    fn finish(&mut self) -> Bytes {
+    /// The answer's end: what is left of it, what was counted, and whether it is whole.
+    fn finish(&mut self) -> (Bytes, Usage, Verdict) {
         match self {
-            Self::Events(events) => events.finish(),
-            Self::Whole(_) => Bytes::new(),
+            Self::Events(events) => {
+                let (rest, verdict) = events.finish();
+                (rest, events.usage(), verdict)
+            }
+            Self::Whole(answers) => {
+                let (usage, verdict) = answers.finish();
+                (Bytes::new(), usage, verdict)
+            }
+        }
+    }
+
+    /// Whether nothing more is to come of it.
+    fn is_broken(&self) -> bool {
+        match self {
+            Self::Events(events) => events.is_broken(),
+            Self::Whole(_) => false,
         }
     }
 
     fn usage(&self) -> Usage {
         match self {
             Self::Events(events) => events.usage(),
-            Self::Whole(answers) => answers.usage(),
+            Self::Whole(answers) => answers.finish().0,
         }
     }
 }
@@ -150,6 +173,10 @@ impl Carried {
             () = shared.ending() => Ok(Ok(Outcome::Ended(
                 End::Drained,
                 "the deadline of a drain passed".into(),
+            ))),
+            () = shared.stalling() => Ok(Ok(Outcome::Ended(
+                End::EngineFailed,
+                "the engine makes no progress".into(),
             ))),
         };
         let (end, detail) = match outcome {
@@ -203,10 +230,20 @@ impl Carried {
                 return Ok(Outcome::Ended(end, error.to_string()));
             }
         };
+        let mut early = None;
+        if answer.status() >= 500 {
+            let document = beginning(&mut answer).await;
+            if let Some(why) = not_started(answer.status(), &document) {
+                shared.engine_refused(why);
+                return Ok(Outcome::Ended(End::NotStarted, why.detail().to_owned()));
+            }
+            early = Some(document);
+        }
         let content_type = answer.content_type();
         let events = content_type.is_some_and(|kind| kind.starts_with("text/event-stream"));
         let mut reading = if events {
-            Reading::Events(Events::new(strip_usage))
+            let says_why = shared.adapter().says_why_it_ends();
+            Reading::Events(Events::new(strip_usage, says_why))
         } else {
             Reading::Whole(Answers::default())
         };
@@ -219,16 +256,23 @@ impl Carried {
         }
         self.send(&head).await?;
         loop {
-            let piece = tokio::select! {
-                piece = answer.next() => piece,
-                gone = self.abandoned() => return Err(gone),
+            let piece = match early.take() {
+                Some(document) => Ok(Some(document)),
+                None => tokio::select! {
+                    piece = answer.next() => piece,
+                    gone = self.abandoned() => return Err(gone),
+                },
             };
             match piece {
                 Ok(Some(piece)) => {
+                    shared.heard();
+                    let mut piece = reading.push(piece);
+                    if reading.is_broken() && piece.is_empty() {
+                        break;
+                    }
                     if !std::mem::replace(&mut first, true) {
                         ticket.first_byte();
                     }
-                    let mut piece = reading.push(piece);
                     while !piece.is_empty() {
                         let part = piece.split_to(piece.len().min(MAX_TEXT_BYTES));
                         self.send(&Frame::new(Kind::Data, part)).await?;
@@ -242,11 +286,15 @@ impl Carried {
                 }
             }
         }
-        let rest = reading.finish();
+        let (rest, usage, verdict) = reading.finish();
+        ticket.usage(usage);
+        if verdict == Verdict::Broken {
+            let detail = "the engine failed in the middle of its answer".to_owned();
+            return Ok(Outcome::Ended(End::EngineFailed, detail));
+        }
         if !rest.is_empty() {
             self.send(&Frame::new(Kind::Data, rest)).await?;
         }
-        ticket.usage(reading.usage());
         // Not waited for: the trailer is due.
         tokio::spawn(async move { shared.engine.keep(answer).await });
         Ok(Outcome::Ended(End::Complete, String::new()))
@@ -254,16 +302,32 @@ impl Carried {
 
     /// The body as the engine gets it, and whether its token counts are to be taken out again.
     fn splice(&self, body: Text) -> (Text, bool) {
-        let has_prompt = self.offer.path != "/v1/embeddings";
-        match self.shared.adapter {
-            Adapter::Vllm if has_prompt => {
-                let whole = body.whole();
-                let spliced = splice(&whole, self.offer.cache_salt.as_deref());
-                let body = spliced.body.map_or(whole, Bytes::from);
-                (Text::of(body), spliced.strip_usage)
-            }
-            Adapter::Vllm | Adapter::Generic => (body, false),
+        let adapter = self.shared.adapter();
+        if adapter == Adapter::Generic || self.offer.path == "/v1/embeddings" {
+            return (body, false);
         }
+        let whole = body.whole();
+        let asked = Asked {
+            removed: adapter.removed(),
+            cache_salt: self.offer.cache_salt.as_deref().filter(|_| adapter.salts()),
+            priority: self.priority().filter(|_| adapter.takes_priority()),
+        };
+        let Spliced { body, strip_usage } = splice(&whole, &asked);
+        (Text::of(body.map_or(whole, Bytes::from)), strip_usage)
+    }
+
+    /// When the first token is due, in milliseconds since this agent started: whose is due first goes first.
+    fn priority(&self) -> Option<u32> {
+        if !self.shared.manner.priority {
+            return None;
+        }
+        let promised = Duration::try_from_secs_f64(self.offer.targets.ttft_ms / 1e3);
+        let due = promised.map_or(u128::MAX, |promised| {
+            (self.shared.now() + promised)
+                .since(Now::default())
+                .as_millis()
+        });
+        Some(u32::try_from(due).unwrap_or(LAST).min(LAST))
     }
 
     /// The whole body, once the placement has its slot; or how it was over before.
@@ -358,4 +422,19 @@ async fn reset(receiver: &mut FrameReceiver, at_end: &mut bool) -> Gone {
         }
     }
     std::future::pending().await
+}
+
+/// What stands at the beginning of an error's document.
+async fn beginning(answer: &mut Answer) -> Bytes {
+    let mut document = BytesMut::new();
+    let reading = async {
+        while document.len() < MAX_ERROR_BYTES
+            && let Ok(Some(piece)) = answer.next().await
+        {
+            document.extend_from_slice(&piece);
+        }
+    };
+    // What is late is relayed as it comes.
+    let _ = timeout(ERROR_PATIENCE, reading).await;
+    document.freeze()
 }

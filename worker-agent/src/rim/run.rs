@@ -18,13 +18,15 @@ use tokio::sync::watch;
 use super::config::{Checked, Config};
 use super::disk::DataDir;
 use super::engine::Engine;
+use super::found::EngineFacts;
 use super::heat;
+use super::lifecycle::Lifecycle;
 use super::map::MapFile;
 use super::metrics::Metrics;
-use super::probe::first_models;
+use super::peers::Peers;
+use super::probe::first_found;
 use super::register::{Registered, Registrar};
-use super::work::{Patience, Setup, Status, Work};
-use crate::adapter::Adapter;
+use super::work::{Setup, Status, Work};
 use crate::core::{Standing, standing};
 use crate::error::AgentError;
 use crate::wire;
@@ -49,11 +51,19 @@ pub async fn run(
 ) -> Result<(), AgentError> {
     let checked = config.check()?;
     let mut shutdown = pin!(shutdown);
-    let agent = tokio::select! {
-        agent = Agent::start(config, &checked) => agent?,
-        () = &mut shutdown => return Ok(()),
+    let process = checked.process.clone().map(Lifecycle::new);
+    let ran = async {
+        let agent = tokio::select! {
+            agent = Agent::start(config, &checked, process.clone()) => agent?,
+            () = &mut shutdown => return Ok(()),
+        };
+        agent.serve(shutdown, &checked).await
     };
-    agent.serve(shutdown, &checked).await
+    let ended = ran.await;
+    if let Some(process) = process {
+        process.stop().await;
+    }
+    ended
 }
 
 struct Agent {
@@ -69,13 +79,20 @@ struct Agent {
     /// When that was registered.
     registered: watch::Sender<Option<Revision>>,
     cluster: Option<ClusterId>,
-    /// The models of the newest registration.
-    declared: Option<Arc<[String]>>,
+    /// What the newest registration says of the engine.
+    declared: Option<Declared>,
 }
 
 impl Agent {
-    async fn start(config: Config, checked: &Checked) -> Result<Self, AgentError> {
+    async fn start(
+        config: Config,
+        checked: &Checked,
+        process: Option<Arc<Lifecycle>>,
+    ) -> Result<Self, AgentError> {
         let mut dir = DataDir::open(&config.data_dir, &checked.name)?;
+        if let Some(process) = &process {
+            process.begin(dir.path());
+        }
         let held = dir.count_start()?;
         let endpoint = Endpoint::bind(config.listen, &checked.credentials, &[Alpn::Work])?;
         if let Some(held) = &held {
@@ -108,9 +125,9 @@ impl Agent {
         let (incarnation, registered) = match held {
             Some(record) => (record.incarnation(), None),
             None => {
-                let engine = Engine::new(checked.engine.clone(), 1);
-                let models = first_models(&engine).await;
-                let spec = config.spec(&advertise, &models)?;
+                let engine = Engine::new(checked.engine.clone(), 1, process.clone());
+                let found = first_found(&engine, checked.manner.kind.as_deref()).await;
+                let spec = config.spec(&advertise, &found.models, &found.engine)?;
                 let registrar = Registrar {
                     client: &client,
                     name: &checked.name,
@@ -124,7 +141,10 @@ impl Agent {
                 } = registrar.register(&dir, None, &spec).await?;
                 dir.granted(cluster_id, incarnation)?;
                 cluster = Some(cluster_id);
-                declared = Some(models.into());
+                declared = Some(Declared {
+                    models: found.models.into(),
+                    engine: Arc::new(found.engine),
+                });
                 (incarnation, Some(revision))
             }
         };
@@ -136,11 +156,11 @@ impl Agent {
             settings: checked.settings,
             zone: config.zone.clone(),
             engine: checked.engine.clone(),
-            patience: Patience::default(),
-            adapter: Adapter::of(&config.engine_kind),
+            patience: checked.patience,
+            manner: checked.manner.clone(),
             map: Some(MapFile::in_directory(dir.path())),
         };
-        let work = Work::start_with(&endpoint, setup, metrics);
+        let work = Work::start_with(&endpoint, setup, metrics, process);
         shown.show(work.status());
         tracing::info!(
             name = checked.name,
@@ -251,10 +271,12 @@ async fn follow(
     registered: &watch::Sender<Option<Revision>>,
 ) -> AgentError {
     let mut registration = registered.subscribe();
+    let mut peers = Peers::default();
     loop {
         let newest = facts.borrow_and_update().clone();
         let at = *registration.borrow_and_update();
         if let Some(newest) = newest {
+            peers.look(&newest, name);
             match standing(&newest, name, own, at) {
                 Standing::NotYet => {}
                 Standing::Wanted(desired) => {
@@ -282,6 +304,13 @@ async fn follow(
     }
 }
 
+/// What a registration says of the engine.
+#[derive(Clone, Debug, PartialEq)]
+struct Declared {
+    models: Arc<[String]>,
+    engine: Arc<EngineFacts>,
+}
+
 /// Keeps the worker registered as what it is, and its lease.
 struct Lease<'a> {
     config: &'a Config,
@@ -296,8 +325,8 @@ struct Lease<'a> {
 }
 
 impl Lease<'_> {
-    /// Returns why the process must stop. `declared`: the models it is registered with already.
-    async fn keep(&mut self, declared: Option<Arc<[String]>>) -> AgentError {
+    /// Returns why the process must stop. `declared`: what it is registered with already.
+    async fn keep(&mut self, declared: Option<Declared>) -> AgentError {
         match self.keep_on(declared).await {
             Ok(never) => match never {},
             Err(error) => error,
@@ -306,14 +335,14 @@ impl Lease<'_> {
 
     async fn keep_on(
         &mut self,
-        declared: Option<Arc<[String]>>,
+        declared: Option<Declared>,
     ) -> Result<std::convert::Infallible, AgentError> {
         let mut declared = match declared {
             Some(declared) => declared,
             None => {
-                let models = other_models(self.work, &Arc::default()).await;
-                self.register(&models).await?;
-                models
+                let found = other_engine(self.work, None).await;
+                self.register(&found).await?;
+                found
             }
         };
         loop {
@@ -322,8 +351,9 @@ impl Lease<'_> {
         }
     }
 
-    async fn register(&self, models: &[String]) -> Result<(), AgentError> {
-        let spec = self.config.spec(self.advertise, models)?;
+    async fn register(&self, declared: &Declared) -> Result<(), AgentError> {
+        let Declared { models, engine } = declared;
+        let spec = self.config.spec(self.advertise, models, engine)?;
         let registrar = Registrar {
             client: self.client,
             name: self.name,
@@ -338,11 +368,8 @@ impl Lease<'_> {
         Ok(())
     }
 
-    /// Renews the lease; returns when the engine serves other models.
-    async fn renew_until_other(
-        &self,
-        declared: &Arc<[String]>,
-    ) -> Result<Arc<[String]>, AgentError> {
+    /// Renews the lease; returns when the engine says something else of itself.
+    async fn renew_until_other(&self, declared: &Declared) -> Result<Declared, AgentError> {
         let mut status = self.work.status();
         // A copy: what is under way is looked at with the status free to change.
         let first = status.borrow_and_update().clone();
@@ -393,7 +420,7 @@ impl Lease<'_> {
         let answer = heat::answer(self.work, self.client, recording);
         let heat = heat::tell(self.work, &self.config.pool, &said);
         tokio::select! {
-            models = other_models(self.work, declared) => Ok(models),
+            found = other_engine(self.work, Some(declared)) => Ok(found),
             current = superseded => Err(AgentError::Superseded {
                 name: self.name.into(),
                 own: self.own,
@@ -421,19 +448,27 @@ fn work_of(work: &Work, observed: Observed) -> forebay_proto::wire::control::Wor
     wire::work_under_way(work.under_way(), draining)
 }
 
-/// The engine's models, once there are some and they are not these.
-async fn other_models(work: &Work, than: &Arc<[String]>) -> Arc<[String]> {
+/// What the engine says of itself, once it does and it is not this.
+async fn other_engine(work: &Work, than: Option<&Declared>) -> Declared {
     let mut status = work.status();
-    let other = |status: &Status| !status.models.is_empty() && status.models != *than;
-    let found = status
-        .wait_for(other)
-        .await
-        .map(|status| status.models.clone());
-    match found {
-        Ok(models) => models,
+    let found =
+        status.wait_for(|status| declared(status).is_some_and(|found| Some(&found) != than));
+    match found.await.map(|status| declared(&status)) {
+        Ok(Some(found)) => found,
         // The sender lives as long as the work side.
-        Err(_) => std::future::pending().await,
+        Ok(None) | Err(_) => std::future::pending().await,
     }
+}
+
+fn declared(status: &Status) -> Option<Declared> {
+    let engine = status
+        .engine
+        .clone()
+        .filter(|_| !status.models.is_empty())?;
+    Some(Declared {
+        models: status.models.clone(),
+        engine,
+    })
 }
 
 /// What the admin pages show; there is no work side before the first registration.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use forebay_admin::prometheus_client::registry::Registry;
@@ -11,22 +12,25 @@ use forebay_proto::rpc::Rpc;
 use forebay_proto::wire::control::Heat;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
+use forebay_scheduler::fingerprint::RenderProfile;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::engine::{Engine, EngineAddress};
+use super::found::{EngineFacts, Found};
+use super::lifecycle::Lifecycle;
 use super::map::{Keeper, MapFile};
 use super::metrics::Metrics;
 use super::placement::carry;
 use super::reports::{Links, report};
 use super::tasks::OwnedTask;
 use super::{map, probe, reports};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Gauges, NotStarted};
 use crate::core::{
     Admitted, Continuity, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
-    Recorded, RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
+    Recorded, RefusalReason, Refused, Settings, Tenants, Unstarted, Usage, Work as UnderWay,
 };
 use crate::wire;
 
@@ -35,6 +39,9 @@ const SPARE_CONNECTIONS: usize = 2;
 
 /// Balancers that are sent a snapshot of the cache at once; others wait for their turn.
 const SNAPSHOTS: usize = 4;
+
+/// The `--tenant` that is everybody.
+const ANYBODY: &str = "*";
 
 /// For the last frames of what just ended to arrive.
 const TELLING: Duration = Duration::from_secs(1);
@@ -50,6 +57,8 @@ pub struct Patience {
     pub looks: Duration,
     /// The engine with a small page; so late three times in a row, it is down.
     pub look: Duration,
+    /// An engine with requests, without any sign of work.
+    pub stall: Duration,
 }
 
 impl Default for Patience {
@@ -59,6 +68,7 @@ impl Default for Patience {
             slow_reader: Duration::from_secs(30),
             looks: Duration::from_secs(1),
             look: Duration::from_secs(2),
+            stall: Duration::from_secs(60),
         }
     }
 }
@@ -77,9 +87,24 @@ pub struct Setup {
     /// How long it waits for others.
     pub patience: Patience,
     /// How the engine is spoken to.
-    pub adapter: Adapter,
+    pub manner: Manner,
     /// Where the cache's map is kept for the next start; nowhere when absent.
     pub map: Option<MapFile>,
+}
+
+/// How an engine is spoken to, and for whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// What kind it is; absent: found by asking it.
+    pub kind: Option<String>,
+    /// Whose requests it gets; absent: everybody's, or one tenant's where it keeps no caches apart.
+    pub tenant: Option<String>,
+    /// It is told what goes first, where it can be.
+    pub priority: bool,
+    /// Nobody said how much its cache holds: it is believed in that.
+    pub asks_size: bool,
+    /// How prompts are rendered, where an operator said so.
+    pub render: Option<RenderProfile>,
 }
 
 /// What the agent says of itself.
@@ -95,6 +120,8 @@ pub struct Status {
     pub in_flight: usize,
     /// Models that the engine serves; empty until it answered.
     pub models: Arc<[String]>,
+    /// What else it said; absent until it answered.
+    pub engine: Option<Arc<EngineFacts>>,
 }
 
 /// The work side, serving until this is dropped. It needs no control plane.
@@ -111,17 +138,22 @@ impl Work {
     #[must_use]
     pub fn start(endpoint: &Endpoint, setup: Setup) -> Self {
         let metrics = Metrics::new(setup.settings.slots);
-        Self::start_with(endpoint, setup, metrics)
+        Self::start_with(endpoint, setup, metrics, None)
     }
 
-    pub(super) fn start_with(endpoint: &Endpoint, setup: Setup, metrics: Metrics) -> Self {
+    pub(super) fn start_with(
+        endpoint: &Endpoint,
+        setup: Setup,
+        metrics: Metrics,
+        process: Option<Arc<Lifecycle>>,
+    ) -> Self {
         let Setup {
             incarnation,
             settings,
             zone,
             engine,
             patience,
-            adapter,
+            manner,
             map,
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
@@ -130,29 +162,34 @@ impl Work {
         if let Some(kept) = map.as_ref().and_then(map::read) {
             core.recall(kept);
         }
-        let (status, _) = watch::channel(status(&core));
+        let (status, _) = watch::channel(status(&core, None));
         let shared = Arc::new(Shared {
             origin: Instant::now(),
             inner: Mutex::new(Inner {
                 core,
                 waiting: HashMap::new(),
+                engine: None,
             }),
             patience,
-            adapter,
+            manner,
+            doubted: AtomicBool::new(false),
             changed: Notify::new(),
             status,
-            engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS)),
+            engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS), process),
             metrics,
             links: Links::default(),
             resident: watch::Sender::new(()),
             snapshots: Semaphore::new(SNAPSHOTS),
             carried: watch::Sender::new(0),
             ending: watch::Sender::new(false),
+            heard: AtomicU64::new(0),
+            stalls: watch::Sender::new(0),
         });
         let mut tasks = vec![
             OwnedTask::spawn(accept(endpoint.clone(), shared.clone())),
             OwnedTask::spawn(report(shared.clone())),
             OwnedTask::spawn(probe::keep_probing(shared.clone())),
+            OwnedTask::spawn(probe::watch_progress(shared.clone())),
         ];
         let map = map.map(|file| Arc::new(Keeper::new(file, shared.clone())));
         if let Some(keeper) = map.clone() {
@@ -243,7 +280,9 @@ pub(super) struct Shared {
     origin: Instant,
     inner: Mutex<Inner>,
     pub(super) patience: Patience,
-    pub(super) adapter: Adapter,
+    pub(super) manner: Manner,
+    /// The engine answers and did no work: before it is believed in again it has to do some.
+    doubted: AtomicBool,
     /// A report may be due earlier than was thought.
     pub(super) changed: Notify,
     status: watch::Sender<Status>,
@@ -258,12 +297,18 @@ pub(super) struct Shared {
     carried: watch::Sender<usize>,
     /// What runs is to end: a drain's deadline passed.
     ending: watch::Sender<bool>,
+    /// When the engine last said something to anybody, in microseconds since the origin; 0: never.
+    heard: AtomicU64,
+    /// How often it was found to hang: what ran on it then is over.
+    stalls: watch::Sender<u64>,
 }
 
 struct Inner {
     core: Core,
     /// Who is told when a slot is free; as bounded as the queue.
     waiting: HashMap<PlacementId, oneshot::Sender<Call>>,
+    /// What the engine said of itself.
+    engine: Option<Arc<EngineFacts>>,
 }
 
 /// What a placement that waits is told.
@@ -322,7 +367,7 @@ impl Shared {
         let core = &inner.core;
         self.metrics.show(core);
         self.status.send_if_modified(|shown| {
-            let fresh = status(core);
+            let fresh = status(core, inner.engine.as_ref());
             let changed = *shown != fresh;
             *shown = fresh;
             changed
@@ -340,7 +385,7 @@ impl Shared {
         }
         if let Some(grade) = grade {
             self.metrics.grade_changed(grade);
-            announce(grade);
+            announce(grade, self.adapter());
         }
         result
     }
@@ -407,6 +452,103 @@ impl Shared {
         }
     }
 
+    /// How the engine is spoken to.
+    pub(super) fn adapter(&self) -> Adapter {
+        let inner = self.inner.lock();
+        let said = inner.engine.as_ref().map(|engine| engine.adapter);
+        said.unwrap_or_default()
+    }
+
+    /// The engine said who it is; it may be another one than before.
+    pub(super) fn engine_found(&self, found: &Found) {
+        let adapter = found.engine.adapter;
+        let tenants = match self.manner.tenant.as_deref() {
+            Some(ANYBODY) => Tenants::All,
+            Some(tenant) => Tenants::Only(tenant.to_owned()),
+            None if adapter.shares_its_cache() => Tenants::First(None),
+            None => Tenants::All,
+        };
+        let news = self.enter(|inner, _| {
+            let mut said = found.engine.clone();
+            // A page that was late is no other template.
+            let before = inner.engine.as_ref();
+            let before = before.filter(|before| before.kind == said.kind);
+            said.render = said.render.or(before.and_then(|before| before.render));
+            let news = inner.engine.as_deref() != Some(&said);
+            if news {
+                inner.engine = Some(Arc::new(said));
+            }
+            inner.core.engine_kind(tenants, adapter.first_grade());
+            if let Some(tokens) = found.engine.kv_tokens.filter(|_| self.manner.asks_size) {
+                inner.core.engine_holds(tokens);
+            }
+            news
+        });
+        if news {
+            tell_of(found, &self.manner, self.metrics.slots());
+        }
+        self.engine_is(found.process.clone());
+        self.engine_up(&found.models);
+    }
+
+    /// The engine's metrics page was read.
+    pub(super) fn engine_shows(&self, gauges: &Gauges) {
+        self.metrics.engine(gauges);
+    }
+
+    /// The engine answered that it did not begin.
+    pub(super) fn engine_refused(&self, why: NotStarted) {
+        self.metrics.engine_refused(why);
+        match why {
+            NotStarted::Overloaded => {}
+            NotStarted::Stopping => {
+                self.doubted.store(true, Ordering::Relaxed);
+                self.engine_down(why.detail());
+            }
+        }
+    }
+
+    /// The engine said something.
+    pub(super) fn heard(&self) {
+        let since = self.origin.elapsed().as_micros();
+        let since = u64::try_from(since).unwrap_or(u64::MAX);
+        self.heard.store(since, Ordering::Relaxed);
+    }
+
+    /// When it last did.
+    pub(super) fn last_heard(&self) -> Option<Now> {
+        let heard = self.heard.load(Ordering::Relaxed);
+        (heard > 0).then(|| Now::at(Duration::from_micros(heard)))
+    }
+
+    /// The engine has requests and makes nothing of them: they are over, and it has to do some work before it
+    /// is believed in again.
+    pub(super) fn engine_stalled(&self) {
+        self.doubted.store(true, Ordering::Relaxed);
+        self.engine_down("it has requests and makes no progress");
+        self.stalls.send_modify(|stalls| *stalls += 1);
+        if let Some(process) = self.engine.process() {
+            process.hangs();
+        }
+    }
+
+    /// Returns when the engine is found to hang.
+    pub(super) async fn stalling(&self) {
+        let mut stalls = self.stalls.subscribe();
+        // The sender lives as long as this.
+        let _ = stalls.changed().await;
+    }
+
+    /// Whether the engine has to do some work before it is believed in.
+    pub(super) fn is_doubted(&self) -> bool {
+        self.doubted.load(Ordering::Relaxed)
+    }
+
+    /// The engine did some.
+    pub(super) fn trusts(&self) {
+        self.doubted.store(false, Ordering::Relaxed);
+    }
+
     /// The engine says that it is this process, or does not say.
     pub(super) fn engine_is(&self, process: Option<String>) {
         match self.with(|core, _| core.engine_is(process)) {
@@ -450,7 +592,52 @@ impl Shared {
     }
 }
 
-fn announce(change: GradeChange) {
+/// What an operator should know of an engine that was found.
+fn tell_of(found: &Found, manner: &Manner, slots: u32) {
+    let EngineFacts {
+        kind,
+        kv_tokens,
+        max_context_tokens,
+        adapter,
+        render,
+    } = &found.engine;
+    tracing::info!(
+        kind,
+        kv_tokens,
+        block_tokens = found.block_tokens,
+        max_context_tokens,
+        render = render.map(|render| render.id()),
+        "the engine says what it is"
+    );
+    if let (Some(said), Some(found)) = (manner.render, render)
+        && said != *found
+    {
+        tracing::warn!(
+            said = said.id(),
+            found = found.id(),
+            "the engine renders prompts otherwise than --label render-profile says: without that label, what is found counts"
+        );
+    }
+    if found.prefix_caching == Some(false) {
+        tracing::warn!(
+            "the engine caches no prefixes: start vLLM with --enable-prefix-caching, or nothing is gained by placing alike prompts together"
+        );
+    }
+    if let Some(engine) = found.slots.filter(|engine| *engine < slots) {
+        tracing::warn!(
+            slots,
+            engine,
+            "the engine runs fewer requests at once than --slots says: the others wait in its queue, where they have no order"
+        );
+    }
+    if adapter.shares_its_cache() {
+        tracing::info!(
+            "the engine keeps no caches apart: it serves one tenant (--tenant), else the first that asks"
+        );
+    }
+}
+
+fn announce(change: GradeChange, adapter: Adapter) {
     match change {
         GradeChange::Restored => tracing::info!(
             grade = "inferred",
@@ -462,7 +649,8 @@ fn announce(change: GradeChange) {
         ),
         GradeChange::Silent => tracing::warn!(
             grade = "blind",
-            "the engine does not say how many prompt tokens were cached: start vLLM with --enable-prompt-tokens-details; prefixes are believed to be cached for a minute until it does"
+            "the engine does not say how many prompt tokens were cached: {}; prefixes are believed to be cached for a minute until it does",
+            adapter.to_count_cached()
         ),
     }
 }
@@ -476,13 +664,14 @@ impl Drop for Carrying {
     }
 }
 
-fn status(core: &Core) -> Status {
+fn status(core: &Core, engine: Option<&Arc<EngineFacts>>) -> Status {
     Status {
         incarnation: core.incarnation(),
         observed: core.observed(),
         applied_revision: core.applied_revision(),
         in_flight: core.in_flight(),
         models: core.models().clone(),
+        engine: engine.cloned(),
     }
 }
 

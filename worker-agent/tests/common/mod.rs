@@ -16,7 +16,7 @@ use forebay_proto::{Incarnation, Revision, Role, WorkerId};
 use forebay_scheduler::model::Profile;
 use forebay_sim::engine;
 use forebay_worker_agent::core::Settings;
-use forebay_worker_agent::{Adapter, Patience, Setup, Work};
+use forebay_worker_agent::{Manner, Patience, Setup, Work};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -212,7 +212,10 @@ impl Agent {
             zone: "a".into(),
             engine: format!("http://{engine}").parse().unwrap(),
             patience: Patience::default(),
-            adapter: Adapter::Vllm,
+            manner: Manner {
+                kind: Some("vllm".into()),
+                ..Manner::default()
+            },
             map: None,
         };
         change(&mut setup);

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use forebay_control_client::{Facts, WorkerFact};
 use forebay_proto::config::POLICIES;
 use forebay_proto::wire::fleet::{Desired, Observed};
+use forebay_scheduler::fingerprint::RenderProfile;
 
 use super::Seen;
 use super::report::Report;
@@ -147,7 +148,8 @@ fn models(facts: &Facts, report: &mut Report) {
             && worker.desired == Desired::Ready;
         for model in &worker.spec.models {
             *models.entry(model).or_insert(0_u32) += u32::from(serves);
-            let profile = worker.spec.labels.get("render-profile");
+            // What is not said is the usual one.
+            let profile = RenderProfile::declared(&worker.spec.labels).map(|profile| profile.id());
             profiles.entry(model).or_default().insert(profile);
         }
     }
