@@ -13,7 +13,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 pub(crate) const MODEL: &str = "null";
 const METRICS: &str = "process_start_time_seconds 1.7e9\n";
@@ -22,11 +22,21 @@ type Body = BoxBody<Bytes, Infallible>;
 
 pub(crate) async fn serve(address: SocketAddr, chunks: u32, pace_ms: u64) {
     let listener = TcpListener::bind(address).await.unwrap();
+    // All that run get their tokens at the end of the same iteration.
+    let (ticker, iteration) = watch::channel(());
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(Duration::from_millis(pace_ms.max(1)));
+        loop {
+            ticks.tick().await;
+            ticker.send_replace(());
+        }
+    });
     loop {
         let (socket, _) = listener.accept().await.unwrap();
         socket.set_nodelay(true).unwrap();
+        let iteration = iteration.clone();
         tokio::spawn(async move {
-            let answer = service_fn(move |request| answer(request, chunks, pace_ms));
+            let answer = service_fn(move |request| answer(request, chunks, iteration.clone()));
             let _ = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .serve_connection(TokioIo::new(socket), answer)
@@ -38,7 +48,7 @@ pub(crate) async fn serve(address: SocketAddr, chunks: u32, pace_ms: u64) {
 async fn answer(
     request: Request<Incoming>,
     chunks: u32,
-    pace_ms: u64,
+    iteration: watch::Receiver<()>,
 ) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path().to_owned();
     match path.as_str() {
@@ -60,7 +70,7 @@ async fn answer(
                 ends.iter().any(has)
             };
             if says(r#""stream":true"#) {
-                Ok(stream(body.len(), says("include_usage"), chunks, pace_ms))
+                Ok(stream(body.len(), says("include_usage"), chunks, iteration))
             } else {
                 Ok(whole("application/json", document(body.len(), chunks)))
             }
@@ -89,7 +99,12 @@ fn event(choices: &str, rest: &str) -> Bytes {
     format!("data: {{{head},\"model\":\"{MODEL}\",\"choices\":[{choices}]{rest}}}\n\n").into()
 }
 
-fn stream(prompt: usize, with_usage: bool, chunks: u32, pace_ms: u64) -> Response<Body> {
+fn stream(
+    prompt: usize,
+    with_usage: bool,
+    chunks: u32,
+    mut iteration: watch::Receiver<()>,
+) -> Response<Body> {
     let (sender, receiver) = mpsc::channel::<Bytes>(4);
     tokio::spawn(async move {
         let word = event(
@@ -97,8 +112,8 @@ fn stream(prompt: usize, with_usage: bool, chunks: u32, pace_ms: u64) -> Respons
             "",
         );
         for _ in 0..chunks {
-            tokio::time::sleep(Duration::from_millis(pace_ms)).await;
-            if sender.send(word.clone()).await.is_err() {
+            iteration.mark_unchanged();
+            if iteration.changed().await.is_err() || sender.send(word.clone()).await.is_err() {
                 return;
             }
         }

@@ -11,8 +11,8 @@
 //! * Latency: on two connections, so that nobody waits for a core: time to the first byte of the body beyond
 //!   the direct one's, the median and the 0.99 quantile.
 //!
-//! A streamed answer is `--chunks` events `--pace-ms` apart, as an engine's tokens come; one that is not
-//! streamed is one body of as many words.
+//! A streamed answer is `--chunks` events, one at the end of each of the engine's iterations, which are
+//! `--pace-ms` apart and common to all that run; one that is not streamed is one body of as many words.
 //!
 //! ```text
 //! cargo build --release -p forebay
