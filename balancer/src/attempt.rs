@@ -187,6 +187,7 @@ impl Exchange {
             must_queue,
             facts_revision: self.revision,
             zone: self.zone.as_deref().unwrap_or_default().into(),
+            shadow: false,
         };
         Frame::message(Kind::Place, &place)
     }

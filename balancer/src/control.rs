@@ -41,6 +41,7 @@ pub(crate) fn follow(endpoint: &Endpoint, control: &[String], directory: &Path) 
         applied_revision: Revision(0),
         observed: Observed::Unspecified,
         work: None,
+        heat: None,
     });
     let renewing = client.spawn_renew(state);
     let task = Task::spawn(async move {

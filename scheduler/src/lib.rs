@@ -6,6 +6,7 @@
 
 pub mod asking;
 pub mod fingerprint;
+pub mod heat;
 pub mod homes;
 pub mod index;
 pub mod json;

@@ -119,8 +119,11 @@ impl View {
             }
             field.candidates += 1;
             let cached = held.by(bound.worker);
-            let tokens = request.prompt_tokens - cached;
-            let pairs = attention_pairs(cached, tokens);
+            let home = held.as_home(bound.worker, policy);
+            // The most that it may be counted to hold.
+            let most = cached.max(home);
+            let tokens = request.prompt_tokens - most;
+            let pairs = attention_pairs(most, tokens);
             let own = bound.own_ms(tokens, pairs);
             let slack = slack_ms(request.targets.ttft_ms, own);
             let ttft = bound.least_ttft_ms(at.ms, tokens, pairs, slack);
@@ -131,7 +134,9 @@ impl View {
             if tier > best.tier || (tier == best.tier && cost > limit) {
                 continue;
             }
-            let terms = self.standings[*place].terms(at, request, cached);
+            let standing = &self.standings[*place];
+            let counted = standing.counted(at, request, cached, home);
+            let terms = standing.terms(at, request, counted);
             let score = rule(&terms, &request.targets);
             ranked.push(Ranked {
                 place: *place,

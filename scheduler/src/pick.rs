@@ -52,6 +52,8 @@ pub struct Work {
     pub pairs: f64,
     /// Tokens that its decode attends to.
     pub context_tokens: f64,
+    /// It makes the copy that the worker, as a home of the request's family, was counted to hold.
+    pub makes_copy: bool,
 }
 
 /// Why no worker was chosen.
@@ -265,8 +267,10 @@ impl View {
             match standing.access {
                 Access::Open if !out => {
                     let cached = held.by(standing.worker);
+                    let home = held.as_home(standing.worker, policy);
+                    let counted = standing.counted(moment, request, cached, home);
                     let at = scratch.candidates.len();
-                    let candidate = standing.candidate(moment, request, cached, at);
+                    let candidate = standing.candidate(moment, request, (cached, counted), at);
                     field.in_flight += u64::from(candidate.queueing.present);
                     scratch.candidates.push(candidate);
                     scratch.places.push(*place);
@@ -332,7 +336,10 @@ impl View {
         decided: &Decided,
     ) -> Choice {
         let standing = &self.standings[decided.place];
-        let cached_tokens = Held::of(request).by(standing.worker);
+        let mut held = Held::of(request);
+        let cached_tokens = held.by(standing.worker);
+        let home = held.as_home(standing.worker, policy);
+        let counted = standing.counted(Moment::of(now), request, cached_tokens, home);
         let uncached_tokens = request.prompt_tokens - cached_tokens;
         let terms = standing.terms(Moment::of(now), request, cached_tokens);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
@@ -349,6 +356,7 @@ impl View {
                 uncached_tokens,
                 pairs: attention_pairs(cached_tokens, uncached_tokens),
                 context_tokens: request.prompt_tokens,
+                makes_copy: !decided.silent && counted > cached_tokens,
             },
         }
     }
@@ -357,6 +365,9 @@ impl View {
 /// What workers hold of a prompt, asked in the order of their ids.
 pub(crate) struct Held<'a> {
     hits: &'a [Hit],
+    homes: &'a [WorkerId],
+    /// What a home counts to hold.
+    home_tokens: f64,
     /// The last token of a prompt is always computed.
     most: f64,
 }
@@ -365,6 +376,8 @@ impl<'a> Held<'a> {
     pub(crate) fn of(request: &Request<'a>) -> Self {
         Self {
             hits: request.hits,
+            homes: request.homes.map_or(&[], |homes| homes.workers),
+            home_tokens: request.homes.map_or(0.0, |homes| homes.tokens.into()),
             most: (request.prompt_tokens - 1.0).max(0.0),
         }
     }
@@ -379,6 +392,21 @@ impl<'a> Held<'a> {
                 return f64::from(first.tokens).min(self.most);
             }
             self.hits = rest;
+        }
+        0.0
+    }
+
+    /// What it is to hold as a home of the request's family, if the policy asks; zero: it is none.
+    #[inline]
+    pub(crate) fn as_home(&mut self, worker: WorkerId, policy: &dyn Policy) -> f64 {
+        while let [first, rest @ ..] = self.homes {
+            if *first > worker {
+                break;
+            }
+            if *first == worker && policy.counts_homes() {
+                return self.home_tokens.min(self.most);
+            }
+            self.homes = rest;
         }
         0.0
     }

@@ -81,6 +81,9 @@ pub struct Asked {
     /// The zone that it had to stay in.
     #[serde(default)]
     pub zone: Option<String>,
+    /// Its family, if that has homes.
+    #[serde(default)]
+    pub family: Option<u64>,
 }
 
 /// Workers that serve the model and were not scored, each counted once.
@@ -193,7 +196,11 @@ impl View {
         let mut held = pick::Held::of(request);
         let considered = kept.iter().enumerate().map(|(at, one)| {
             let standing = &self.standings[one.place];
-            let candidate = standing.candidate(Moment::of(now), request, held.by(one.worker), at);
+            let moment = Moment::of(now);
+            let cached = held.by(one.worker);
+            let home = held.as_home(one.worker, policy);
+            let counted = standing.counted(moment, request, cached, home);
+            let candidate = standing.candidate(moment, request, (cached, counted), at);
             Considered {
                 incarnation: standing.incarnation,
                 feasible: candidate.terms.feasible(&request.targets),
@@ -319,6 +326,7 @@ impl Asked {
             turn: request.turn,
             tried: request.tried.to_vec(),
             zone: request.zone.map(str::to_owned),
+            family: request.homes.map(|homes| homes.chunk),
         }
     }
 
@@ -335,6 +343,8 @@ impl Asked {
                 tpot_ms: self.tpot_ms.unwrap_or(f64::INFINITY),
             },
             hits: &[],
+            // Whom it counts as a home, each candidate says.
+            homes: None,
             conversation: self.conversation,
             head: self.head,
             turn: self.turn,

@@ -58,6 +58,8 @@ pub(crate) struct Standing {
     kv_tokens: f64,
     recent: Recent,
     pub(crate) own_bookings: usize,
+    /// When it may be counted to hold what it is to hold, in milliseconds of the clock.
+    home_from_ms: f64,
     /// The longest context that it takes, in tokens.
     pub(crate) longest: f64,
 }
@@ -119,6 +121,11 @@ impl Standing {
             kv_tokens,
             recent: worker.recent,
             own_bookings: worker.beyond.open,
+            home_from_ms: if worker.beyond.copies > 0 {
+                f64::INFINITY
+            } else {
+                ms(worker.copied)
+            },
             longest: match worker.known.spec.max_context_tokens {
                 0 => f64::INFINITY,
                 tokens => f64::from(tokens),
@@ -196,18 +203,35 @@ impl Standing {
         })
     }
 
-    /// The same and all else that a policy may ask.
+    /// What of the prompt this worker is counted to hold, of which it holds `cached` tokens and is, as a home, to
+    /// hold `home`: so that the copy is made there. Only while no copy is being made on it, and where promises are
+    /// kept with what it truly holds.
+    #[inline]
+    pub(crate) fn counted(&self, at: Moment, request: &Request<'_>, cached: f64, home: f64) -> f64 {
+        if home <= cached || at.ms < self.home_from_ms {
+            return cached;
+        }
+        let truly = self.terms(at, request, cached);
+        if truly.feasible(&request.targets) {
+            home
+        } else {
+            cached
+        }
+    }
+
+    /// The same and all else that a policy may ask, of one that holds and is counted to hold so much.
     pub(crate) fn candidate(
         &self,
         at: Moment,
         request: &Request<'_>,
-        cached: f64,
+        (cached, counted): (f64, f64),
         place: usize,
     ) -> Candidate {
         Candidate {
             worker: self.worker,
             place,
             cached_tokens: cached,
+            counted_tokens: if counted > cached { counted } else { 0.0 },
             backlog: self.backlog(at.ms),
             profile: self.profile,
             residuals: self.residuals,
@@ -216,7 +240,7 @@ impl Standing {
             suspicion: self.suspicion(at),
             kv_tokens: self.kv_tokens,
             recent_ms: self.recent.at(at.now),
-            terms: self.terms(at, request, cached),
+            terms: self.terms(at, request, counted),
         }
     }
 }

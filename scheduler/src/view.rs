@@ -8,6 +8,7 @@
 //! [`Bound`]): it changes with a worker, some hundred times less often than it is read.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use forebay_proto::{Incarnation, Now, WorkerId};
 
@@ -17,6 +18,9 @@ use crate::pick::{Scratch, Work};
 use crate::policy::Request;
 use crate::standing::{Moment, Standing};
 use crate::worker::{Booking, BookingId, Known, Worker};
+
+/// What a booking copied to a worker, the worker has told by then; else it is not there.
+const COPY_KNOWN: Duration = Duration::from_secs(10);
 
 /// Workers that serve a model, or those of them in one zone.
 #[derive(Clone, Debug, Default)]
@@ -189,7 +193,11 @@ impl View {
                 ..booking
             })
         };
+        let known_by = self.now + COPY_KNOWN;
         self.change(id.worker, |worker| {
+            if worker.copies(id.number) {
+                worker.copied = known_by;
+            }
             worker.change(id.number, |held| held.and_then(released));
             true
         });

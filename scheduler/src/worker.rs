@@ -68,6 +68,8 @@ pub(crate) struct Beyond {
     pub(crate) over: f64,
     /// Bookings that are not released.
     pub(crate) open: usize,
+    /// Those of them that make a copy.
+    pub(crate) copies: usize,
 }
 
 impl Booking {
@@ -93,6 +95,8 @@ impl Booking {
         }
         if present == 1 {
             sum.open = sum.open.saturating_add_signed(times as isize);
+            let copies = times as isize * isize::from(self.work.makes_copy);
+            sum.copies = sum.copies.saturating_add_signed(copies);
         }
     }
 
@@ -115,6 +119,8 @@ pub(crate) struct Worker {
     pub(crate) beyond: Beyond,
     /// What was booked on it lately.
     pub(crate) recent: Recent,
+    /// When what was copied to it last is known to be there, or that it is not.
+    pub(crate) copied: Now,
 }
 
 impl Worker {
@@ -128,6 +134,7 @@ impl Worker {
             bookings: BTreeMap::new(),
             beyond: Beyond::default(),
             recent: Recent::default(),
+            copied: Now::default(),
         }
     }
 
@@ -175,6 +182,12 @@ impl Worker {
         queueing.present >= queueing.slots.saturating_add(queue_limit)
     }
 
+    /// Whether this booking makes a copy, and is not over.
+    pub(crate) fn copies(&self, number: u64) -> bool {
+        let booking = self.bookings.get(&number);
+        booking.is_some_and(|booking| booking.work.makes_copy && booking.released.is_none())
+    }
+
     /// Makes, changes or removes one booking, and counts the difference.
     pub(crate) fn change(
         &mut self,
@@ -215,6 +228,7 @@ impl Worker {
     pub(crate) fn forget(&mut self) {
         self.load = None;
         self.bookings.clear();
+        self.copied = Now::default();
         self.settle();
     }
 

@@ -40,6 +40,10 @@ impl Policy for Whole {
     fn predicts(&self) -> bool {
         self.0.predicts()
     }
+
+    fn counts_homes(&self) -> bool {
+        self.0.counts_homes()
+    }
 }
 
 fn pick(world: &World, policy: &dyn Policy, seed: u64) -> Result<Choice, NoChoice> {
@@ -132,6 +136,54 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_receipt_shows_who_was_counted_as_a_home_and_only_those_that_keep_the_promise_as_they_are() {
+    let (mut counted, mut chosen_as_home, mut not_counted) = (0, 0, 0);
+    for seed in 0..2_000 {
+        let world = World::drawn(seed);
+        let (chosen, receipt) = explain(&world, policy::default(), seed);
+        assert_eq!(receipt.asked.family.is_some(), !world.homes.is_empty());
+        for one in &receipt.considered {
+            let mut truly = one.candidate;
+            truly.counted_tokens = 0.0;
+            truly.predict(&world.request());
+            let home = world.homes.contains(&truly.worker);
+            let promises = truly.terms.feasible(&world.request().targets);
+            if one.candidate.counted_tokens > 0.0 {
+                assert!(home && promises);
+                assert!(one.candidate.counted_tokens > one.candidate.cached_tokens);
+                assert!(one.candidate.terms.own_ms < truly.terms.own_ms);
+                counted += 1;
+            }
+            not_counted += usize::from(home && !promises);
+        }
+        let Ok(chosen) = chosen else { continue };
+        let of_chosen = receipt
+            .considered
+            .iter()
+            .find(|one| one.incarnation == chosen.incarnation);
+        let Some(shown) = of_chosen else { continue };
+        let as_home = shown.candidate.counted_tokens > 0.0;
+        assert_eq!(chosen.work.makes_copy, as_home);
+        if as_home {
+            chosen_as_home += 1;
+            // What is booked and told to its agent is the truth.
+            let held = f64::from(chosen.cached_tokens);
+            assert!((held - shown.candidate.cached_tokens).abs() < 1.0);
+            assert_eq!(
+                chosen.work.uncached_tokens,
+                world.prompt_tokens - shown.candidate.cached_tokens
+            );
+            let expected_ms = chosen.ttft.as_secs_f64() * 1e3;
+            assert!(expected_ms >= shown.candidate.terms.ttft_ms);
+        }
+    }
+    assert!(
+        counted > 100 && chosen_as_home > 20 && not_counted > 100,
+        "{counted} {chosen_as_home} {not_counted}"
+    );
 }
 
 #[test]

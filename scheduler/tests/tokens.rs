@@ -116,6 +116,7 @@ fn work(tokens: f64) -> Work {
         uncached_tokens: tokens,
         pairs: tokens * tokens / 2.0,
         context_tokens: tokens,
+        makes_copy: false,
     }
 }
 

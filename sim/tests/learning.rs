@@ -190,6 +190,8 @@ impl Pair {
             stream: true,
             cache_salt: None,
             zone: None,
+            key_epoch: 0,
+            shadow: false,
         };
         let admitted = self.core.place(now, &offer).unwrap();
         let queueing = Queueing {

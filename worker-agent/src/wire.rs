@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use forebay_proto::frame::{Frame, Kind};
-use forebay_proto::wire::{Label, work};
+use forebay_proto::wire::{Label, control, work};
 use forebay_proto::{Incarnation, Millis};
 use forebay_scheduler::Load;
-use forebay_scheduler::model::Targets;
+use forebay_scheduler::model::{Profile, Targets};
 use forebay_scheduler::residency::Cursor;
 
 use crate::core::{
-    Admitted, End, Ending, Offer, Prompt, Question, Quote, RefusalReason, Refused, Work,
+    Admitted, End, Ending, Offer, Prompt, Question, Quote, Recorded, RefusalReason, Refused, Work,
 };
 
 /// What may be asked of an engine.
@@ -58,6 +58,8 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         stream: place.stream,
         cache_salt: Some(place.cache_salt).filter(|salt| !salt.is_empty()),
         zone: Some(place.zone).filter(|zone| !zone.is_empty()),
+        key_epoch: place.key_epoch,
+        shadow: place.shadow,
     })
 }
 
@@ -179,8 +181,8 @@ pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
 }
 
 /// What is under way, for a renewal; requests are named only while they are waited for.
-pub(crate) fn work_under_way(work: Work, draining: bool) -> forebay_proto::wire::control::Work {
-    forebay_proto::wire::control::Work {
+pub(crate) fn work_under_way(work: Work, draining: bool) -> control::Work {
+    control::Work {
         in_flight: work.in_flight,
         queued: work.queued,
         oldest_ms: Millis::from_duration(work.oldest).0,
@@ -191,6 +193,34 @@ pub(crate) fn work_under_way(work: Work, draining: bool) -> forebay_proto::wire:
         } else {
             Vec::new()
         },
+    }
+}
+
+/// What was recorded, for the plan of this number.
+pub(crate) fn arrivals(wanted: u64, recorded: Recorded) -> control::Arrivals {
+    let Profile {
+        floor_ms,
+        base_ms,
+        token_ms,
+        context_ms,
+        pair_ms,
+        chunk_tokens,
+    } = recorded.profile;
+    control::Arrivals {
+        incarnation: Some(recorded.incarnation.to_wire()),
+        wanted,
+        arrivals: recorded.arrivals,
+        one_in: recorded.one_in,
+        window_ms: Millis::from_duration(recorded.window).0,
+        model: Some(control::Model {
+            floor_ms,
+            base_ms,
+            token_ms,
+            context_ms,
+            pair_ms,
+            chunk_tokens,
+        }),
+        kv_tokens: recorded.kv_tokens,
     }
 }
 

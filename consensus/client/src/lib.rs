@@ -16,5 +16,5 @@ pub use crate::core::watch::WatchProblem;
 pub use shell::client::{ControlClient, Done};
 pub use shell::facts_file::{FactsFile, FactsFileError};
 pub use shell::init::Initialised;
-pub use shell::renew::{RenewState, RenewStatus, Renewing};
+pub use shell::renew::{RenewState, RenewStatus, Renewing, Wanted};
 pub use shell::watch::{WatchStatus, Watching};

@@ -160,6 +160,7 @@ async fn a_cell_is_founded_agrees_and_survives_its_leader() {
         applied_revision: watching.first().await.revision,
         observed: Observed::Ready,
         work: None,
+        heat: None,
     });
     let mut renewing = agent.spawn_renew(said);
     let renewed = renewing.status.wait_for(|status| status.renewed.is_some());

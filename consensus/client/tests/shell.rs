@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods)] // real sockets in real time
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forebay_control_client::{ClientError, ControlClient, InitError, RenewState};
@@ -360,6 +361,7 @@ async fn a_lease_is_renewed_at_once_when_there_is_news_and_never_after_a_takeove
         applied_revision: Revision(1),
         observed: fleet::Observed::Joining,
         work: None,
+        heat: None,
     });
     let mut renewing = client.spawn_renew(said);
     let renewed = Response::Renewed(control::Renewed {
@@ -384,6 +386,83 @@ async fn a_lease_is_renewed_at_once_when_there_is_news_and_never_after_a_takeove
     let problem = within(over).await.unwrap().problem.clone();
     assert!(matches!(problem, Some(ClientError::Superseded { .. })));
     assert!(within(renewing.status.changed()).await.is_err());
+}
+
+#[tokio::test]
+async fn heat_is_told_once_and_what_a_leader_wants_is_answered() {
+    let world = World::new();
+    let mut node = world.node("c1");
+    let client = world.client(&[&node.address]);
+    let heat = |arrivals| {
+        let heat = control::Heat {
+            arrivals,
+            ..Default::default()
+        };
+        Some(Arc::new(heat))
+    };
+    let (state, said) = watch::channel(RenewState {
+        incarnation: None,
+        applied_revision: Revision(1),
+        observed: fleet::Observed::Ready,
+        work: None,
+        heat: heat(1),
+    });
+    let mut renewing = client.spawn_renew(said);
+    let renewed = |wants_arrivals| {
+        Response::Renewed(control::Renewed {
+            ttl_ms: 10_000,
+            revision: 1,
+            wants_arrivals,
+            window_ms: 60_000,
+            most: 9,
+        })
+    };
+    let mut told = Vec::new();
+    for wants in [0, 0, 0, 7] {
+        let asked = node.next().await;
+        let Ask::Renew(renew) = &asked.question else {
+            panic!("no renewal")
+        };
+        told.push(renew.heat.as_ref().map(|heat| heat.arrivals));
+        // One that failed is told again.
+        let answer = if told.len() == 1 {
+            failure(Failure::Overloaded(control::Overloaded::default()))
+        } else {
+            renewed(wants)
+        };
+        asked.answer(answer).await;
+        if told.len() == 3 {
+            state.send_modify(|state| state.heat = heat(2));
+        }
+    }
+    assert_eq!(told, [Some(1), Some(1), None, Some(2)]);
+    let wanted = renewing.status.wait_for(|status| status.wanted.is_some());
+    let wanted = within(wanted).await.unwrap().wanted.unwrap();
+    assert_eq!(
+        (wanted.number, wanted.window_ms, wanted.most),
+        (7, 60_000, 9)
+    );
+    drop(renewing);
+    let arrivals = control::Arrivals {
+        wanted: 7,
+        ..Default::default()
+    };
+    let telling =
+        tokio::spawn(async move { client.tell_arrivals(arrivals, Duration::from_secs(5)).await });
+    let asked = loop {
+        let asked = node.next().await;
+        if matches!(&asked.question, Ask::Arrivals(_)) {
+            break asked;
+        }
+    };
+    let Ask::Arrivals(arrivals) = &asked.question else {
+        panic!("no arrivals")
+    };
+    assert_eq!(arrivals.wanted, 7);
+    asked
+        .answer(Response::ArrivalsTaken(control::ArrivalsTaken {}))
+        .await;
+    assert!(within(telling).await.unwrap().is_ok());
 }
 
 #[tokio::test]

@@ -193,6 +193,7 @@ impl Agent {
             applied_revision: Revision(1),
             observed: Observed::Ready,
             work: None,
+            heat: None,
         });
         let mut renewing = client.spawn_renew(said);
         let renewed = renewing.status.wait_for(|status| status.renewed.is_some());

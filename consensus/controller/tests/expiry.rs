@@ -98,6 +98,7 @@ impl Cell {
             applied_revision: done.revision,
             observed: Observed::Ready,
             work: None,
+            heat: None,
         });
         let renewing = client.spawn_renew(said);
         Agent {
@@ -193,6 +194,7 @@ async fn a_silent_agent_is_lost_after_its_lease_and_found_again_when_it_returns(
         applied_revision: forebay_proto::Revision(1),
         observed: Observed::Ready,
         work: None,
+        heat: None,
     };
     drop(back);
     until(&mut watching, &["w2"], &[]).await;

@@ -5,6 +5,7 @@
 //! each with as many homes as its load needs. A home is where a copy is to be, not where requests have to
 //! go: that stays the decision of the rule.
 
+pub mod table;
 #[cfg(test)]
 mod tests;
 

@@ -58,6 +58,10 @@ impl Policy for Forebay {
         true
     }
 
+    fn counts_homes(&self) -> bool {
+        true
+    }
+
     fn rule(&self) -> Option<Rule> {
         Some(rule)
     }

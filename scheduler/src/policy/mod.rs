@@ -31,6 +31,7 @@ use forebay_proto::WorkerId;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::forebay::cost;
+use crate::homes::table::Homes;
 use crate::index::Hit;
 use crate::model::{Backlog, Profile, Residuals, Targets};
 use crate::pick::{self, Draws};
@@ -56,6 +57,8 @@ pub struct Request<'a> {
     pub targets: Targets,
     /// What workers hold of it, by worker.
     pub hits: &'a [Hit],
+    /// Its family, and who is to hold that.
+    pub homes: Option<Homes<'a>>,
     /// Names its conversation: requests of one go together where nothing else decides.
     pub conversation: Option<u64>,
     /// Keyed hash of the prompt's beginning.
@@ -77,6 +80,7 @@ impl<'a> Request<'a> {
             longer_tokens: 0.0,
             targets: Targets::NONE,
             hits: &[],
+            homes: None,
             conversation: None,
             head: 0,
             turn: 0,
@@ -99,6 +103,10 @@ pub struct Candidate {
     pub place: usize,
     /// Tokens of the prompt that it holds.
     pub cached_tokens: f64,
+    /// Tokens that it is counted to hold as a home of the prompt's family, so that the copy is made there; zero:
+    /// it counts as what it is.
+    #[serde(default)]
+    pub counted_tokens: f64,
     /// What is before it, own bookings included.
     pub backlog: Backlog,
     /// How fast it is.
@@ -141,7 +149,7 @@ impl Candidate {
             pending_pairs,
             prompt_tokens: request.prompt_tokens,
             longer_tokens: request.longer_tokens,
-            cached_tokens: self.cached_tokens,
+            cached_tokens: self.cached_tokens.max(self.counted_tokens),
             suspicion: self.suspicion,
         });
     }
@@ -229,6 +237,11 @@ pub trait Policy: Send + Sync {
 
     /// Whether its choice follows from a predicted wait, which a worker may contradict.
     fn predicts(&self) -> bool {
+        false
+    }
+
+    /// Whether a home that does not hold its family yet counts as if it did. Published rules know no homes.
+    fn counts_homes(&self) -> bool {
         false
     }
 

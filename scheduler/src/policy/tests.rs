@@ -16,6 +16,7 @@ pub(super) fn worker(present: u32, pending: f64, decodes: f64, cached: f64) -> C
         worker: WorkerId(0),
         place: 0,
         cached_tokens: cached,
+        counted_tokens: 0.0,
         backlog: Backlog {
             pending_tokens: pending,
             decodes,

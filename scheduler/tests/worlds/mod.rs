@@ -6,6 +6,7 @@ use std::time::Duration;
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
+use forebay_scheduler::homes::table::Homes;
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::{Backlog, PROFILES, Residuals, Targets, attention_pairs};
 use forebay_scheduler::policy::Request;
@@ -21,6 +22,9 @@ pub(crate) struct World {
     pub(crate) eligible: Vec<WorkerId>,
     pub(crate) now: Now,
     pub(crate) hits: Vec<Hit>,
+    /// Those that are to hold the beginning of the prompt; most requests have none.
+    pub(crate) homes: Vec<WorkerId>,
+    pub(crate) home_tokens: u32,
     pub(crate) tried: Vec<WorkerId>,
     pub(crate) prompt_tokens: f64,
     pub(crate) targets: Targets,
@@ -61,7 +65,9 @@ impl World {
             }
             view.report(reported, load);
             for _ in 0..own.random_range(0..5) {
-                let booking = view.book(WorkerId(id), work(own.random_range(1.0..9_000.0)));
+                let mut work = work(own.random_range(1.0..9_000.0));
+                work.makes_copy = own.random_bool(0.1);
+                let booking = view.book(WorkerId(id), work);
                 match own.random_range(0..4) {
                     0 => view.accepted(booking, 5),
                     1 => {
@@ -86,12 +92,19 @@ impl World {
             tokens: rng.random_range(64..8_000),
         });
         let hits = hits.collect();
+        let homes = (0..workers).filter(|_| rng.random_bool(0.3)).take(16);
+        let homes: Vec<WorkerId> = homes.map(WorkerId).collect();
+        let has_homes = rng.random_bool(0.4);
+        let homes = if has_homes { homes } else { vec![] };
+        let home_tokens = rng.random_range(1..10_000);
         let infinite = f64::INFINITY;
         Self {
             view,
             eligible,
             now,
             hits,
+            homes,
+            home_tokens,
             tried,
             prompt_tokens: rng.random_range(0..12_000).into(),
             targets: Targets {
@@ -113,6 +126,11 @@ impl World {
             longer_tokens: self.prompt_tokens * (self.turn % 3) as f64 * 0.1,
             targets: self.targets,
             hits: &self.hits,
+            homes: (!self.homes.is_empty()).then_some(Homes {
+                chunk: 77,
+                tokens: self.home_tokens,
+                workers: &self.homes,
+            }),
             conversation: self.conversation,
             head: self.turn * 31,
             turn: self.turn,
@@ -199,5 +217,6 @@ fn work(tokens: f64) -> Work {
         uncached_tokens: tokens,
         pairs: attention_pairs(0.0, tokens),
         context_tokens: tokens,
+        makes_copy: false,
     }
 }

@@ -292,6 +292,8 @@ impl World {
             stream: true,
             cache_salt: None,
             zone: None,
+            key_epoch: 0,
+            shadow: false,
         };
         let (said, load) = match core.place(now, &offer) {
             Ok(admitted) => {

@@ -345,6 +345,8 @@ pub(super) fn offer(job: &Job, block_tokens: u32, incarnation: Incarnation) -> O
         stream: true,
         cache_salt: None,
         zone: None,
+        key_epoch: 0,
+        shadow: false,
     }
 }
 

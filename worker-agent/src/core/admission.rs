@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use forebay_proto::{Incarnation, Now};
+use forebay_scheduler::heat::Arrived;
 use forebay_scheduler::model::{Backlog, Targets, attention_pairs};
 use forebay_scheduler::{Acceptance, Load, Queueing, exceeds, first_token};
 
@@ -42,6 +43,10 @@ pub struct Offer {
     pub cache_salt: Option<String>,
     /// The zone that it must stay in.
     pub zone: Option<String>,
+    /// Epoch of the key that its prompt's fingerprints were made with.
+    pub key_epoch: u32,
+    /// A copy of a request that runs elsewhere, for the cache's sake.
+    pub shadow: bool,
 }
 
 /// Why a placement was not taken. Nothing was started.
@@ -161,12 +166,41 @@ impl Core {
         if let Some(reason) = self.disappointment(offer, &forecast) {
             return Err(self.refuse(reason));
         }
+        if offer.shadow {
+            let cached = f64::from(forecast.cached_tokens);
+            let uncached = f64::from(offer.prompt.tokens) - cached;
+            let profile = self.profile().copied().unwrap_or_default();
+            if !self
+                .shadows
+                .admit(now, profile.work_ms(cached, uncached, 0.0))
+            {
+                return Err(self.refuse(RefusalReason::Full));
+            }
+        }
         let before = self.shown();
         self.newest += 1;
         let id = PlacementId(self.newest);
         let held = self.cache.taken(&offer.prompt);
         let answer = self.lengths.expected_answer(offer.max_tokens);
-        let predicted = offer.stream && self.fit.is_some() && offer.prompt.tokens > 0;
+        let predicted =
+            offer.stream && self.fit.is_some() && offer.prompt.tokens > 0 && !offer.shadow;
+        let start_by = if offer.shadow {
+            self.shadows.present = Some(id);
+            StartBy::last(forecast.prefill_ms)
+        } else {
+            StartBy::new(now, offer.targets.ttft_ms, forecast.prefill_ms)
+        };
+        let heat = (!offer.shadow).then(|| {
+            let arrived = Arrived {
+                chunks: &offer.prompt.chunks,
+                key_epoch: offer.key_epoch,
+                spread: offer.prompt.spread(offer.prompt.tokens),
+                cached_tokens: forecast.cached_tokens,
+                output_tokens: whole(answer),
+                ttft_target_ms: offer.targets.ttft_ms,
+            };
+            self.heat.arrived(now, &arrived)
+        });
         let placement = Placement {
             request_id: offer.request_id.clone(),
             stage: Stage::Queued,
@@ -179,7 +213,8 @@ impl Core {
             stream: offer.stream,
             max_tokens: offer.max_tokens,
             targets: offer.targets,
-            start_by: StartBy::new(now, offer.targets.ttft_ms, forecast.prefill_ms),
+            start_by,
+            heat,
             kv_tokens: f64::from(offer.prompt.tokens) + answer,
             predicted_ms: predicted.then_some(forecast.ttft.as_secs_f64() * 1e3),
             usage: Usage::default(),
@@ -295,6 +330,11 @@ impl Core {
             ),
         }
     }
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
+const fn whole(tokens: f64) -> u32 {
+    tokens as u32
 }
 
 /// What is expected of one more.

@@ -34,7 +34,7 @@ pub struct Prompt {
 
 impl Prompt {
     /// How its tokens lie on its chunks, if it has so many.
-    const fn spread(&self, prompt_tokens: u32) -> Spread {
+    pub(super) const fn spread(&self, prompt_tokens: u32) -> Spread {
         Spread {
             prompt_tokens,
             prompt_bytes: self.bytes,
@@ -198,6 +198,11 @@ impl Cache {
             .rev()
             .find_map(|chunk| self.shadow.tokens_to(*chunk));
         known.unwrap_or(0)
+    }
+
+    /// Tokens up to the end of a chunk that is believed to be resident.
+    pub(super) fn tokens_to(&self, chunk: u64) -> Option<u32> {
+        self.shadow.tokens_to(chunk)
     }
 
     /// The prompt was taken: it will be resident before anything that is taken later runs. Returns how

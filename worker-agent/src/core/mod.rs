@@ -9,6 +9,9 @@ mod admission;
 mod batch;
 mod cache;
 mod cadence;
+mod heat;
+#[cfg(test)]
+mod heat_tests;
 mod map;
 mod mean;
 #[cfg(test)]
@@ -17,6 +20,7 @@ mod model_tests;
 mod order_tests;
 mod placement;
 mod queue;
+mod shadows;
 mod standing;
 mod starting;
 mod state;
@@ -27,6 +31,7 @@ mod work;
 pub use admission::{Admitted, Offer, Question, Quote, RefusalReason, Refused};
 pub use cache::{Continuity, GradeChange, Prompt};
 pub use cadence::Cadence;
+pub use heat::Recorded;
 pub use map::{MAX_MAP_BYTES, Map, MapError};
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};
 pub use standing::{Standing, standing};

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use forebay_proto::Now;
 use forebay_scheduler::Load;
+use forebay_scheduler::heat::Ticket;
 use forebay_scheduler::model::{Targets, attention_pairs};
 
 use super::cache::{Held, Prompt};
@@ -119,6 +120,8 @@ pub struct Ending {
     pub service: Duration,
     /// What the engine counted.
     pub usage: Usage,
+    /// It was a copy of a request that runs elsewhere.
+    pub shadow: bool,
 }
 
 /// What the rim has to do.
@@ -161,6 +164,8 @@ pub(super) struct Placement {
     /// Time to first token that was predicted when it was taken, where there is a model.
     pub(super) predicted_ms: Option<f64>,
     pub(super) usage: Usage,
+    /// What is told of it to the heat; none: it is nobody's request.
+    pub(super) heat: Option<Ticket>,
 }
 
 impl Placement {
@@ -169,6 +174,11 @@ impl Placement {
         let cached = f64::from(self.cached_tokens);
         let uncached = (f64::from(self.prompt.tokens) - cached).max(0.0);
         (uncached, attention_pairs(cached, uncached))
+    }
+
+    /// Whether it is a copy of a request that runs elsewhere.
+    pub(super) const fn is_shadow(&self) -> bool {
+        self.heat.is_none()
     }
 
     /// As it stands in the queue.

@@ -20,6 +20,9 @@ use super::placement::PlacementId;
 /// Who is told apart in a report; those behind count as the least urgent.
 const MOST_TOLD: usize = 512;
 
+/// Later than any time that is told to anybody.
+const LAST: i64 = i64::MAX / 2;
+
 /// Until when a prefill has to start. In microseconds: it may lie before the clock's zero.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct StartBy {
@@ -44,6 +47,17 @@ impl StartBy {
         Self {
             micros: after(ttft_ms),
             second: Some(after(ttft_ms + second_ms)),
+            prefill_ms,
+        }
+    }
+}
+
+impl StartBy {
+    /// Of what gives way to everything.
+    pub(super) const fn last(prefill_ms: f64) -> Self {
+        Self {
+            micros: LAST,
+            second: None,
             prefill_ms,
         }
     }

@@ -150,7 +150,9 @@ impl Core {
             unseen: !placement.stream,
             last: 0,
         };
-        follow(&mut self.lengths.uncached, tokens);
+        if !placement.is_shadow() {
+            follow(&mut self.lengths.uncached, tokens);
+        }
         self.residents.enter(placement);
         let profile = self.fit.as_ref().map(|fit| fit.profile());
         self.batch.give(prefill, profile);

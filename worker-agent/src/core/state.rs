@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
+use forebay_scheduler::heat::Heat;
 use forebay_scheduler::learn::{Calibration, Fit};
 use forebay_scheduler::model::{Backlog, Profile, Residuals};
 use forebay_scheduler::residency::{Grade, Publisher};
@@ -17,6 +18,7 @@ use super::map::Map;
 use super::mean::Mean;
 use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted, Usage};
 use super::queue::Queue;
+use super::shadows::Shadows;
 use super::starting::{Lengths, Residents};
 
 /// What does not change while the agent runs.
@@ -88,6 +90,9 @@ pub struct Core {
     /// The newest moment that was heard of.
     pub(super) now: Now,
     first_bytes: u64,
+    /// What it is asked for, by families of prompts.
+    pub(super) heat: Heat,
+    pub(super) shadows: Shadows,
 }
 
 /// What a change of makes a new report.
@@ -123,6 +128,8 @@ impl Core {
             cache: Cache::new(incarnation, cache, settings.kv_tokens),
             now: Now::default(),
             first_bytes: 0,
+            heat: Heat::default(),
+            shadows: Shadows::default(),
         }
     }
 
@@ -388,6 +395,7 @@ impl Core {
             }
             self.body_bytes -= std::mem::take(&mut placement.body_bytes);
         }
+        self.began(id);
         self.fill();
         self.note(before);
     }
@@ -442,8 +450,9 @@ impl Core {
     /// A placement is over; `None` when it was before.
     pub fn end(&mut self, now: Now, id: PlacementId, end: End) -> Option<Ending> {
         let before = self.shown();
-        let placement = self.placements.remove(&id)?;
+        let mut placement = self.placements.remove(&id)?;
         self.pass(now);
+        self.over_for_heat(id, &mut placement, end);
         self.body_bytes -= placement.body_bytes;
         match placement.stage {
             Stage::Streaming { .. } => {
@@ -468,7 +477,9 @@ impl Core {
                 self.residents.leave(&placement);
                 let counted = placement.usage.completion_tokens;
                 let counted = counted.filter(|_| end == End::Complete);
-                if let Some(tokens) = counted {
+                if let Some(tokens) = counted
+                    && !placement.is_shadow()
+                {
                     self.lengths.answered(tokens);
                 }
                 let spell = self.batch.end(id, counted);
@@ -476,6 +487,8 @@ impl Core {
                     fit.observe(&spell);
                 }
                 match end {
+                    // A copy says nothing of how long requests take.
+                    _ if placement.is_shadow() => {}
                     End::Complete | End::Timeout | End::Cancelled | End::Drained => {
                         self.service.add(service);
                     }
@@ -495,6 +508,7 @@ impl Core {
             first_byte,
             service,
             usage: placement.usage,
+            shadow: placement.is_shadow(),
         })
     }
 

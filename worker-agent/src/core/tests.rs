@@ -48,6 +48,8 @@ pub(super) fn offer() -> Offer {
         stream: true,
         cache_salt: None,
         zone: None,
+        key_epoch: 0,
+        shadow: false,
     }
 }
 

@@ -65,7 +65,7 @@ impl Core {
     }
 
     /// From token to token as the engine is now, where there is a model of it.
-    fn token_ms(&self) -> Option<f64> {
+    pub(super) fn token_ms(&self) -> Option<f64> {
         let engine = self.batch.backlog();
         let decodes = engine.decodes.max(1.0);
         self.profile()
@@ -74,9 +74,14 @@ impl Core {
 }
 
 impl Placement {
+    /// Tokens that the answer was expected to have when it was taken.
+    pub(super) fn expected_answer(&self) -> f64 {
+        self.kv_tokens - f64::from(self.prompt.tokens)
+    }
+
     /// Tokens of the answer that are expected still; one at least, while it has not ended.
-    fn tokens_left(&self, now: Now, token_ms: Option<f64>) -> f64 {
-        let expected = self.kv_tokens - f64::from(self.prompt.tokens);
+    pub(super) fn tokens_left(&self, now: Now, token_ms: Option<f64>) -> f64 {
+        let expected = self.expected_answer();
         let made = match (self.stage, token_ms) {
             (Stage::Streaming { first_byte, .. }, Some(ms)) if ms > 0.0 => {
                 now.since(first_byte).as_secs_f64() * 1e3 / ms

@@ -1,6 +1,6 @@
 //! What a scrape sees.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use forebay_admin::Histogram;
 use forebay_admin::prometheus_client::metrics::counter::Counter;
@@ -15,6 +15,9 @@ use forebay_scheduler::residency::Grade;
 use crate::core::{Core, End, Ending, EngineState, GradeChange, RefusalReason};
 
 type Labels = [(&'static str, &'static str); 1];
+
+const TAKEN: &str = "taken";
+const REFUSED: &str = "refused";
 
 /// Counters and gauges; clones share the numbers.
 #[derive(Clone, Default)]
@@ -36,6 +39,10 @@ pub(super) struct Metrics {
     late_p95: Gauge<f64, AtomicU64>,
     accepted: Counter,
     unseen: Counter,
+    families: Gauge,
+    recorded: Gauge,
+    work: Counter<f64, AtomicU64>,
+    shadows: Family<Labels, Counter>,
     refused: Family<Labels, Counter>,
     ended: Family<Labels, Counter>,
     queue: Histogram,
@@ -53,6 +60,9 @@ impl Metrics {
         }
         for change in [GradeChange::Overpredicted, GradeChange::Silent] {
             drop(metrics.downgrades.get_or_create(&reason(change)));
+        }
+        for word in [TAKEN, REFUSED] {
+            drop(metrics.shadows.get_or_create(&[("outcome", word)]));
         }
         for end in End::ALL {
             drop(metrics.ended.get_or_create(&[("end", end.name())]));
@@ -122,6 +132,16 @@ impl Metrics {
             "Those of them that came within what was promised of it; to be 95 of 100",
             &self.within,
         );
+        gauge(
+            "forebay_agent_families",
+            "Beginnings of prompts that several conversations were seen to share",
+            &self.families,
+        );
+        gauge(
+            "forebay_agent_recorded",
+            "Requests whose fingerprints and lengths were recorded for plans, since the start; the last ten minutes' are kept",
+            &self.recorded,
+        );
         for (gauge, name, help) in [
             (
                 &self.late_p50,
@@ -150,6 +170,16 @@ impl Metrics {
             "forebay_agent_refused",
             "Placements not taken, by reason",
             self.refused.clone(),
+        );
+        registry.register(
+            "forebay_agent_work_seconds",
+            "Time of the worker that requests took, by the latency model: their prefill, and what their answers add to its iterations",
+            self.work.clone(),
+        );
+        registry.register(
+            "forebay_agent_shadows",
+            "Copies of requests that run elsewhere, sent to warm the cache, by outcome; none of them is among the requests",
+            self.shadows.clone(),
         );
         registry.register(
             "forebay_agent_residency_downgrades",
@@ -188,6 +218,12 @@ impl Metrics {
         self.predicted.set(number(predicted));
         self.reported.set(number(reported));
         self.late.set(number(core.late()));
+        self.families.set(number(core.families() as u64));
+        self.recorded.set(number(core.recordings()));
+        let work_secs = core.took_ms() / 1e3;
+        self.work
+            .inner()
+            .store(work_secs.to_bits(), Ordering::Relaxed);
         let Calibration { judged, within } = core.calibration();
         self.judged.set(number(judged));
         self.within.set(number(within));
@@ -198,6 +234,12 @@ impl Metrics {
 
     pub(super) fn unseen(&self, arrivals: u64) {
         self.unseen.inc_by(arrivals);
+    }
+
+    /// A copy came that is nobody's request.
+    pub(super) fn shadow(&self, taken: bool) {
+        let word = if taken { TAKEN } else { REFUSED };
+        self.shadows.get_or_create(&[("outcome", word)]).inc();
     }
 
     pub(super) fn accepted(&self) {
@@ -218,6 +260,9 @@ impl Metrics {
     }
 
     pub(super) fn ended(&self, end: End, ending: &Ending) {
+        if ending.shadow {
+            return;
+        }
         self.ended.get_or_create(&[("end", end.name())]).inc();
         self.queue.record(ending.queue);
         if !ending.first_byte.is_zero() {

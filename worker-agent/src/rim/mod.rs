@@ -4,6 +4,7 @@
 pub(crate) mod config;
 mod disk;
 pub(crate) mod engine;
+mod heat;
 pub(crate) mod map;
 mod metrics;
 mod placement;

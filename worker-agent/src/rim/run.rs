@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use super::config::{Checked, Config};
 use super::disk::DataDir;
 use super::engine::Engine;
+use super::heat;
 use super::map::MapFile;
 use super::metrics::Metrics;
 use super::probe::first_models;
@@ -348,6 +349,7 @@ impl Lease<'_> {
         let first = renew_state(self.work, &first);
         let said = watch::Sender::new(first);
         let mut renewing = self.client.spawn_renew(said.subscribe());
+        let recording = renewing.status.clone();
         let superseded = async {
             let over = |status: &RenewStatus| {
                 matches!(status.problem, Some(ClientError::Superseded { .. }))
@@ -388,6 +390,8 @@ impl Lease<'_> {
                 });
             }
         };
+        let answer = heat::answer(self.work, self.client, recording);
+        let heat = heat::tell(self.work, &self.config.pool, &said);
         tokio::select! {
             models = other_models(self.work, declared) => Ok(models),
             current = superseded => Err(AgentError::Superseded {
@@ -396,6 +400,8 @@ impl Lease<'_> {
                 current,
             }),
             () = tell => std::future::pending().await,
+            () = heat => std::future::pending().await,
+            () = answer => std::future::pending().await,
         }
     }
 }
@@ -406,6 +412,7 @@ fn renew_state(work: &Work, status: &Status) -> RenewState {
         applied_revision: status.applied_revision,
         observed: status.observed,
         work: Some(work_of(work, status.observed)),
+        heat: None,
     }
 }
 

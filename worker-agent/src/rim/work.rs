@@ -8,6 +8,7 @@ use forebay_admin::prometheus_client::registry::Registry;
 use forebay_link::{Code, Endpoint, Link};
 use forebay_proto::frame::{Frame, Kind};
 use forebay_proto::rpc::Rpc;
+use forebay_proto::wire::control::Heat;
 use forebay_proto::wire::fleet::{Desired, Observed};
 use forebay_proto::{Incarnation, Now, Revision};
 use parking_lot::Mutex;
@@ -25,7 +26,7 @@ use super::{map, probe, reports};
 use crate::adapter::Adapter;
 use crate::core::{
     Admitted, Continuity, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
-    RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
+    Recorded, RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
 };
 use crate::wire;
 
@@ -186,6 +187,17 @@ impl Work {
     /// What is under way.
     pub(super) fn under_way(&self) -> UnderWay {
         self.shared.with(|core, now| core.work(now))
+    }
+
+    /// What it is asked for.
+    pub(super) fn heat(&self) -> Heat {
+        self.shared.with(|core, now| core.heat(now))
+    }
+
+    /// What was recorded of it.
+    pub(super) fn recorded(&self, window_ms: u64, most: usize) -> Recorded {
+        self.shared
+            .with(|core, now| core.recorded(now, window_ms, most))
     }
 
     /// Takes nothing new from now on and sends back what waits.
@@ -371,7 +383,11 @@ impl Shared {
         });
         match decided {
             Ok((admitted, call)) => {
-                self.metrics.accepted();
+                if offer.is_some_and(|offer| offer.shadow) {
+                    self.metrics.shadow(true);
+                } else {
+                    self.metrics.accepted();
+                }
                 let ticket = Ticket {
                     shared: self.clone(),
                     id: admitted.id,
@@ -381,7 +397,11 @@ impl Shared {
                 Ok((admitted, ticket))
             }
             Err(refused) => {
-                self.metrics.refused(refused.reason);
+                if offer.is_some_and(|offer| offer.shadow) {
+                    self.metrics.shadow(false);
+                } else {
+                    self.metrics.refused(refused.reason);
+                }
                 Err(refused)
             }
         }

@@ -245,6 +245,23 @@ impl ControlClient {
         }
     }
 
+    /// Tells the leader what was recorded, as it wanted.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it was not taken.
+    pub async fn tell_arrivals(
+        &self,
+        arrivals: wire::Arrivals,
+        deadline: Duration,
+    ) -> Result<(), ClientError> {
+        let ask = |_| Ask::Arrivals(arrivals.clone());
+        match self.call(deadline, ask).await? {
+            (_, Response::ArrivalsTaken(_)) => Ok(()),
+            (address, _) => Err(unexpected(&address)),
+        }
+    }
+
     /// Keeps the caller's lease.
     pub(crate) async fn renew(
         &self,

@@ -1,5 +1,6 @@
 //! Keeping a lease: once a second, and at once when there is something new to say.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_link::Backoff;
@@ -34,6 +35,19 @@ pub struct RenewState {
     pub observed: Observed,
     /// Agents: what they have under way. Balancers: nothing.
     pub work: Option<wire::Work>,
+    /// Agents: what they are asked for, as of some moment. Each is told once.
+    pub heat: Option<Arc<wire::Heat>>,
+}
+
+/// What the leader wants to have of what an agent recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Names the plan that it is for; to be answered once.
+    pub number: u64,
+    /// As far back.
+    pub window_ms: u64,
+    /// At most so many.
+    pub most: u32,
 }
 
 /// How renewing goes.
@@ -43,6 +57,8 @@ pub struct RenewStatus {
     pub renewed: Option<Instant>,
     /// Newest revision of the facts that the leader told.
     pub revision: Revision,
+    /// What the leader wants besides, if it does.
+    pub wanted: Option<Wanted>,
     /// Why the newest attempt failed; `None` when it did not. After
     /// [`ClientError::Superseded`] there are no more attempts: the process has to stop.
     pub problem: Option<ClientError>,
@@ -77,23 +93,29 @@ async fn renew(
     status: watch::Sender<RenewStatus>,
 ) {
     let mut rng = client.child_rng();
+    let mut told: Option<Arc<wire::Heat>> = None;
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_millis(500));
     loop {
         let said = state.borrow_and_update().clone();
+        let is_told =
+            |heat: &Arc<wire::Heat>| told.as_ref().is_some_and(|told| Arc::ptr_eq(told, heat));
+        let heat = said.heat.filter(|heat| !is_told(heat));
         let renew = wire::Renew {
             incarnation: said.incarnation.map(Incarnation::to_wire),
             applied_revision: said.applied_revision.0,
             observed: said.observed.into(),
             feature_level: forebay_proto::FEATURE_LEVEL,
             work: said.work,
-            heat: None,
+            heat: heat.as_deref().cloned(),
         };
         let pause = match client.renew(renew, PATIENCE).await {
             Ok(renewed) => {
                 backoff.reset();
+                told = heat.or(told);
                 status.send_replace(RenewStatus {
                     renewed: Some(Instant::now()),
                     revision: Revision(renewed.revision),
+                    wanted: wanted(&renewed),
                     problem: None,
                 });
                 EVERY.mul_f64(rng.random_range(0.9..=1.0))
@@ -116,4 +138,12 @@ async fn renew(
             },
         }
     }
+}
+
+fn wanted(renewed: &wire::Renewed) -> Option<Wanted> {
+    (renewed.wants_arrivals != 0).then_some(Wanted {
+        number: renewed.wants_arrivals,
+        window_ms: renewed.window_ms,
+        most: renewed.most,
+    })
 }

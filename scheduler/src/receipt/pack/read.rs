@@ -55,6 +55,7 @@ impl Reader<'_> {
             turn: self.number()?,
             tried: self.list(|reader| Some(WorkerId(u32::try_from(reader.number()?).ok()?)))?,
             zone: self.option(Self::text)?,
+            family: self.option(Self::fixed)?,
         })
     }
 
@@ -79,6 +80,7 @@ impl Reader<'_> {
                 worker: incarnation.worker,
                 place: self.count()?,
                 cached_tokens: self.float()?,
+                counted_tokens: self.float()?,
                 backlog: self.backlog()?,
                 profile: self.profile()?,
                 residuals: Residuals {

@@ -74,6 +74,7 @@ impl Writer {
             turn,
             tried,
             zone,
+            family,
         } = asked;
         self.text(model);
         self.float(*prompt_tokens);
@@ -90,6 +91,9 @@ impl Writer {
             self.number(worker.0.into());
         }
         self.option(zone.as_deref(), Self::text);
+        self.option(*family, |writer, chunk| {
+            writer.0.extend(chunk.to_le_bytes());
+        });
     }
 
     fn filtered(&mut self, filtered: &Filtered) {
@@ -129,6 +133,7 @@ impl Writer {
             worker: _,
             place,
             cached_tokens,
+            counted_tokens,
             backlog,
             profile,
             residuals: Residuals { ttft_p50, ttft_p95 },
@@ -147,6 +152,7 @@ impl Writer {
         self.incarnation(*incarnation);
         self.count(*place);
         self.float(*cached_tokens);
+        self.float(*counted_tokens);
         self.backlog(backlog);
         self.profile(profile);
         self.float(*ttft_p50);
