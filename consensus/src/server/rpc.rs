@@ -218,7 +218,6 @@ async fn execute(
             .await
             .map(Response::Outcome),
         (Request::Propose(_), None) => Err(bad("the proposal has no command")),
-        (Request::Arrivals(_), _) => Err(bad("no plan is being made")),
         (Request::Watch(_), _) => Err(bad("a watch takes its stream for itself")),
     }
 }

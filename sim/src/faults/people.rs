@@ -177,12 +177,12 @@ impl World {
             let mut seen = std::collections::BTreeSet::new();
             moves.retain(|one| seen.insert(one.chunk));
         }
-        (!moves.is_empty() && !self.healing).then(|| {
+        (!moves.is_empty()).then(|| {
             Action::StartRebalance(wire::StartRebalance {
                 pool: "default".into(),
                 moves,
                 interval_ms,
-                stop_below: if dice % 2 == 0 { 0 } else { 800 },
+                stop_below: if dice % 4 > 0 { 0 } else { 800 },
                 dry_run: dice > 95,
                 ..wire::StartRebalance::default()
             })

@@ -272,8 +272,17 @@ impl Plan {
 
     pub(super) fn page(&self) -> String {
         let (before, after) = (&self.before, &self.after);
-        let mut page = format!(
-            "pool {}: {} requests of the last {} s\n\n{}\n\nhit ratio   {} -> {}\nin time     {} -> {}\n",
+        if before.arrivals == 0 {
+            let pool = &self.pool;
+            return format!("pool {pool}: nothing was recorded, so there is nothing to plan from");
+        }
+        let moves = if self.moves.is_empty() {
+            "already balanced: nothing to move".to_owned()
+        } else {
+            self.moves_page()
+        };
+        format!(
+            "pool {}: {} requests of the last {} s\n\n{}\n\nhit ratio   {} -> {}\nin time     {} -> {}\n\n{moves}",
             self.pool,
             before.arrivals,
             before.window_ms.div_ceil(1_000),
@@ -282,14 +291,7 @@ impl Plan {
             percent(after.hit_ratio),
             percent(before.in_time),
             percent(after.in_time),
-        );
-        page += "\n";
-        page += &match (self.moves.is_empty(), before.arrivals) {
-            (true, 0) => "nothing was recorded: there is nothing to plan from".to_owned(),
-            (true, _) => "already balanced: nothing to move".to_owned(),
-            (false, _) => self.moves_page(),
-        };
-        page
+        )
     }
 
     fn moves_page(&self) -> String {
@@ -319,7 +321,7 @@ fn compared(before: &Forecast, after: &Forecast) -> String {
             then.map_or_else(String::new, |then| then.arrivals.to_string()),
         ]
     });
-    table(["WORKER", "LOAD", "AFTER", "REQUESTS", "AFTER"], rows)
+    table(["WORKER", "LOAD", "THEN", "REQUESTS", "THEN"], rows)
 }
 
 #[cfg(test)]
