@@ -134,13 +134,17 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
     let prompt = &exchange.prompt;
     let mut hits = Vec::new();
     let (mut conversation, mut index_version) = (None, 0);
+    let family = exchange.family();
     if !prompt.chunks.is_empty() {
         let workers = exchange.workers();
         let index = &exchange.shared.index;
         // What is used is at least as new.
         index_version = index.version();
         index.hits(&prompt.chunks, &mut hits);
-        conversation = index.conversation(&prompt.chunks, workers);
+        // What a family shares, no conversation of it is known by, however few hold it.
+        let shared = family.as_ref().map_or(0, |family| family.chunks as usize);
+        let own = prompt.chunks.get(shared..).unwrap_or_default();
+        conversation = index.conversation(own, workers);
     }
     let conversation = if hits.is_empty() {
         // Where nobody holds anything, its first chunk may be everybody's.
@@ -163,7 +167,7 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
         index_version,
         conversation,
         head: prompt.head,
-        family: exchange.family(),
+        family,
     }
 }
 
