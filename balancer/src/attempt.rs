@@ -155,9 +155,19 @@ impl Exchange {
     }
 
     fn place_frame(&self, placement: &Placement, attempt: u32, must_queue: bool) -> Frame {
+        Frame::message(Kind::Place, &self.header(placement, attempt, must_queue))
+    }
+
+    /// The header of a placement there.
+    pub(crate) fn header(
+        &self,
+        placement: &Placement,
+        attempt: u32,
+        must_queue: bool,
+    ) -> work::Place {
         let expected = placement.choice;
         let targets = self.targets(expected.work.context_tokens);
-        let place = work::Place {
+        work::Place {
             request_id: self.request_id.to_string(),
             incarnation: Some(placement.choice.incarnation.to_wire()),
             model: self.model.to_string(),
@@ -188,8 +198,7 @@ impl Exchange {
             facts_revision: self.revision,
             zone: self.zone.as_deref().unwrap_or_default().into(),
             shadow: false,
-        };
-        Frame::message(Kind::Place, &place)
+        }
     }
 }
 
@@ -202,7 +211,7 @@ const fn whole(ms: f64) -> u32 {
     ms as u32
 }
 
-async fn send_request(
+pub(crate) async fn send_request(
     sender: &mut FrameSender,
     place: &Frame,
     mut body: Bytes,

@@ -78,5 +78,6 @@ fn fleet(facts: &Facts) -> Fleet {
         workers: workers.collect(),
         config: (*facts.config).clone(),
         keys: facts.keys.clone(),
+        families: facts.families.values().cloned().collect(),
     }
 }

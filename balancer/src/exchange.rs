@@ -154,6 +154,7 @@ impl Exchange {
             self.tracked.placed_on(&worker, attempts.number());
             self.tracked.phase(Phase::Prefill);
             let kept = placement.kept.clone();
+            let _warming = self.warm(&placement);
             let ended = self
                 .attempt(placement, attempts.number(), must_queue, sink)
                 .await;

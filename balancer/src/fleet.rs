@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use forebay_proto::config::{Config, Pool};
-use forebay_proto::{FingerprintKey, Revision};
+use forebay_proto::{Family, FingerprintKey, Revision};
 use forebay_scheduler::Known;
 use forebay_scheduler::fingerprint::RenderProfile;
 
@@ -19,6 +19,8 @@ pub struct Fleet {
     pub config: Config,
     /// Fingerprint keys, the newest last; none until the leader drew the first one.
     pub keys: Vec<FingerprintKey>,
+    /// Families of prompts, and who is to hold them.
+    pub families: Vec<Family>,
 }
 
 impl Fleet {
@@ -105,6 +107,7 @@ mod tests {
                 .collect(),
             config: Config::default(),
             keys: vec![],
+            families: vec![],
         };
         let pools = BTreeMap::from([("m".into(), "p".into())]);
         let profile = fleet.profiles(&pools).remove("m").flatten();

@@ -25,6 +25,7 @@ mod reply;
 mod residency;
 mod run;
 mod serve;
+mod shadow;
 mod shared;
 mod socket;
 mod tls;

@@ -10,6 +10,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::shadow;
+
 /// How a request, or one placement of it, ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Outcome {
@@ -60,6 +62,9 @@ type Number = Gauge<i64, AtomicI64>;
 pub(crate) struct Metrics {
     requests: Family<Labels<1>, Counter>,
     placements: Family<Labels<2>, Counter>,
+    shadows: Family<[(&'static str, &'static str); 1], Counter>,
+    pub(crate) families: Number,
+    pub(crate) copies: Counter,
     pub(crate) retries: Counter,
     prompt_tokens: Counter,
     predicted_tokens: Counter,
@@ -100,6 +105,20 @@ impl Metrics {
             "placements",
             "Placements by worker and how they ended",
             self.placements.clone(),
+        );
+        // A counter that never counted is zero, not absent.
+        for outcome in [
+            shadow::COMPLETE,
+            shadow::REFUSED,
+            shadow::FAILED,
+            shadow::CANCELLED,
+        ] {
+            drop(self.shadows.get_or_create(&[("outcome", outcome)]));
+        }
+        registry.register(
+            "shadows",
+            "Copies of live requests that were sent to warm homes which a drain or a rebalance chose, by outcome",
+            self.shadows.clone(),
         );
         registry.register(
             "worker_prompt_tokens",
@@ -143,6 +162,11 @@ impl Metrics {
                 &self.deltas,
             ),
             (
+                "home_copies",
+                "Requests that were placed on a home of their family that did not hold it, so that it does",
+                &self.copies,
+            ),
+            (
                 "reports",
                 "Reports of workers' load that came by themselves, not with an answer",
                 &self.reports,
@@ -183,6 +207,11 @@ impl Metrics {
             ("connections", "Client connections", &self.connections),
             ("links", "Workers that are connected", &self.links),
             ("body_bytes", "Bytes of bodies held", &self.body_bytes),
+            (
+                "families",
+                "Families of prompts that have homes, in the facts in use",
+                &self.families,
+            ),
             (
                 "facts_revision",
                 "Revision of the facts in use",
@@ -233,6 +262,11 @@ impl Metrics {
             self.predicted_tokens.inc_by(predicted.into());
             self.reported_tokens.inc_by(cached.into());
         }
+    }
+
+    /// A copy for a home is over.
+    pub(crate) fn shadow(&self, outcome: &'static str) {
+        self.shadows.get_or_create(&[("outcome", outcome)]).inc();
     }
 
     pub(crate) fn asked(&self, questions: usize, quotes: usize) {

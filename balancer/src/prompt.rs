@@ -1,10 +1,13 @@
 //! What a balancer finds out about a prompt before it places it: fingerprints, length, who holds it.
 
+use std::sync::Arc;
+
 use forebay_proto::FingerprintKey;
 use forebay_proto::wire::work;
 use forebay_scheduler::fingerprint::{
     Endpoint, Root, Settings, engine_salt, read as fingerprint, scope,
 };
+use forebay_scheduler::homes::table::Homed;
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::length::{Length, Makeup};
 use forebay_scheduler::model::Targets;
@@ -160,6 +163,7 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
         index_version,
         conversation,
         head: prompt.head,
+        family: exchange.family(),
     }
 }
 
@@ -181,6 +185,12 @@ impl Exchange {
             ttft_ms: (whole_ms - spent_ms).max(0.0),
             tpot_ms: self.pool.tpot_ms.into(),
         }
+    }
+
+    /// The longest family that the prompt begins with, of those with homes.
+    fn family(&self) -> Option<Arc<Homed>> {
+        let facts = self.shared.facts()?;
+        facts.homes().of(&self.prompt.chunks).cloned()
     }
 
     fn workers(&self) -> usize {

@@ -10,6 +10,7 @@ use dashmap::DashMap;
 use forebay_link::Link;
 use forebay_proto::{FingerprintKey, Millis, Now, Revision, WorkerId};
 use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
+use forebay_scheduler::homes::table::Table;
 use forebay_scheduler::index::{IndexWriter, PrefixIndex};
 use forebay_scheduler::{BookingId, Choice};
 use parking_lot::{Mutex, MutexGuard, RwLock};
@@ -24,6 +25,7 @@ use crate::core::dispatch::{Dispatch, Placed};
 use crate::core::lengths::Lengths;
 use crate::core::receipts::{self, Kept, Receipts};
 use crate::core::retry::Budget;
+use crate::core::shadows::Shadows;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
 use crate::residency::Caches;
@@ -57,6 +59,8 @@ pub(crate) struct Shared {
     pub(crate) caches: Caches,
     pub(crate) lengths: Mutex<Lengths>,
     pub(crate) questions: Questions,
+    /// Homes that were warmed, or are.
+    pub(crate) shadows: Mutex<Shadows>,
     facts: RwLock<Option<Arc<Facts>>>,
     requests: DashMap<u64, Arc<About>>,
     next_request: AtomicU64,
@@ -73,6 +77,7 @@ pub(crate) struct Facts {
     pools: BTreeMap<Arc<str>, Arc<str>>,
     /// By model; none where its workers' differ.
     profiles: BTreeMap<Arc<str>, Option<RenderProfile>>,
+    homes: Table,
 }
 
 impl Facts {
@@ -85,6 +90,11 @@ impl Facts {
     /// How the model's prompts are rendered, if its workers agree on that.
     pub(crate) fn profile_of(&self, model: &str) -> Option<RenderProfile> {
         self.profiles.get(model).copied().flatten()
+    }
+
+    /// Families of prompts, and who is to hold them.
+    pub(crate) const fn homes(&self) -> &Table {
+        &self.homes
     }
 
     /// The fingerprint key before the newest, and for how long it has been that.
@@ -120,6 +130,7 @@ impl Shared {
             caches: Caches::default(),
             lengths: Mutex::default(),
             questions: Questions::default(),
+            shadows: Mutex::default(),
             facts: RwLock::new(None),
             requests: DashMap::with_shard_amount(SHARDS),
             next_request: AtomicU64::new(0),
@@ -178,7 +189,11 @@ impl Shared {
             rotated,
             pools,
             profiles,
+            homes: Table::new(&fleet.families),
         };
+        self.shadows.lock().facts(&facts.homes);
+        let families = i64::try_from(facts.homes.len()).unwrap_or(i64::MAX);
+        self.metrics.families.set(families);
         self.tell_of_profiles(&facts);
         *self.facts.write() = Some(Arc::new(facts));
         let Revision(revision) = fleet.revision;
@@ -376,6 +391,9 @@ pub(crate) struct Placement {
 impl Placement {
     pub(crate) fn new(shared: &Arc<Shared>, placed: Placed<Link>) -> Self {
         shared.metrics.bookings.inc();
+        if placed.choice.work.makes_copy {
+            shared.metrics.copies.inc();
+        }
         let packed = placed
             .receipt
             .map(|receipt| (receipt.outcome, receipt.packed()));

@@ -142,6 +142,7 @@ async fn standing() -> Standing {
             pools: vec![Pool::named("default")],
         },
         keys: Vec::new(),
+        families: Vec::new(),
     };
     let (_fleet, facts) = watch::channel(Some(Arc::new(fleet)));
     let balancer = Endpoint::client(&load(Role::Balancer, "b1")).unwrap();

@@ -226,7 +226,8 @@ fn a_lookup_among_256_families_is_quick() {
     let mix = |path: u64, chunk: u64| {
         let z =
             path.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ chunk.wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (z ^ (z >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb)
+        let z = (z ^ (z >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 29)
     };
     // Each of another length: the most that have to be looked at.
     let family = |n: u64| Family {
@@ -258,7 +259,7 @@ fn a_lookup_among_256_families_is_quick() {
         let each = began.elapsed().as_secs_f64() * 1e9 / 2e4;
         println!("{name}: {each:.0} ns a lookup");
         assert_eq!(found, 0);
-        // Below a microsecond where it is optimised.
+        // 0.5 us and 16 ns in release; 20 times that without optimisation.
         assert!(each < 100_000.0, "{each} ns");
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use forebay_proto::{Incarnation, Now, Revision, WorkerId};
 use forebay_scheduler::asking::Asking;
+use forebay_scheduler::homes::table::Homed;
 use forebay_scheduler::index::Hit;
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{self, Policy, Request};
@@ -70,6 +71,8 @@ pub(crate) struct Sought {
     pub(crate) index_version: u64,
     pub(crate) conversation: Option<u64>,
     pub(crate) head: u64,
+    /// Its family, if that has homes.
+    pub(crate) family: Option<Arc<Homed>>,
 }
 
 impl Default for Sought {
@@ -85,6 +88,7 @@ impl Default for Sought {
             index_version: 0,
             conversation: None,
             head: 0,
+            family: None,
         }
     }
 }
@@ -111,6 +115,7 @@ impl Sought {
             longer_tokens: self.longer_tokens,
             targets: self.targets,
             hits: &self.hits,
+            homes: self.family.as_deref().map(Homed::as_asked),
             conversation: self.conversation,
             head: self.head,
             turn,
@@ -241,6 +246,12 @@ impl<L: Clone, W> Dispatch<L, W> {
             self.links.remove(&incarnation.worker);
             self.view.disconnected(incarnation);
         }
+    }
+
+    /// The start of a worker that is connected, and its link.
+    pub(crate) fn link_to(&self, worker: WorkerId) -> Option<(Incarnation, L)> {
+        let connected = self.links.get(&worker)?;
+        Some((connected.incarnation, connected.link.clone()))
     }
 
     pub(crate) fn report(&mut self, now: Now, load: Load) -> bool {

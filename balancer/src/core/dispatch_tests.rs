@@ -55,6 +55,7 @@ impl World {
             workers: workers.collect(),
             config: Config::default(),
             keys: Vec::new(),
+            families: Vec::new(),
         };
         let mut world = Self {
             dispatch: Dispatch::new(StdRng::seed_from_u64(1), true),
@@ -225,6 +226,7 @@ fn a_start_that_the_facts_declare_dead_is_named() {
         workers: vec![newer],
         config: Config::default(),
         keys: Vec::new(),
+        families: Vec::new(),
     };
     assert_eq!(world.dispatch.facts(&fleet), [1]);
 }
@@ -237,6 +239,7 @@ fn a_worker_that_was_removed_is_dead_as_well() {
         workers: Vec::new(),
         config: Config::default(),
         keys: Vec::new(),
+        families: Vec::new(),
     };
     assert_eq!(world.dispatch.facts(&fleet), [1]);
 }

@@ -10,3 +10,4 @@ pub(crate) mod receipts;
 pub(crate) mod request_id;
 pub(crate) mod retry;
 pub(crate) mod rotation;
+pub(crate) mod shadows;

@@ -120,6 +120,7 @@ impl World {
                 pools: vec![setup.pool],
             },
             keys: setup.key.into_iter().collect(),
+            families: Vec::new(),
         };
         let (fleet, facts) = watch::channel(Some(Arc::new(fleet)));
         let endpoint = Endpoint::client(&load(Role::Balancer, "b1")).unwrap();

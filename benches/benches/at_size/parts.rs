@@ -224,6 +224,7 @@ async fn balancer(dir: &Path, args: &Args) {
             pools: vec![Pool::named("default")],
         },
         keys: Vec::new(),
+        families: Vec::new(),
     };
     let (_keep, facts) = watch::channel(Some(Arc::new(fleet)));
     let anywhere = ([127, 0, 0, 1], 0).into();

@@ -48,6 +48,8 @@ pub struct Homes<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     families: Fingerprints<Arc<Homed>>,
+    /// Their chunks at their places or behind them; four times as many places, a power of two, zero where none is.
+    places: Vec<u64>,
     /// Lengths that there are, the longest first.
     lengths: Vec<u32>,
 }
@@ -71,7 +73,19 @@ impl Table {
         let mut lengths: Vec<u32> = families.values().map(|family| family.chunks).collect();
         lengths.sort_unstable_by(|one, other| other.cmp(one));
         lengths.dedup();
-        Self { families, lengths }
+        let mut places = vec![0; (4 * families.len()).next_power_of_two()];
+        for chunk in families.keys().filter(|chunk| **chunk != 0) {
+            let mut at = *chunk as usize & (places.len() - 1);
+            while places[at] != 0 {
+                at = (at + 1) & (places.len() - 1);
+            }
+            places[at] = *chunk;
+        }
+        Self {
+            families,
+            places,
+            lengths,
+        }
     }
 
     /// The longest family that a prompt's path begins with.
@@ -84,10 +98,23 @@ impl Table {
     pub fn all_of(&self, path: &[u64]) -> impl Iterator<Item = &Arc<Homed>> {
         let lengths = self.lengths.iter().copied();
         lengths.filter_map(move |length| {
-            let last = path.get(length as usize - 1)?;
-            let family = self.families.get(last)?;
+            let last = *path.get(length as usize - 1)?;
+            let family = self.has(last).then(|| self.families.get(&last))??;
             (family.chunks == length).then_some(family)
         })
+    }
+
+    /// Whether a family ends with this chunk. Most chunks are told apart by one look.
+    #[inline]
+    fn has(&self, chunk: u64) -> bool {
+        let mut at = chunk as usize & (self.places.len() - 1);
+        loop {
+            match self.places[at] {
+                0 => return false,
+                held if held == chunk => return true,
+                _ => at = (at + 1) & (self.places.len() - 1),
+            }
+        }
     }
 
     /// Whether this worker is one of this family's homes.

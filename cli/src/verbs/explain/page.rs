@@ -90,6 +90,9 @@ fn asked_for(receipt: &Receipt) -> String {
     if let Some(conversation) = asked.conversation {
         text += &format!(", conversation {conversation:016x}");
     }
+    if let Some(family) = asked.family {
+        text += &format!(", family {family:016x}");
+    }
     if let Some(zone) = &asked.zone {
         text += &format!(", in zone {zone}");
     }
@@ -187,7 +190,12 @@ fn candidates(placement: &Placement) -> String {
             ms(terms.imposed_ms),
             ms(terms.evicted_ms),
             ms(terms.risk_ms),
-            format!("{:.0}", candidate.cached_tokens),
+            if candidate.counted_tokens > 0.0 {
+                let (cached, counted) = (candidate.cached_tokens, candidate.counted_tokens);
+                format!("{cached:.0} as {counted:.0}")
+            } else {
+                format!("{:.0}", candidate.cached_tokens)
+            },
             format!(
                 "{}/{}",
                 candidate.queueing.present, candidate.queueing.slots
@@ -215,10 +223,10 @@ fn why(receipt: &Receipt, chosen: Option<&Considered>, one: &Considered) -> Stri
     let Some(chosen) = chosen else {
         return String::new();
     };
-    let kept = if one.feasible {
-        ""
-    } else {
-        "; a promise would be broken"
+    let kept = match (one.feasible, one.candidate.counted_tokens > 0.0) {
+        (false, _) => "; a promise would be broken",
+        (true, true) => "; as a home of the family, counted to hold it",
+        (true, false) => "",
     };
     if is_chosen(receipt, one) {
         let nearer = receipt
