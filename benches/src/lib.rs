@@ -7,6 +7,7 @@
 
 pub mod bodies;
 pub mod fleets;
+pub mod servers;
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};

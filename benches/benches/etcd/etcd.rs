@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::VALUE_BYTES;
-use crate::servers::{Servers, free_ports};
+use forebay_benches::servers::{Servers, free_ports};
 
 /// One client.
 pub(crate) struct Client {

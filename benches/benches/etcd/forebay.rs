@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use forebay_benches::servers::{Servers, free_ports};
 use forebay_control_client::ControlClient;
 use forebay_link::{Authority, CredentialPaths, Credentials, Endpoint};
 use forebay_proto::fleet::WorkerSpec;
@@ -12,7 +13,6 @@ use forebay_proto::wire::fleet::{RegisterWorker, command::Action};
 use forebay_proto::{ClientId, ClusterId, Incarnation, Level, Role};
 
 use crate::VALUE_BYTES;
-use crate::servers::{Servers, free_ports};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 

@@ -21,7 +21,6 @@
 
 mod etcd;
 mod forebay;
-mod servers;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -29,7 +28,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use hdrhistogram::Histogram;
 
-use crate::servers::Servers;
+use forebay_benches::servers::{Servers, own_cpu_seconds};
+use tokio::task::JoinHandle;
 
 const NAMES: [&str; 2] = ["forebay", "etcd"];
 /// Of what a write stores.
@@ -165,7 +165,7 @@ async fn compare(args: &Args, program: &std::path::Path, dir: &std::path::Path) 
     }
     for count in &args.clients {
         for ((servers, writers), name) in sides.iter_mut().zip(NAMES) {
-            let trace = servers.trace_syncs(Duration::from_secs(args.trace));
+            let trace = trace_syncs(servers, Duration::from_secs(args.trace));
             let seen = measure(servers, writers, *count, args.trace).await;
             // Begun and ended at almost the same moments: both as counts a second.
             let syncs = trace.await.unwrap() as f64 / args.trace as f64;
@@ -207,9 +207,9 @@ async fn measure(
     });
     let tasks: Vec<_> = tasks.collect();
     tokio::time::sleep_until(begins.into()).await;
-    let before = (servers.cpu_seconds(), servers::own_cpu_seconds());
+    let before = (servers.cpu_seconds(), own_cpu_seconds());
     tokio::time::sleep_until(ends.into()).await;
-    let after = (servers.cpu_seconds(), servers::own_cpu_seconds());
+    let after = (servers.cpu_seconds(), own_cpu_seconds());
     let mut latencies = Histogram::<u64>::new(3).unwrap();
     for task in tasks {
         let (writer, own) = task.await.unwrap();
@@ -225,6 +225,33 @@ async fn measure(
         cpu_seconds: after.0 - before.0,
         client_cpu_seconds: after.1 - before.1,
     }
+}
+
+/// Counts the syncs of all of them for a while; the traced are slower meanwhile.
+fn trace_syncs(servers: &Servers, span: Duration) -> JoinHandle<u64> {
+    let pids = servers.pids();
+    let pids: Vec<String> = pids
+        .flat_map(|pid| ["-p".into(), pid.to_string()])
+        .collect();
+    let mut strace = std::process::Command::new("timeout");
+    strace
+        .args(["--signal", "INT", &span.as_secs().to_string(), "strace"])
+        .args(["-f", "-c", "-e", "trace=fsync,fdatasync,sync_file_range"])
+        .args(pids);
+    tokio::task::spawn_blocking(move || {
+        // After what does not count of a measurement.
+        std::thread::sleep(Duration::from_millis(500));
+        let Ok(output) = strace.output() else {
+            return 0;
+        };
+        let table = String::from_utf8_lossy(&output.stderr).into_owned();
+        let calls = table.lines().filter_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let (name, counted) = (words.last()?, words.get(3)?);
+            name.contains("sync").then(|| counted.parse::<u64>().ok())?
+        });
+        calls.sum()
+    })
 }
 
 fn report(clients: usize, rounds: &[[Measured; 2]]) {

@@ -170,7 +170,8 @@ pub(crate) fn run(args: AgentArgs) -> Result<(), CliError> {
         drain_timeout_ms: args.drain_timeout_ms,
     };
     args.process.enter()?;
-    super::threads()?.block_on(async {
+    // One engine is all that it carries: more threads would only wake each other.
+    super::thread()?.block_on(async {
         let stop = super::asked_to_stop()?;
         Ok(forebay_worker_agent::run(config, stop).await?)
     })

@@ -39,6 +39,9 @@ const STARTING: Duration = Duration::from_millis(200);
 const MAX_ACCEPTED: usize = 256;
 /// From the first packet to both Hellos.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Packets that are acknowledged together, and how long the first of them waits for that.
+const ACK_EVERY: u32 = 16;
+const ACK_WITHIN: Duration = Duration::from_millis(5);
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// Least time between two stateless resets: none. QUIC's default of 20 ms is for hosts that strangers may
 /// write to; here everyone who spoke to a process that was killed speaks to the next one within a moment,
@@ -551,8 +554,17 @@ fn transport(stream_window_bytes: u32) -> Arc<quinn::TransportConfig> {
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(IDLE_TIMEOUT.try_into().expect("ten seconds fit")))
         .datagram_receive_buffer_size(Some(256 << 10))
-        .datagram_send_buffer_size(256 << 10);
+        .datagram_send_buffer_size(256 << 10)
+        .ack_frequency_config(Some(acks()));
     Arc::new(transport)
+}
+
+/// An answer is many small packets one way: each second of them would be acknowledged by one of its own.
+fn acks() -> quinn::AckFrequencyConfig {
+    let mut acks = quinn::AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(ACK_EVERY.into())
+        .max_ack_delay(Some(ACK_WITHIN));
+    acks
 }
 
 fn provider() -> Arc<CryptoProvider> {
