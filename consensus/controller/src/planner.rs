@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use forebay_consensus::server::{Candidate, Planner, Question};
 use forebay_proto::wire::control;
+use forebay_proto::wire::fleet::Forecast;
 use forebay_proto::wire::work::LatencyModel;
 use forebay_proto::{Family, Millis, WorkerId};
 use forebay_scheduler::model::Profile;
@@ -32,6 +33,7 @@ impl Planner for Rebalancer {
 fn planned(question: Question) -> control::Planned {
     let window = window(&question);
     let holders = holders(&question.workers);
+    let in_time = in_time(&question.workers);
     let families = question.families.into_iter();
     let families: BTreeMap<u64, Family> = families
         .filter_map(|family| Family::from_wire(family).ok())
@@ -51,7 +53,11 @@ fn planned(question: Question) -> control::Planned {
         moves: planned.moves.iter().map(|one| one.to_wire()).collect(),
         before: Some(planned.before.to_wire()),
         after: Some(planned.after.to_wire()),
-        measured: Some(planned.measured.to_wire()),
+        // Records do not say when a first token came; agents say how many were in time.
+        measured: Some(Forecast {
+            in_time,
+            ..planned.measured.to_wire()
+        }),
         ..control::Planned::default()
     }
 }
@@ -64,6 +70,17 @@ fn window(question: &Question) -> Millis {
         .filter_map(|one| one.record.as_ref());
     let longest = records.map(|record| record.window_ms).max().unwrap_or(0);
     Millis(question.window.0.min(longest).max(1))
+}
+
+/// First tokens in time, as agents said lately, in thousandths; all of none are.
+fn in_time(workers: &[Candidate]) -> u32 {
+    let heats = workers.iter().filter_map(|one| one.heat.as_ref());
+    let (all, kept) = heats.fold((0_u64, 0_u64), |(all, kept), heat| {
+        let (first, in_time) = (heat.first_tokens, heat.in_time);
+        (all + u64::from(first), kept + u64::from(in_time))
+    });
+    let share = (kept * 1_000).checked_div(all).unwrap_or(1_000);
+    u32::try_from(share.min(1_000)).unwrap_or(1_000)
 }
 
 /// Who says that it holds which family.
@@ -209,6 +226,24 @@ mod tests {
         );
         let window_ms = planned.measured.unwrap().window_ms;
         assert!((290_000..=300_000).contains(&window_ms), "{window_ms}");
+    }
+
+    #[test]
+    fn what_was_in_time_is_what_agents_said() {
+        let said = |first_tokens, in_time| {
+            let heat = control::Heat {
+                first_tokens,
+                in_time,
+                ..control::Heat::default()
+            };
+            Candidate {
+                heat: Some(Arc::new(heat)),
+                ..candidate(1, Some(told(arrivals(), 300_000)))
+            }
+        };
+        let measured = |workers| planned(question(workers)).measured.unwrap().in_time;
+        assert_eq!(measured(vec![said(10, 8), said(10, 9)]), 850);
+        assert_eq!(measured(vec![said(0, 0)]), 1_000);
     }
 
     #[test]
