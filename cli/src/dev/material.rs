@@ -42,9 +42,12 @@ pub(super) fn prepare(
     for (n, node) in (1..).zip(&fleet.control) {
         plans.push(maker.control(&format!("c{n}"), node.quic, node.admin)?);
     }
-    for (n, worker) in (1..).zip(fleet.running_workers()) {
-        plans.push(maker.engine(&format!("e{n}"), worker.engine, engine)?);
-        plans.push(maker.agent(&format!("w{n}"), worker, engine)?);
+    for (n, worker) in (1_usize..).zip(fleet.running_workers()) {
+        let url = engine.urls.get(n - 1).map(String::as_str);
+        if url.is_none() {
+            plans.push(maker.engine(&format!("e{n}"), worker.engine, engine)?);
+        }
+        plans.push(maker.agent(&format!("w{n}"), worker, url, engine)?);
     }
     for ((n, balancer), http) in (1..).zip(&fleet.balancers).zip(listen) {
         plans.push(maker.balancer(&format!("b{n}"), *http, balancer.admin)?);
@@ -93,6 +96,7 @@ impl Maker<'_> {
         &self,
         name: &str,
         worker: &super::layout::Worker,
+        url: Option<&str>,
         engine: &EngineOptions,
     ) -> Result<Plan, CliError> {
         let mut config = self.member(Role::Agent, name)?;
@@ -101,15 +105,20 @@ impl Maker<'_> {
         put(&mut config, "listen", &worker.quic);
         put(&mut config, "advertise", &worker.quic);
         put(&mut config, "admin", &worker.admin);
+        config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
+        config.insert("engine-stall-ms".into(), engine.engine_stall_ms.into());
+        let addresses = [("quic", worker.quic), ("admin", worker.admin)];
+        if let Some(url) = url {
+            put(&mut config, "engine", &url);
+            return self.plan("agent", name, &config, addresses);
+        }
         put(&mut config, "engine", &format!("http://{}", worker.engine));
         put(&mut config, "engine-kind", &"emulated");
-        config.insert("drain-timeout-ms".into(), DRAIN_MS.into());
         config.insert("slots".into(), engine.engine_slots.into());
         config.insert("max-context".into(), engine.engine_max_context.into());
         config.insert("kv-tokens".into(), kv_tokens(engine));
         put(&mut config, "profile", &engine.profile);
         config.insert("profile-speed".into(), engine.engine_speed.into());
-        let addresses = [("quic", worker.quic), ("admin", worker.admin)];
         self.plan("agent", name, &config, addresses)
     }
 

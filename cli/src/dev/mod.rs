@@ -46,7 +46,7 @@ pub(crate) struct DevArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
     balancers: u16,
     /// Workers, each an agent and an emulated engine.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 2, conflicts_with = "engines", value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: u16,
     /// Where the first balancer takes requests.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
@@ -84,10 +84,22 @@ enum DevVerb {
     Start(again::StartArgs),
 }
 
-/// How the emulated engines behave.
+/// How the engines behave.
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Emulated engines")]
+#[command(next_help_heading = "Engines")]
 struct EngineOptions {
+    /// An engine that runs already, http://HOST:PORT, to put a worker in front of; give it again for more.
+    /// There are no emulated ones then, and what follows is not for it, but for --engine-stall-ms.
+    #[arg(
+        id = "engines",
+        long = "engine",
+        value_name = "URL",
+        value_delimiter = ','
+    )]
+    urls: Vec<String>,
+    /// How long an engine with requests may make no progress, in milliseconds (see `forebay agent`).
+    #[arg(long, value_name = "MS", default_value_t = 60_000)]
+    engine_stall_ms: u32,
     /// Name under which they serve their model.
     #[arg(long, value_name = "NAME", default_value = "emulated")]
     model: String,
@@ -111,6 +123,14 @@ struct EngineOptions {
     /// Tokens that prompt and answer may have together.
     #[arg(long, value_name = "TOKENS", default_value_t = 1 << 20)]
     engine_max_context: u32,
+}
+
+impl EngineOptions {
+    /// How many workers there are in front of engines that run already; none: they are emulated.
+    fn workers(&self) -> Option<u16> {
+        let workers = u16::try_from(self.urls.len()).unwrap_or(u16::MAX);
+        (workers > 0).then_some(workers)
+    }
 }
 
 /// At least one block of an engine; as much as a configuration file can say.
@@ -262,7 +282,7 @@ pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
             .as_deref()
             .map(|n| if n == "3" { 3 } else { 1 }),
         balancers: args.balancers,
-        workers: args.workers,
+        workers: args.engine.workers().unwrap_or(args.workers),
     };
     let mut fleet = layout::Fleet::open(&dir, &asked)?;
     let balancers = material::Balancers {
