@@ -18,6 +18,8 @@ pub use adapter::Adapter;
 pub use error::AgentError;
 pub use rim::config::Config;
 pub use rim::engine::{EngineAddress, EngineAddressError};
+pub use rim::follow::{EventsAt, KvEvents, TokensOf};
 pub use rim::map::MapFile;
 pub use rim::run::run;
+pub use rim::sources::{EndpointError, LocalEndpoint, Sources};
 pub use rim::work::{Patience, Setup, Status, Work};

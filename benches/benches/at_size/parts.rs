@@ -19,7 +19,7 @@ use forebay_scheduler::Known;
 use forebay_scheduler::residency::{Kept, KeptItem};
 use forebay_sim::engine;
 use forebay_worker_agent::core::{Map, Settings as Limits};
-use forebay_worker_agent::{Adapter, MapFile, Patience, Setup, Work};
+use forebay_worker_agent::{Adapter, KvEvents, MapFile, Patience, Setup, Work};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, interval, sleep};
 
@@ -166,6 +166,7 @@ async fn agents(dir: &Path, args: &Args) {
                 ..Patience::default()
             },
             adapter: Adapter::Vllm,
+            kv_events: KvEvents::default(),
             map: Some(MapFile {
                 every: Duration::from_secs(3_600),
                 ..map

@@ -4,9 +4,11 @@
 //! an adapter everything does. Pure.
 
 mod answer;
+mod ids;
 mod splice;
 
 pub(crate) use answer::{Answers, Events};
+pub(crate) use ids::Ids;
 pub(crate) use splice::splice;
 
 /// How an engine is spoken to.

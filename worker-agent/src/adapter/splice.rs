@@ -25,10 +25,12 @@ pub(crate) struct Spliced {
 
 /// Splices a body of `/v1/chat/completions` or `/v1/completions`.
 ///
-/// A body that cannot be read is left alone: the engine has its own word for what is wrong with it.
+/// With `ids` the engine is asked for the tokens of the prompt and of the answer, which [`super::Ids`] takes
+/// out again. A body that cannot be read is left alone: the engine has its own word for what is wrong with
+/// it.
 #[must_use]
-pub(crate) fn splice(body: &[u8], cache_salt: Option<&str>) -> Spliced {
-    spliced(body, cache_salt).unwrap_or(Spliced {
+pub(crate) fn splice(body: &[u8], cache_salt: Option<&str>, ids: bool) -> Spliced {
+    spliced(body, cache_salt, ids).unwrap_or(Spliced {
         body: None,
         strip_usage: false,
     })
@@ -40,7 +42,7 @@ struct Member {
     value: Span,
 }
 
-fn spliced(body: &[u8], cache_salt: Option<&str>) -> Result<Spliced, Unreadable> {
+fn spliced(body: &[u8], cache_salt: Option<&str>, ids: bool) -> Result<Spliced, Unreadable> {
     let mut kept = Vec::new();
     let mut removed = false;
     let mut stream = false;
@@ -73,6 +75,9 @@ fn spliced(body: &[u8], cache_salt: Option<&str>) -> Result<Spliced, Unreadable>
     let mut added = Vec::new();
     if let Some(salt) = cache_salt {
         added.push(format!("\"cache_salt\":\"{salt}\"").into_bytes());
+    }
+    if ids {
+        added.push(br#""return_token_ids":true"#.to_vec());
     }
     let mut replaced = None;
     if stream {
@@ -157,7 +162,7 @@ mod tests {
     use super::*;
 
     fn check(body: &str, salt: Option<&str>, expected: Option<&str>, strip_usage: bool) {
-        let spliced = splice(body.as_bytes(), salt);
+        let spliced = splice(body.as_bytes(), salt, false);
         let got = spliced.body.map(|body| String::from_utf8(body).unwrap());
         assert_eq!(got.as_deref(), expected, "{body}");
         assert_eq!(spliced.strip_usage, strip_usage, "{body}");
@@ -211,6 +216,14 @@ mod tests {
     }
 
     #[test]
+    fn ids_are_asked_for_by_the_agent_alone() {
+        let body = br#"{"a":1,"return_token_ids":false}"#;
+        let spliced = splice(body, Some("s"), true).body.unwrap();
+        let expected = r#"{"cache_salt":"s","return_token_ids":true,"a":1}"#;
+        assert_eq!(String::from_utf8(spliced).unwrap(), expected);
+    }
+
+    #[test]
     fn what_cannot_be_read_is_left_to_the_engine() {
         for body in ["", "[]", "{", r#"{"a":1}x"#, r#"{"a"}"#] {
             check(body, Some("s"), None, false);
@@ -257,15 +270,15 @@ mod tests {
             }
             let body = Value::from(body);
             let text = if pretty { serde_json::to_vec_pretty(&body) } else { serde_json::to_vec(&body) }.unwrap();
-            let once = splice(&text, Some("s")).body.unwrap();
+            let once = splice(&text, Some("s"), false).body.unwrap();
             prop_assert_eq!(serde_json::from_slice::<Value>(&once).unwrap(), Value::from(expected));
-            let twice = splice(&once, Some("s")).body.unwrap();
+            let twice = splice(&once, Some("s"), false).body.unwrap();
             prop_assert_eq!(once, twice);
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = splice(&bytes, Some("s"));
+            let _ = splice(&bytes, Some("s"), true);
         }
     }
 }

@@ -9,6 +9,7 @@ mod admission;
 mod batch;
 mod cache;
 mod cadence;
+pub mod kv;
 mod map;
 mod mean;
 #[cfg(test)]

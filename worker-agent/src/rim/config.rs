@@ -12,6 +12,9 @@ use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
 use forebay_scheduler::model::{PROFILES, Profile};
 
 use super::engine::EngineAddress;
+use super::follow::{self, EventsAt, KvEvents, TokensOf};
+use super::sources::{LocalEndpoint, Sources};
+use crate::adapter::Adapter;
 use crate::core::Settings;
 use crate::error::AgentError;
 
@@ -34,6 +37,12 @@ pub struct Config {
     pub engine_url: String,
     /// Kind of engine, such as `vllm`.
     pub engine_kind: String,
+    /// Where the engine publishes its cache's events: a socket of this host, `auto` or `off`.
+    pub kv_events: String,
+    /// Where it tells them again.
+    pub kv_replay: Option<String>,
+    /// The model's `tokenizer.json`, or its directory.
+    pub tokenizer: Option<PathBuf>,
     /// The pool it belongs to.
     pub pool: String,
     /// Requests that run on the engine at once.
@@ -77,6 +86,7 @@ pub(super) struct Checked {
     pub(super) engine: EngineAddress,
     pub(super) settings: Settings,
     pub(super) drain_timeout: Duration,
+    pub(super) kv_events: KvEvents,
 }
 
 impl Config {
@@ -100,7 +110,7 @@ impl Config {
             check_address(address).map_err(|problem| option("--control", problem))?;
         }
         let profile = self.profile()?;
-        self.check_render_profile()?;
+        let kv_events = self.kv_events()?;
         let credentials = Credentials::load(&self.credentials)?;
         let identity = credentials.identity();
         let name = self.name.clone().unwrap_or_else(|| identity.name.clone());
@@ -124,19 +134,62 @@ impl Config {
                 profile,
             },
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
+            kv_events,
         })
     }
 
     /// How the engine's template renders prompts, where that is said.
-    fn check_render_profile(&self) -> Result<(), AgentError> {
-        if RenderProfile::declared(&self.labels).is_some() {
-            return Ok(());
+    fn render_profile(&self) -> Result<RenderProfile, AgentError> {
+        if let Some(profile) = RenderProfile::declared(&self.labels) {
+            return Ok(profile);
         }
         let problem = format!(
             "{RENDER_PROFILE} is not tools_first, system_tools, tools_first_user or tools_last_user, with any of \
              +hoisted +lines +developer +reasoning +no_reasoning +names"
         );
         Err(option("--label", problem))
+    }
+
+    /// Whether the engine's events of its cache are followed.
+    fn kv_events(&self) -> Result<KvEvents, AgentError> {
+        let endpoint = |name, text: &str| {
+            let parsed = text.parse::<LocalEndpoint>();
+            parsed.map_err(|problem| option(name, problem.to_string()))
+        };
+        let replay = self.kv_replay.as_deref();
+        let replay = replay.map(|replay| endpoint("--kv-replay", replay));
+        let replay = replay.transpose()?;
+        let follows = Adapter::of(&self.engine_kind) == Adapter::Vllm;
+        let at = match self.kv_events.as_str() {
+            "auto" if follows => EventsAt::Discovered,
+            "auto" | "off" => EventsAt::Nowhere,
+            _ if !follows => {
+                let problem = format!("is of no use with --engine-kind {}", self.engine_kind);
+                return Err(option("--kv-events", problem));
+            }
+            given => EventsAt::Given(Sources {
+                events: endpoint("--kv-events", given)?,
+                replay: replay.clone(),
+            }),
+        };
+        if replay.is_some() && !matches!(at, EventsAt::Given(_)) {
+            let problem = "is given without the socket of the events, by --kv-events".to_owned();
+            return Err(option("--kv-replay", problem));
+        }
+        let tokens = match &self.tokenizer {
+            Some(path) => {
+                // Here, so that it is not found out when the engine answers.
+                follow::read(path).map_err(|problem| option("--tokenizer", problem))?;
+                TokensOf::File(path.clone())
+            }
+            None if self.engine_kind == "emulated" => TokensOf::Emulated,
+            None => TokensOf::Model,
+        };
+        Ok(KvEvents {
+            at,
+            tokens,
+            profile: self.render_profile()?,
+        })
     }
 
     /// How fast the engine is said to be.

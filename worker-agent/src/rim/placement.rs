@@ -11,10 +11,11 @@ use forebay_link::{Code, FrameReceiver, FrameSender};
 use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::aligner::Unaligned;
 use super::pool::{CallError, Text};
 use super::residency;
 use super::work::{Call, Patience, Shared, Ticket};
-use crate::adapter::{Adapter, Answers, Events, splice};
+use crate::adapter::{Adapter, Answers, Events, Ids, splice};
 use crate::core::{End, Offer, Usage};
 use crate::wire;
 
@@ -183,7 +184,8 @@ impl Carried {
             Ok(body) => body,
             Err(over) => return Ok(over),
         };
-        let (body, strip_usage) = self.splice(body);
+        let (body, strip_usage, mut unaligned) = self.splice(body);
+        let mut ids = unaligned.is_some().then(Ids::default);
         let shared = self.shared.clone();
         let (path, request_id) = (self.offer.path.clone(), self.engine_id.clone());
         let asked = tokio::select! {
@@ -228,6 +230,7 @@ impl Carried {
                     if !std::mem::replace(&mut first, true) {
                         ticket.first_byte();
                     }
+                    let piece = self.without_ids(ids.as_mut(), &mut unaligned, piece);
                     let mut piece = reading.push(piece);
                     while !piece.is_empty() {
                         let part = piece.split_to(piece.len().min(MAX_TEXT_BYTES));
@@ -242,7 +245,9 @@ impl Carried {
                 }
             }
         }
-        let rest = reading.finish();
+        let mut rest = ids.as_mut().map(Ids::finish).unwrap_or_default();
+        rest = reading.push(rest);
+        rest = [rest, reading.finish()].concat().into();
         if !rest.is_empty() {
             self.send(&Frame::new(Kind::Data, rest)).await?;
         }
@@ -252,18 +257,39 @@ impl Carried {
         Ok(Outcome::Ended(End::Complete, String::new()))
     }
 
-    /// The body as the engine gets it, and whether its token counts are to be taken out again.
-    fn splice(&self, body: Text) -> (Text, bool) {
+    /// The body as the engine gets it, whether its token counts are to be taken out again, and what is kept
+    /// of it where its ids are.
+    fn splice(&self, body: Text) -> (Text, bool, Option<Unaligned>) {
         let has_prompt = self.offer.path != "/v1/embeddings";
         match self.shared.adapter {
             Adapter::Vllm if has_prompt => {
                 let whole = body.whole();
-                let spliced = splice(&whole, self.offer.cache_salt.as_deref());
+                let aligner = &self.shared.aligner;
+                let unaligned = aligner.expect(&self.shared, &self.offer, &whole);
+                let salt = self.offer.cache_salt.as_deref();
+                let spliced = splice(&whole, salt, unaligned.is_some());
                 let body = spliced.body.map_or(whole, Bytes::from);
-                (Text::of(body), spliced.strip_usage)
+                (Text::of(body), spliced.strip_usage, unaligned)
             }
-            Adapter::Vllm | Adapter::Generic => (body, false),
+            Adapter::Vllm | Adapter::Generic => (body, false, None),
         }
+    }
+
+    /// Takes ids out of a piece of the answer; the prompt's say where its chunks lie.
+    fn without_ids(
+        &self,
+        ids: Option<&mut Ids>,
+        unaligned: &mut Option<Unaligned>,
+        piece: Bytes,
+    ) -> Bytes {
+        let Some(ids) = ids else { return piece };
+        let piece = ids.push(piece);
+        if let Some(prompt) = ids.take_prompt()
+            && let Some(unaligned) = unaligned.take()
+        {
+            self.shared.aligner.align(unaligned, &self.offer, prompt);
+        }
+        piece
     }
 
     /// The whole body, once the placement has its slot; or how it was over before.

@@ -26,6 +26,7 @@ pub(super) async fn keep_probing(shared: Arc<Shared>) {
             Ok(names) => {
                 backoff.reset();
                 // Before anything is placed on it: what is known of its cache depends on it.
+                shared.find_events(look).await;
                 shared.engine_is(ask_process(&shared.engine, look).await);
                 shared.engine_up(&names);
                 watch_health(&shared).await;

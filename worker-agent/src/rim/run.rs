@@ -138,6 +138,7 @@ impl Agent {
             patience: Patience::default(),
             adapter: Adapter::of(&config.engine_kind),
             map: Some(MapFile::in_directory(dir.path())),
+            kv_events: checked.kv_events.clone(),
         };
         let work = Work::start_with(&endpoint, setup, metrics);
         shown.show(work.status());

@@ -15,7 +15,9 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::aligner::{self, Aligner};
 use super::engine::{Engine, EngineAddress};
+use super::follow::{Following, KvEvents};
 use super::map::{Keeper, MapFile};
 use super::metrics::Metrics;
 use super::placement::carry;
@@ -79,6 +81,8 @@ pub struct Setup {
     pub adapter: Adapter,
     /// Where the cache's map is kept for the next start; nowhere when absent.
     pub map: Option<MapFile>,
+    /// Whether the engine's events of its cache are followed, and how.
+    pub kv_events: KvEvents,
 }
 
 /// What the agent says of itself.
@@ -122,6 +126,7 @@ impl Work {
             patience,
             adapter,
             map,
+            kv_events,
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
         let slots = usize::try_from(settings.slots).unwrap_or(usize::MAX);
@@ -130,6 +135,8 @@ impl Work {
             core.recall(kept);
         }
         let (status, _) = watch::channel(status(&core));
+        let (aligner, jobs) = Aligner::new();
+        let profile = kv_events.profile;
         let shared = Arc::new(Shared {
             origin: Instant::now(),
             inner: Mutex::new(Inner {
@@ -147,8 +154,11 @@ impl Work {
             snapshots: Semaphore::new(SNAPSHOTS),
             carried: watch::Sender::new(0),
             ending: watch::Sender::new(false),
+            aligner,
+            following: Following::new(kv_events),
         });
         let mut tasks = vec![
+            OwnedTask::spawn(aligner::work(shared.clone(), jobs, profile)),
             OwnedTask::spawn(accept(endpoint.clone(), shared.clone())),
             OwnedTask::spawn(report(shared.clone())),
             OwnedTask::spawn(probe::keep_probing(shared.clone())),
@@ -246,6 +256,9 @@ pub(super) struct Shared {
     carried: watch::Sender<usize>,
     /// What runs is to end: a drain's deadline passed.
     ending: watch::Sender<bool>,
+    pub(super) aligner: Aligner,
+    /// The engine's events of its cache.
+    pub(super) following: Following,
 }
 
 struct Inner {
@@ -287,6 +300,11 @@ impl Shared {
 
     pub(super) fn instant(&self, now: Now) -> Instant {
         self.origin + now.since(Now::default())
+    }
+
+    /// What a scrape sees.
+    pub(super) const fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Wakes when what is resident may have changed.
@@ -439,6 +457,18 @@ fn announce(change: GradeChange) {
         GradeChange::Overpredicted => tracing::warn!(
             grade = "blind",
             "the engine's cache holds less than is predicted: look at its size (--kv-tokens), at whether prefix caching is on, and at who else uses the engine; prefixes are believed to be cached for a minute until it does better"
+        ),
+        GradeChange::Events => tracing::info!(
+            grade = "exact",
+            "the engine's events say what its cache holds"
+        ),
+        GradeChange::EventsLost => tracing::warn!(
+            grade = "inferred",
+            "events of the engine's cache are missing, or those of one cache of several: what it holds is guessed until they say all of it again; a larger buffer_steps in vLLM's --kv-events-config lets it tell them again"
+        ),
+        GradeChange::EventsWrong => tracing::warn!(
+            grade = "inferred",
+            "the engine's cache holds less than its events say: look at who else uses or resets it; what it holds is guessed until the engine or the link to its events begins anew"
         ),
         GradeChange::Silent => tracing::warn!(
             grade = "blind",

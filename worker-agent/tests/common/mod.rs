@@ -16,7 +16,7 @@ use forebay_proto::{Incarnation, Revision, Role, WorkerId};
 use forebay_scheduler::model::Profile;
 use forebay_sim::engine;
 use forebay_worker_agent::core::Settings;
-use forebay_worker_agent::{Adapter, Patience, Setup, Work};
+use forebay_worker_agent::{Adapter, KvEvents, Patience, Setup, Work};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -214,6 +214,7 @@ impl Agent {
             patience: Patience::default(),
             adapter: Adapter::Vllm,
             map: None,
+            kv_events: KvEvents::default(),
         };
         change(&mut setup);
         let work = Work::start(&endpoint, setup);
