@@ -19,7 +19,7 @@ use forebay_scheduler::Known;
 use forebay_scheduler::residency::{Kept, KeptItem};
 use forebay_sim::engine;
 use forebay_worker_agent::core::{Map, Settings as Limits};
-use forebay_worker_agent::{Manner, MapFile, Patience, Setup, Work};
+use forebay_worker_agent::{KvEvents, Manner, MapFile, Patience, Setup, Work};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, interval, sleep};
 
@@ -169,6 +169,7 @@ async fn agents(dir: &Path, args: &Args) {
                 kind: Some("vllm".into()),
                 ..Manner::default()
             },
+            kv_events: KvEvents::default(),
             map: Some(MapFile {
                 every: Duration::from_secs(3_600),
                 ..map

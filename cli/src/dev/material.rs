@@ -140,6 +140,15 @@ impl Maker<'_> {
         ] {
             config.insert(key.into(), value);
         }
+        if options.kv_events {
+            let socket = |kind: &str| {
+                let path = self.dir.join(format!("{name}.{kind}"));
+                format!("ipc://{}", path.display())
+            };
+            put(&mut config, "kv-events", &socket("kv"));
+            put(&mut config, "kv-replay", &socket("again"));
+            config.insert("kv-buffer".into(), i64::from(options.kv_buffer).into());
+        }
         self.plan("engine", name, &config, [("http", http)])
     }
 

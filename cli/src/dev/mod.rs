@@ -123,6 +123,17 @@ struct EngineOptions {
     /// Tokens that prompt and answer may have together.
     #[arg(long, value_name = "TOKENS", default_value_t = 1 << 20)]
     engine_max_context: u32,
+    /// They publish their caches' events, so that agents know exactly what is cached, as with vLLM.
+    #[arg(long)]
+    kv_events: bool,
+    /// Batches of events that one can tell again.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 10_000,
+        requires = "kv_events"
+    )]
+    kv_buffer: u32,
 }
 
 impl EngineOptions {

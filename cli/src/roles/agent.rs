@@ -91,6 +91,23 @@ pub(crate) struct AgentArgs {
         env = "FOREBAY_ENGINE_STALL_MS"
     )]
     engine_stall_ms: u64,
+    /// Where the engine publishes its cache's events: ipc://PATH or tcp://127.0.0.1:PORT, with @ in front
+    /// where the agent listens and the engine connects. auto: where a vLLM says; off: they are not followed,
+    /// and what the cache holds is guessed.
+    #[arg(
+        long,
+        value_name = "ENDPOINT",
+        default_value = "auto",
+        env = "FOREBAY_KV_EVENTS"
+    )]
+    kv_events: String,
+    /// Where the engine tells events again that were missed (its replay_endpoint), with --kv-events.
+    #[arg(long, value_name = "ENDPOINT", env = "FOREBAY_KV_REPLAY")]
+    kv_replay: Option<String>,
+    /// The model's tokenizer.json, or its directory: the bytes of each token, by which events are
+    /// understood; default: the directory that a vLLM on this host says it serves.
+    #[arg(long, value_name = "PATH", env = "FOREBAY_TOKENIZER")]
+    tokenizer: Option<PathBuf>,
     /// The pool it belongs to: a set of interchangeable workers in the fleet's configuration.
     #[arg(long, default_value = "default", env = "FOREBAY_POOL")]
     pool: String,
@@ -187,6 +204,9 @@ pub(crate) fn run(args: AgentArgs) -> Result<(), CliError> {
         engine_command: args.engine_command,
         engine_start_ms: args.engine_start_ms,
         engine_stall_ms: args.engine_stall_ms,
+        kv_events: args.kv_events,
+        kv_replay: args.kv_replay,
+        tokenizer: args.tokenizer,
         pool: args.pool,
         slots: args.slots,
         queue_limit: args.queue_limit,

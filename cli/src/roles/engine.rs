@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use clap::Args;
 use forebay_scheduler::model::{PROFILES, Profile};
-use forebay_sim::engine::{self, Config};
+use forebay_sim::engine::{self, Config, KvEvents};
 
 use super::ProcessArgs;
 use crate::exit::CliError;
@@ -69,6 +69,25 @@ pub(crate) struct EngineArgs {
     /// Tokens that prompt and answer may have together.
     #[arg(long, value_name = "TOKENS", default_value_t = 1 << 20, env = "FOREBAY_MAX_CONTEXT")]
     pub(crate) max_context: u64,
+    /// Where to publish the cache's events, as vLLM does: ipc://PATH or tcp://127.0.0.1:PORT.
+    #[arg(long, value_name = "ENDPOINT", env = "FOREBAY_KV_EVENTS")]
+    pub(crate) kv_events: Option<String>,
+    /// Where to tell events again that were missed.
+    #[arg(
+        long,
+        value_name = "ENDPOINT",
+        requires = "kv_events",
+        env = "FOREBAY_KV_REPLAY"
+    )]
+    pub(crate) kv_replay: Option<String>,
+    /// Batches of events that can be told again.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 10_000,
+        env = "FOREBAY_KV_BUFFER"
+    )]
+    pub(crate) kv_buffer: usize,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
 }
@@ -98,6 +117,11 @@ pub(crate) fn run(args: EngineArgs) -> Result<(), CliError> {
         block_tokens: args.block_tokens,
         speed: args.speed,
         max_context_tokens: args.max_context,
+        kv_events: args.kv_events.map(|endpoint| KvEvents {
+            endpoint,
+            replay: args.kv_replay,
+            buffer: args.kv_buffer,
+        }),
     };
     super::threads()?.block_on(async {
         let stop = super::asked_to_stop()?;

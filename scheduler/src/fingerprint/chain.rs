@@ -8,6 +8,7 @@ use std::hash::Hasher as _;
 use forebay_proto::FingerprintKey;
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
+use super::form::Sink;
 use crate::length::Makeup;
 
 /// Canonical bytes that are fingerprinted; what is beyond is counted only.
@@ -29,13 +30,6 @@ pub(super) fn published(state: [u8; 16]) -> u64 {
     u64::from_le_bytes(*low)
 }
 
-/// A hasher for media, under the chain's key.
-pub(super) fn media_hasher(chain: &Chain) -> SipHasher13 {
-    let mut hasher = keyed(&chain.key);
-    hasher.write(b"media");
-    hasher
-}
-
 /// Takes canonical bytes and keeps fingerprints of full chunks.
 pub(super) struct Chain {
     key: FingerprintKey,
@@ -47,6 +41,33 @@ pub(super) struct Chain {
     pub(super) bytes: u64,
     makeup: Makeup,
     head: Vec<u8>,
+}
+
+impl Sink for Chain {
+    fn tag(&mut self, bytes: &[u8]) {
+        self.take(bytes);
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        let missing = HEAD_BYTES - self.head.len();
+        if missing > 0 {
+            self.head
+                .extend_from_slice(&bytes[..bytes.len().min(missing)]);
+        }
+        self.take(bytes);
+    }
+
+    fn medium(&mut self, tag: &[u8], hash: &[u8]) {
+        self.tag(tag);
+        self.put(hash);
+        self.makeup.medium();
+    }
+
+    fn media_hasher(&self) -> SipHasher13 {
+        let mut hasher = keyed(&self.key);
+        hasher.write(b"media");
+        hasher
+    }
 }
 
 impl Chain {
@@ -67,28 +88,6 @@ impl Chain {
             makeup: Makeup::with_capacity(capacity),
             head: Vec::with_capacity(HEAD_BYTES),
         }
-    }
-
-    /// Structure.
-    pub(super) fn tag(&mut self, bytes: &[u8]) {
-        self.take(bytes);
-    }
-
-    /// Content.
-    pub(super) fn put(&mut self, bytes: &[u8]) {
-        let missing = HEAD_BYTES - self.head.len();
-        if missing > 0 {
-            self.head
-                .extend_from_slice(&bytes[..bytes.len().min(missing)]);
-        }
-        self.take(bytes);
-    }
-
-    /// The hash of an image, a sound or a file.
-    pub(super) fn medium(&mut self, tag: &[u8], hash: &[u8]) {
-        self.tag(tag);
-        self.put(hash);
-        self.makeup.medium();
     }
 
     /// What the bytes so far are, those of the last chunk, which is not full, included.

@@ -5,7 +5,7 @@ use std::hash::Hasher as _;
 use base64::Engine as _;
 use siphasher::sip128::SipHasher13;
 
-use super::chain::{Chain, finish, media_hasher};
+use super::chain::finish;
 use super::profile::{LateSystem, Reasoning, RenderProfile, ToolsOrder};
 use super::{First, Unreadable};
 use crate::json::{Kind, Scanner, Span, says, unescape};
@@ -27,11 +27,23 @@ const TEXT_KINDS: [&[u8]; 3] = [b"text", b"input_text", b"output_text"];
 const STRING: &[u8] = &[0xfd];
 const STRING_END: &[u8] = &[0xfc];
 
-/// Writes a body's form into a chain.
-pub(super) struct Form<'a> {
+/// What takes a form's bytes, in their order.
+pub(super) trait Sink {
+    /// Structure.
+    fn tag(&mut self, bytes: &[u8]);
+    /// Content.
+    fn put(&mut self, bytes: &[u8]);
+    /// The hash of an image, a sound or a file.
+    fn medium(&mut self, tag: &[u8], hash: &[u8]);
+    /// What media are hashed with.
+    fn media_hasher(&self) -> SipHasher13;
+}
+
+/// Writes a body's form into a sink.
+pub(super) struct Form<'a, S> {
     pub(super) body: &'a [u8],
     pub(super) profile: &'a RenderProfile,
-    pub(super) chain: &'a mut Chain,
+    pub(super) chain: &'a mut S,
 }
 
 /// The members of a message that are rendered.
@@ -44,7 +56,7 @@ struct Message {
     calls: Option<Span>,
 }
 
-impl Form<'_> {
+impl<S: Sink> Form<'_, S> {
     pub(super) fn completion(&mut self, first: &First) -> Result<(), Unreadable> {
         match first {
             First::Text(first) => {
@@ -290,7 +302,7 @@ impl Form<'_> {
     /// nothing is named like the kind, all that is there counts.
     fn media(&mut self, kind: Option<Span>, part: Span) -> Result<(), Unreadable> {
         let body = self.body;
-        let mut hasher = media_hasher(self.chain);
+        let mut hasher = self.chain.media_hasher();
         let (mut named, mut uuid) = (None, None);
         if let Some(kind) = kind {
             let mut name = Vec::new();

@@ -28,6 +28,7 @@
 
 mod chain;
 mod form;
+mod outline;
 mod profile;
 
 use std::hash::Hasher as _;
@@ -39,6 +40,7 @@ use crate::json::{Kind, Scanner, Span, says, unescape};
 use crate::length::Makeup;
 use chain::{Chain, finish, keyed, published};
 use form::Form;
+pub use outline::{Outline, outline};
 pub use profile::{LateSystem, RENDER_PROFILE, Reasoning, RenderProfile, ToolsOrder};
 
 /// What kind of prompt a body has.

@@ -86,6 +86,21 @@ impl Publisher {
         }
     }
 
+    /// Notes that these are resident, with the tokens up to their ends, and no others.
+    pub fn replace(&mut self, resident: impl IntoIterator<Item = (u64, u32)>) {
+        let fresh: Fingerprints<u32> = resident.into_iter().collect();
+        let gone = self
+            .resident
+            .keys()
+            .filter(|chunk| !fresh.contains_key(chunk));
+        let gone: Vec<_> = gone
+            .map(|chunk| Change::Removed { chunk: *chunk })
+            .collect();
+        self.note(gone);
+        let stored = fresh.into_iter();
+        self.note(stored.map(|(chunk, tokens)| Change::Stored { chunk, tokens }));
+    }
+
     /// The grade from here on.
     pub fn set_grade(&mut self, grade: Grade) {
         self.grade = grade;

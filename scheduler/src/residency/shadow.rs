@@ -388,6 +388,12 @@ impl Shadow {
         (self.used, capacity)
     }
 
+    /// What is resident, with the tokens up to each end.
+    pub fn resident(&self) -> impl Iterator<Item = (u64, u32)> {
+        let entries = self.entries.iter();
+        entries.map(|(chunk, entry)| (*chunk, entry.tokens))
+    }
+
     /// Chunks that are resident.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -72,6 +72,7 @@ fn modelled(lines: &[OneRequest]) -> BTreeMap<u64, Times> {
         models: &config.models,
         max_context_tokens: config.max_context_tokens,
         block_tokens: config.block_tokens,
+        keeps_ids: false,
     };
     let options = Options {
         model: "m".to_owned(),

@@ -13,6 +13,8 @@ pub(super) struct Form {
     created: u64,
     model: String,
     prompt_tokens: u64,
+    /// The prompt's tokens, where they are asked for.
+    ids: Option<Vec<u32>>,
     /// A stream's event up to the token's text, and after it.
     before: String,
     after: String,
@@ -50,6 +52,7 @@ impl Form {
             created,
             model: job.model.clone(),
             prompt_tokens: job.prompt_tokens,
+            ids: job.return_ids.then(|| job.ids.clone()),
             before: format!("{head}{opens}"),
             after: end("null"),
             after_last: end("\"length\""),
@@ -58,15 +61,25 @@ impl Form {
 
     /// The event before the first token, which only chats have.
     pub(super) fn role_event(&self) -> Option<Bytes> {
-        let event = match self.api {
-            Api::Chat => json!({
+        let mut event = match (self.api, &self.ids) {
+            (Api::Chat, _) => json!({
                 "id": self.id, "object": "chat.completion.chunk", "created": self.created,
                 "model": self.model,
                 "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""},
                     "logprobs": null, "finish_reason": null}],
             }),
-            Api::Completion | Api::Embedding => return None,
+            // vLLM has them beside the first token.
+            (Api::Completion | Api::Embedding, Some(ids)) => json!({
+                "id": self.id, "object": "text_completion", "created": self.created,
+                "model": self.model,
+                "choices": [{"index": 0, "text": "", "logprobs": null, "finish_reason": null,
+                    "prompt_token_ids": ids, "token_ids": []}],
+            }),
+            (Api::Completion | Api::Embedding, None) => return None,
         };
+        if let (Api::Chat, Some(ids)) = (self.api, &self.ids) {
+            event["prompt_token_ids"] = json!(ids);
+        }
         Some(Bytes::from(format!("data: {event}\n\n")))
     }
 
@@ -108,11 +121,23 @@ impl Form {
             Api::Chat => "chat.completion",
             Api::Completion | Api::Embedding => "text_completion",
         };
-        let answer = json!({
+        let mut choice = choice;
+        let mut answer = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model,
-            "choices": [choice], "service_tier": null, "system_fingerprint": FINGERPRINT,
+            "service_tier": null, "system_fingerprint": FINGERPRINT,
             "usage": self.usage(output_tokens, cached_tokens),
         });
+        if let Some(ids) = &self.ids {
+            let said = text.as_bytes().as_chunks::<4>().0.iter();
+            let said: Vec<u32> = said.map(|token| u32::from_le_bytes(*token)).collect();
+            choice["token_ids"] = json!(said);
+            let place = match self.api {
+                Api::Chat => &mut answer,
+                Api::Completion | Api::Embedding => &mut choice,
+            };
+            place["prompt_token_ids"] = json!(ids);
+        }
+        answer["choices"] = json!([choice]);
         Bytes::from(answer.to_string())
     }
 
@@ -171,6 +196,7 @@ mod tests {
             models: &models,
             max_context_tokens: 100,
             block_tokens: 16,
+            keeps_ids: false,
         };
         let Ok(job) = served.job(api, body.as_bytes()) else {
             panic!("refused")

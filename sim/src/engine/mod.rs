@@ -13,7 +13,9 @@
 mod against_model;
 mod answer;
 mod error;
+mod events;
 mod metrics;
+mod publisher;
 mod request;
 mod server;
 mod service;
@@ -46,6 +48,19 @@ pub struct Config {
     pub speed: f64,
     /// Prompt and answer together may have so many tokens.
     pub max_context_tokens: u64,
+    /// Where the cache's events are published, as vLLM publishes them.
+    pub kv_events: Option<KvEvents>,
+}
+
+/// Sockets of the cache's events, as ZeroMQ writes them; the engine listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvEvents {
+    /// Where they are published.
+    pub endpoint: String,
+    /// Where they are told again.
+    pub replay: Option<String>,
+    /// Batches that can be told again.
+    pub buffer: usize,
 }
 
 impl Default for Config {
@@ -60,6 +75,7 @@ impl Default for Config {
             block_tokens: 16,
             speed: 1.0,
             max_context_tokens: 1 << 20,
+            kv_events: None,
         }
     }
 }
@@ -76,6 +92,14 @@ pub enum EngineError {
         address: SocketAddr,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// A socket of the cache's events cannot be listened on.
+    #[error("cannot publish the cache's events on {endpoint}: {problem}")]
+    Events {
+        /// The socket.
+        endpoint: String,
+        /// What was said.
+        problem: String,
     },
     /// A setting makes no sense.
     #[error("{setting} is {value}, but must be {must}")]
@@ -140,6 +164,9 @@ impl Config {
                 self.max_context_tokens.to_string(),
                 "at least 2",
             );
+        }
+        if let Some(KvEvents { buffer: 0, .. }) = self.kv_events {
+            return bad("kv_events.buffer", "0".to_owned(), "at least 1");
         }
         Ok(())
     }

@@ -24,6 +24,12 @@ pub(super) struct Job {
     pub(super) prompt_tokens: u64,
     /// The hash of everything up to the end of each full block, under the request's salt.
     pub(super) blocks: Vec<u64>,
+    /// The prompt's tokens, where somebody is to see them.
+    pub(super) ids: Vec<u32>,
+    /// They are part of the answer.
+    pub(super) return_ids: bool,
+    /// The request's isolation scope.
+    pub(super) salt: String,
     pub(super) max_tokens: u64,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
@@ -37,6 +43,8 @@ pub(super) struct Served<'a> {
     pub(super) max_context_tokens: u64,
     /// Tokens of a block of the cache.
     pub(super) block_tokens: u32,
+    /// Tokens are published with the cache's events.
+    pub(super) keeps_ids: bool,
 }
 
 impl Served<'_> {
@@ -57,7 +65,11 @@ impl Served<'_> {
         })?;
         let model = self.model(raw.model)?;
         let salt = raw.cache_salt.unwrap_or_default();
+        let return_ids = raw.return_token_ids.unwrap_or(false);
         let mut read = Reader::new(&salt, self.block_tokens);
+        if return_ids || self.keeps_ids {
+            read.content = Some(Vec::new());
+        }
         match api {
             Api::Chat => {
                 read.chat(raw.messages, raw.continue_final_message.unwrap_or(false))?;
@@ -65,6 +77,7 @@ impl Served<'_> {
             Api::Completion => read.completion(raw.prompt)?,
             Api::Embedding => read.completion(raw.input)?,
         }
+        let ids = read.ids();
         let Reader { prompt, blocks, .. } = read;
         let prompt_tokens = prompt.tokens();
         if raw.n.unwrap_or(1) != 1 {
@@ -80,6 +93,9 @@ impl Served<'_> {
                 prompt,
                 prompt_tokens,
                 blocks,
+                ids,
+                return_ids: false,
+                salt,
                 max_tokens: 1,
                 stream: false,
                 include_usage: false,
@@ -95,6 +111,9 @@ impl Served<'_> {
             prompt,
             prompt_tokens,
             blocks,
+            ids,
+            return_ids,
+            salt,
             max_tokens,
             stream: raw.stream.unwrap_or(false),
             include_usage: include_usage.unwrap_or(false),
@@ -152,6 +171,7 @@ struct Raw<'a> {
     #[serde(borrow)]
     input: Option<RawPrompt<'a>>,
     cache_salt: Option<String>,
+    return_token_ids: Option<bool>,
     encoding_format: Option<String>,
     max_tokens: Option<u64>,
     max_completion_tokens: Option<u64>,
@@ -204,6 +224,8 @@ struct Reader {
     salted: Prompt,
     block_bytes: u64,
     blocks: Vec<u64>,
+    /// All that was said, where its tokens are to be seen.
+    content: Option<Vec<u8>>,
 }
 
 impl Reader {
@@ -213,7 +235,19 @@ impl Reader {
             salted: Prompt::salted(salt),
             block_bytes: u64::from(block_tokens) * BYTES_PER_TOKEN,
             blocks: Vec::new(),
+            content: None,
         }
+    }
+
+    /// Four bytes of content each; behind the last there are zeros.
+    fn ids(&self) -> Vec<u32> {
+        let content = self.content.as_deref().unwrap_or_default();
+        let id = |bytes: &[u8]| {
+            let mut four = [0; BYTES_PER_TOKEN as usize];
+            four[..bytes.len()].copy_from_slice(bytes);
+            u32::from_le_bytes(four)
+        };
+        content.chunks(BYTES_PER_TOKEN as usize).map(id).collect()
     }
 
     fn begin_message(&mut self, role: &str) {
@@ -223,6 +257,9 @@ impl Reader {
 
     fn say(&mut self, mut content: &[u8]) {
         self.prompt.say(content);
+        if let Some(kept) = &mut self.content {
+            kept.extend_from_slice(content);
+        }
         loop {
             let missing = self.block_bytes - self.salted.bytes() % self.block_bytes;
             if (content.len() as u64) < missing {
@@ -300,6 +337,7 @@ mod tests {
             models: &models,
             max_context_tokens: 100,
             block_tokens: 1,
+            keeps_ids: false,
         }
         .job(api, body.as_bytes())
     }
@@ -447,7 +485,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let served = Served { models: &[], max_context_tokens: 100, block_tokens: 4 };
+            let served = Served { models: &[], max_context_tokens: 100, block_tokens: 4, keeps_ids: true };
             let _ = served.job(Api::Chat, &body);
             let _ = served.job(Api::Completion, &body);
         }

@@ -7,6 +7,7 @@
 
 use super::answer::{Form, embedding};
 use super::error::ApiError;
+use super::publisher::{self, Publisher};
 use super::request::{Api, Served};
 use super::service::Service;
 use super::{Config, EngineError};
@@ -29,7 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 /// Serves until `shutdown` ends; `ready` is told the address once requests are answered.
@@ -47,13 +48,28 @@ pub async fn serve(
     let listen = |source| EngineError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let bound = listener.local_addr().map_err(listen)?;
-    let engine = Engine::new(config);
+    let (publish, publishing) = match &config.kv_events {
+        None => (None, None),
+        Some(settings) => {
+            let (publish, batches) = mpsc::channel(publisher::QUEUE);
+            let publisher = Publisher::bind(settings).await?;
+            (Some(publish), Some(publisher.run(batches)))
+        }
+    };
+    let publishing = async {
+        match publishing {
+            Some(publishing) => publishing.await,
+            None => std::future::pending().await,
+        }
+    };
+    let engine = Engine::new(config, publish);
     let service = engine.service.clone();
     let router = router(engine);
     ready(bound);
     tokio::select! {
         never = accept(listener, router) => match never {},
         never = service.run() => match never {},
+        () = publishing => Ok(()),
         () = shutdown => Ok(()),
     }
 }
@@ -107,9 +123,9 @@ struct Engine {
 }
 
 impl Engine {
-    fn new(config: Config) -> Arc<Engine> {
+    fn new(config: Config, publish: Option<mpsc::Sender<(u64, Vec<u8>)>>) -> Arc<Engine> {
         Arc::new(Engine {
-            service: Service::new(config.settings()),
+            service: Service::new(config.settings(), publish),
             body_budget: Semaphore::new(BODY_BUDGET_KIB as usize),
             started: unix_ms(),
             next_id: AtomicU64::new(0),
@@ -176,12 +192,14 @@ impl Engine {
             models,
             max_context_tokens,
             block_tokens,
+            kv_events,
             ..
         } = &self.config;
         let job = Served {
             models,
             max_context_tokens: *max_context_tokens,
             block_tokens: *block_tokens,
+            keeps_ids: kv_events.is_some(),
         }
         .job(api, &body)?;
         drop(body);
@@ -218,6 +236,7 @@ fn router(engine: Arc<Engine>) -> Router {
         .route("/v1/models", get(models))
         .route("/health", get(|| async { StatusCode::OK }))
         .route("/metrics", get(metrics))
+        .route("/kv_event_sources", get(kv_event_sources))
         .fallback(|| async { error_response(&ApiError::of(404, "Not Found")) })
         .method_not_allowed_fallback(|| async {
             error_response(&ApiError::of(405, "Method Not Allowed"))
@@ -257,6 +276,18 @@ async fn models(State(engine): State<Arc<Engine>>) -> Response {
     let entries: Vec<_> = engine.config.models.iter().map(entry).collect();
     let list = json!({"object": "list", "data": entries});
     json_response(StatusCode::OK, Bytes::from(list.to_string()))
+}
+
+/// Where the cache's events are, as vLLM says it.
+async fn kv_event_sources(State(engine): State<Arc<Engine>>) -> Response {
+    let sources = match &engine.config.kv_events {
+        None => json!({}),
+        Some(settings) => json!({"0": {
+            "enable_kv_cache_events": true, "publisher": "zmq", "endpoint": settings.endpoint,
+            "replay_endpoint": settings.replay, "buffer_steps": settings.buffer, "topic": "",
+        }}),
+    };
+    json_response(StatusCode::OK, Bytes::from(sources.to_string()))
 }
 
 async fn metrics(State(engine): State<Arc<Engine>>) -> Response {

@@ -8,6 +8,7 @@
 
 use super::answer::{DONE, Form};
 use super::error::ApiError;
+use super::events::Events;
 use super::metrics::Reading;
 use super::request::Job;
 use super::text::Answer;
@@ -20,7 +21,8 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use tokio::sync::Notify;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep_until};
 
 /// The engine without its sockets.
@@ -38,6 +40,8 @@ struct State {
     /// All but what the model counts.
     counted: Reading,
     events: Vec<Event>,
+    /// What becomes of the cache's blocks, and whoever publishes it.
+    cache: Option<(Events, mpsc::Sender<(u64, Vec<u8>)>)>,
 }
 
 /// What one request may say by now.
@@ -49,15 +53,25 @@ struct Said {
 }
 
 impl Service {
-    pub(super) fn new(settings: Settings) -> Arc<Service> {
+    /// With `publish` it is told what becomes of the cache.
+    pub(super) fn new(
+        settings: Settings,
+        publish: Option<mpsc::Sender<(u64, Vec<u8>)>>,
+    ) -> Arc<Service> {
+        let mut engine = Engine::new(settings);
+        if publish.is_some() {
+            engine.keep_journal();
+        }
+        let cache = publish.map(|publish| (Events::new(settings.block_tokens), publish));
         Arc::new(Service {
             origin: Instant::now(),
             state: Mutex::new(State {
-                engine: Engine::new(settings),
+                engine,
                 said: HashMap::new(),
                 newest: 0,
                 counted: Reading::default(),
                 events: Vec::new(),
+                cache,
             }),
             arrived: Notify::new(),
         })
@@ -121,6 +135,10 @@ impl Service {
             state.counted.refused += 1;
             return Err(ApiError::busy());
         }
+        if let Some((events, _)) = &mut state.cache {
+            let answer = job.prompt.answer();
+            events.enter(id, job.ids.clone(), answer, job.salt.clone());
+        }
         let said = Arc::<Said>::default();
         state.said.insert(id, said.clone());
         drop(state);
@@ -172,9 +190,21 @@ impl Service {
 }
 
 impl State {
+    fn tell_cache(&mut self) {
+        if let Some((events, publish)) = &mut self.cache {
+            let at = SystemTime::now().duration_since(UNIX_EPOCH);
+            let at = at.unwrap_or_default().as_secs_f64();
+            if let Some(batch) = events.batch(at, &self.engine.take_journal()) {
+                // Who does not read misses it, and sees it by its number.
+                let _ = publish.try_send(batch);
+            }
+        }
+    }
+
     fn advance(&mut self, now: Now) {
         let mut events = std::mem::take(&mut self.events);
         self.engine.advance(now, &mut events);
+        self.tell_cache();
         for event in events.drain(..) {
             let (id, cached) = match event {
                 Event::First {
@@ -234,6 +264,9 @@ impl Drop for Place {
         }
         state.said.remove(&self.id);
         state.engine.abort(self.id);
+        if let Some((events, _)) = &mut state.cache {
+            events.leave(self.id);
+        }
     }
 }
 

@@ -114,6 +114,12 @@ impl Token {
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).expect("a token is ASCII")
     }
+
+    /// Its id: its bytes as a number.
+    #[must_use]
+    pub const fn id(&self) -> u32 {
+        u32::from_le_bytes(self.0)
+    }
 }
 
 /// Where an answer first differs from what the engine says.

@@ -45,6 +45,8 @@ pub struct Blocks {
     oldest: u32,
     newest: u32,
     unused: usize,
+    /// Hashes whose blocks were forgotten, where somebody asked to be told.
+    forgotten: Option<Vec<u64>>,
 }
 
 impl Blocks {
@@ -65,7 +67,21 @@ impl Blocks {
             oldest: NONE,
             newest: NONE,
             unused: 0,
+            forgotten: None,
         }
+    }
+
+    /// From here on [`Blocks::take_forgotten`] tells what is forgotten.
+    pub fn tell_forgotten(&mut self) {
+        self.forgotten.get_or_insert_default();
+    }
+
+    /// Hashes that were forgotten since this was last asked.
+    pub fn take_forgotten(&mut self) -> Vec<u64> {
+        self.forgotten
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 
     /// Blocks that can be taken: blank ones and those that nobody uses.
@@ -117,6 +133,9 @@ impl Blocks {
                 self.unlink(at);
                 let hash = self.blocks[at as usize].hash;
                 self.known.remove(&hash);
+                if let Some(forgotten) = &mut self.forgotten {
+                    forgotten.push(hash);
+                }
                 at
             }
         };
@@ -126,14 +145,16 @@ impl Blocks {
         Some(at)
     }
 
-    /// A block in use is full: it is found by this hash from now on, unless another one is.
-    pub fn fill(&mut self, at: u32, hash: u64) {
+    /// A block in use is full: it is found by this hash from now on (`true`), unless another one is.
+    pub fn fill(&mut self, at: u32, hash: u64) -> bool {
         if !self.blocks[at as usize].known && !self.known.contains_key(&hash) {
             self.known.insert(hash, at);
             let block = &mut self.blocks[at as usize];
             block.hash = hash;
             block.known = true;
+            return true;
         }
+        false
     }
 
     /// One user less. A block that nobody uses is kept, as the newest, if it can be found.

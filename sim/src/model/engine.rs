@@ -64,6 +64,27 @@ pub enum Event {
     },
 }
 
+/// What became of the cache's blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A block is full, and found by its hash.
+    Filled {
+        /// Whose it is.
+        id: u64,
+        /// Which of its blocks, from 0.
+        block: u32,
+        /// By which it is found.
+        hash: u64,
+        /// That of the block before it.
+        parent: Option<u64>,
+    },
+    /// A block is not found any more.
+    Forgotten {
+        /// By which it was.
+        hash: u64,
+    },
+}
+
 /// What the engine has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counts {
@@ -135,6 +156,7 @@ pub struct Engine {
     /// When the engine could begin the next one: an arrival, or the end of the last.
     ready: Option<Now>,
     counts: Counts,
+    journal: Option<Vec<Change>>,
 }
 
 impl Engine {
@@ -154,6 +176,29 @@ impl Engine {
             until: None,
             ready: None,
             counts: Counts::default(),
+            journal: None,
+        }
+    }
+
+    /// From here on [`Engine::take_journal`] tells what becomes of blocks.
+    pub fn keep_journal(&mut self) {
+        self.blocks.tell_forgotten();
+        self.journal.get_or_insert_default();
+    }
+
+    /// What became of blocks since this was last asked, in its order.
+    pub fn take_journal(&mut self) -> Vec<Change> {
+        self.note_forgotten();
+        self.journal
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    fn note_forgotten(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            let forgotten = self.blocks.take_forgotten();
+            journal.extend(forgotten.into_iter().map(|hash| Change::Forgotten { hash }));
         }
     }
 
@@ -394,6 +439,8 @@ impl Engine {
     /// The iteration is done: its tokens are said.
     fn complete(&mut self, at: Now, events: &mut Vec<Event>) {
         let block = self.settings.block_tokens.max(1);
+        // Room was made when the iteration began.
+        self.note_forgotten();
         let parts = std::mem::take(&mut self.parts);
         let mut over = false;
         for Part { slot, id, tokens } in &parts {
@@ -412,7 +459,16 @@ impl Engine {
                     let number = request.hashes.len() as u64;
                     request.hashes.push(unique(request.id, number));
                 }
-                self.blocks.fill(request.held[full], request.hashes[full]);
+                let hash = request.hashes[full];
+                let fresh = self.blocks.fill(request.held[full], hash);
+                if let Some(journal) = self.journal.as_mut().filter(|_| fresh) {
+                    journal.push(Change::Filled {
+                        id: request.id,
+                        block: u32::try_from(full).unwrap_or(u32::MAX),
+                        hash,
+                        parent: full.checked_sub(1).map(|before| request.hashes[before]),
+                    });
+                }
             }
             if request.computed < request.target() {
                 continue;

@@ -14,7 +14,7 @@ mod blocks;
 mod engine;
 
 pub use blocks::Blocks;
-pub use engine::{Arrival, Counts, Engine, Event, Settings};
+pub use engine::{Arrival, Change, Counts, Engine, Event, Settings};
 
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ mod answer;
 mod answer_tests;
 mod event;
 mod gauges;
+mod ids;
 mod listing;
 mod refusal;
 mod render;
@@ -16,6 +17,7 @@ mod splice;
 
 pub(crate) use answer::{Answers, Events, Verdict};
 pub(crate) use gauges::Gauges;
+pub(crate) use ids::Ids;
 pub(crate) use listing::Listing;
 pub(crate) use refusal::{NotStarted, not_started};
 pub(crate) use render::{RENDERS, conversations, profile};

@@ -11,6 +11,8 @@ pub(crate) struct Asked<'a> {
     pub(crate) cache_salt: Option<&'a str>,
     /// The least goes first.
     pub(crate) priority: Option<u32>,
+    /// It tells the tokens of the prompt and of the answer, which [`super::Ids`] takes out again.
+    pub(crate) ids: bool,
 }
 
 /// A body as the engine gets it.
@@ -76,6 +78,9 @@ fn spliced(body: &[u8], to: &Asked<'_>) -> Result<Spliced, Unreadable> {
     }
     if let Some(priority) = to.priority {
         added.push(format!("\"priority\":{priority}").into_bytes());
+    }
+    if to.ids {
+        added.push(br#""return_token_ids":true"#.to_vec());
     }
     let mut replaced = None;
     if stream {
@@ -166,6 +171,7 @@ mod tests {
         removed: Adapter::Vllm.removed(),
         cache_salt: None,
         priority: None,
+        ids: false,
     };
 
     fn check(body: &str, salt: Option<&str>, expected: Option<&str>, strip_usage: bool) {
@@ -276,6 +282,19 @@ mod tests {
     }
 
     #[test]
+    fn ids_are_asked_for_by_the_agent_alone() {
+        let body = br#"{"a":1,"return_token_ids":false}"#;
+        let asked = Asked {
+            cache_salt: Some("s"),
+            ids: true,
+            ..VLLM
+        };
+        let spliced = splice(body, &asked).body.unwrap();
+        let expected = r#"{"cache_salt":"s","return_token_ids":true,"a":1}"#;
+        assert_eq!(String::from_utf8(spliced).unwrap(), expected);
+    }
+
+    #[test]
     fn what_cannot_be_read_is_left_to_the_engine() {
         for body in ["", "[]", "{", r#"{"a":1}x"#, r#"{"a"}"#] {
             check(body, Some("s"), None, false);
@@ -335,7 +354,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = splice(&bytes, &SALTED);
+            let _ = splice(&bytes, &Asked { ids: true, ..SALTED });
         }
     }
 }

@@ -216,6 +216,7 @@ impl Core {
             prompt: offer.prompt.clone(),
             held,
             cached_tokens: forecast.cached_tokens,
+            foreseen: None,
             stream: offer.stream,
             max_tokens: offer.max_tokens,
             targets: offer.targets,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use forebay_proto::{Incarnation, Now};
 use forebay_scheduler::residency::{Grade, Kept, Publisher, SelfCheck, Shadow, Spread, Verdict};
 
+use super::kv::{Exact, Promise, Seen};
 use super::map::Map;
 use super::placement::Usage;
 
@@ -53,8 +54,9 @@ impl Prompt {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Held {
     chunks: usize,
-    /// Those that were predicted to be in the cache.
+    /// Those that its shadow has in the cache, and their tokens.
     cached: usize,
+    tokens: u32,
     /// Of which life of the engine's cache.
     life: u64,
 }
@@ -68,6 +70,12 @@ pub enum GradeChange {
     Overpredicted,
     /// The engine does not say how much of a prompt it had.
     Silent,
+    /// The engine's events say what its cache holds.
+    Events,
+    /// Some of them are missing for good: what the cache holds is guessed until they say it again.
+    EventsLost,
+    /// What they said did not hold, too often.
+    EventsWrong,
 }
 
 /// What is known of the cache once the engine has said which process it is.
@@ -104,6 +112,12 @@ pub(super) struct Cache {
     engine: Option<String>,
     /// Of the process that was before; it may be the one that answers next.
     map: Option<Map>,
+    /// By the engine's events, where they are followed.
+    exact: Option<Exact>,
+    /// Whether what that predicts comes true.
+    exact_check: SelfCheck,
+    /// What is told of the cache is what events say.
+    by_events: bool,
 }
 
 impl std::fmt::Debug for Cache {
@@ -128,6 +142,9 @@ impl Cache {
             counts: false,
             engine: None,
             map: None,
+            exact: None,
+            exact_check: SelfCheck::default(),
+            by_events: false,
         }
     }
 
@@ -144,6 +161,34 @@ impl Cache {
             self.shadow = Shadow::new(kv_tokens);
         }
         self.kv_tokens = kv_tokens;
+    }
+
+    /// From here on the engine's events are followed. What was kept is gone on with if this is before
+    /// [`Cache::engine_is`].
+    pub(super) fn follow_events(&mut self, key: [u8; 16], can_ask: bool) {
+        let mut exact = Exact::new(key, self.kv_tokens, can_ask);
+        if self.engine.is_some() {
+            exact.begin(None);
+        }
+        self.exact = Some(exact);
+        self.note();
+    }
+
+    /// Does something with what is known by events.
+    pub(super) fn events<T>(&mut self, act: impl FnOnce(&mut Exact) -> T) -> Option<T> {
+        let done = act(self.exact.as_mut()?);
+        self.note();
+        Some(done)
+    }
+
+    /// What is known by events, where they are followed.
+    pub(super) const fn exact(&self) -> Option<&Exact> {
+        self.exact.as_ref()
+    }
+
+    /// What is known by events, where that is what is told.
+    fn told_exact(&self) -> Option<&Exact> {
+        self.exact.as_ref().filter(|_| self.by_events)
     }
 
     /// What was kept when this agent, or the link to its engine, was last there.
@@ -163,12 +208,14 @@ impl Cache {
             engine,
             ratio: self.ratio,
             kept,
+            exact: self.exact.as_ref().and_then(Exact::kept),
         })
     }
 
     /// Changes with everything that [`Cache::map`] shows.
-    pub(super) const fn version(&self) -> (u64, u64) {
-        (self.life, self.shadow.mark())
+    pub(super) fn version(&self) -> (u64, u64) {
+        let events = self.exact.as_ref().map_or(0, Exact::version);
+        (self.life, self.shadow.mark().wrapping_add(events))
     }
 
     /// The engine answers; it says that it is this process, or does not say. To be told before
@@ -184,40 +231,67 @@ impl Cache {
         match self.engine.replace(process) {
             Some(before) if self.engine.as_ref() == Some(&before) => Continuity::Same,
             Some(_) => {
+                self.begin_events(None);
                 self.begin_anew(Shadow::new(self.kv_tokens));
                 Continuity::Restarted
             }
             None => match map {
                 Some(map) if self.engine.as_ref() == Some(&map.engine) => {
+                    self.begin_events(Some(&map));
                     self.ratio = map.ratio.or(self.ratio);
                     self.begin_anew(Shadow::restored(self.kv_tokens, &map.kept));
-                    Continuity::Continued(self.shadow.len())
+                    Continuity::Continued(self.resident_chunks())
                 }
-                Some(_) => Continuity::Restarted,
-                None => Continuity::Same,
+                other => {
+                    self.begin_events(None);
+                    self.note();
+                    match other {
+                        Some(_) => Continuity::Restarted,
+                        None => Continuity::Same,
+                    }
+                }
             },
+        }
+    }
+
+    /// A process of the engine is there, with what was kept of it.
+    fn begin_events(&mut self, map: Option<&Map>) {
+        if let Some(exact) = &mut self.exact {
+            exact.begin(map.and_then(|map| map.exact.as_ref()));
         }
     }
 
     /// Tokens of the prompt that are believed to be resident; the last one never is.
     pub(super) fn hit(&self, prompt: &Prompt) -> u32 {
+        if let Some(exact) = self.told_exact() {
+            return exact.hit(&prompt.chunks, false).tokens;
+        }
         let (_, tokens) = self.shadow.hit(&prompt.chunks);
         tokens.min(prompt.tokens.saturating_sub(1))
+    }
+
+    /// What the engine will find of a prompt that it is given now, by its events.
+    pub(super) fn foresee(&self, prompt: &Prompt) -> Option<Promise> {
+        let exact = self.exact.as_ref().filter(|exact| exact.holds())?;
+        Some(exact.hit(&prompt.chunks, true))
     }
 
     /// Tokens up to the end of the last of these chunks that is resident; what is before one of a prompt is
     /// resident with it.
     pub(super) fn deepest(&self, chunks: &[u64]) -> u32 {
-        let known = chunks
-            .iter()
-            .rev()
-            .find_map(|chunk| self.shadow.tokens_to(*chunk));
-        known.unwrap_or(0)
+        let known = chunks.iter().rev();
+        known
+            .copied()
+            .find_map(|chunk| self.tokens_to(chunk))
+            .unwrap_or(0)
     }
 
     /// Tokens up to the end of a chunk that is believed to be resident.
     pub(super) fn tokens_to(&self, chunk: u64) -> Option<u32> {
-        self.shadow.tokens_to(chunk)
+        match self.told_exact() {
+            Some(exact) => exact.tokens_to(chunk),
+            None => self.shadow.tokens_to(chunk),
+        }
     }
 
     /// The prompt was taken: it will be resident before anything that is taken later runs. Returns how
@@ -226,10 +300,16 @@ impl Cache {
         let (cached, tokens) = self.shadow.hit(&prompt.chunks);
         let spread = prompt.spread(self.estimate(prompt, cached, tokens));
         let chunks = self.shadow.taken(&prompt.chunks, &spread);
+        if let Some(exact) = &mut self.exact {
+            exact.promise(&prompt.chunks[..chunks], |chunk| {
+                self.shadow.tokens_to(chunk)
+            });
+        }
         self.note();
         Held {
             chunks,
             cached,
+            tokens: tokens.min(prompt.tokens.saturating_sub(1)),
             life: self.life,
         }
     }
@@ -268,14 +348,20 @@ impl Cache {
     pub(super) fn abandoned(&mut self, prompt: &Prompt, held: Held) {
         if held.life == self.life {
             self.shadow.abandoned(&prompt.chunks, held.chunks);
+            if let Some(exact) = &mut self.exact {
+                exact.withdraw(&prompt.chunks[..held.chunks]);
+            }
             self.note();
         }
     }
 
     /// A request whose prompt was prefilled is over.
-    pub(super) fn finished(&mut self, prompt: &Prompt, held: Held, usage: Usage) {
+    pub(super) fn finished(&mut self, now: Now, prompt: &Prompt, held: Held, usage: Usage) {
         if held.life != self.life {
             return;
+        }
+        if let Some(exact) = &mut self.exact {
+            exact.finished(now, &prompt.chunks[..held.chunks]);
         }
         let tokens = usage.prompt_tokens.unwrap_or(prompt.tokens);
         if let Some(counted) = usage.prompt_tokens {
@@ -290,40 +376,71 @@ impl Cache {
         self.note();
     }
 
-    /// The engine said, or did not say, what it had of a prompt.
+    /// The engine said, or did not say, what it had of a prompt, of which events foresaw so much.
     ///
     /// An answer without any count, of an engine that counts, is none: it refused the request.
-    pub(super) fn observe(&mut self, prompt: &Prompt, held: Held, predicted: u32, usage: Usage) {
+    pub(super) fn observe(
+        &mut self,
+        prompt: &Prompt,
+        held: Held,
+        foreseen: Option<Promise>,
+        usage: Usage,
+    ) {
         let counts = usage != Usage::default();
         self.counts |= counts;
         let silent = !counts && self.counts;
         if prompt.chunks.is_empty() || silent || held.life != self.life {
             return;
         }
+        if let Some(foreseen) = foreseen {
+            self.judge(foreseen, usage.cached_tokens);
+        }
         let grain = prompt.grain_tokens();
         // An estimate of lengths that was too high is no wrong belief of what is resident.
         let predicted = match (usage.prompt_tokens, held.cached.checked_sub(1)) {
-            (Some(counted), Some(last)) => {
-                predicted.min(prompt.spread(counted).tokens_at(last, (0, 0)))
-            }
-            _ => predicted,
+            (Some(counted), Some(last)) => held
+                .tokens
+                .min(prompt.spread(counted).tokens_at(last, (0, 0))),
+            _ => held.tokens,
         };
         if let Some(reported) = usage.cached_tokens {
             self.shadow.correct(predicted, reported, grain);
         }
         let told = match self.check.observe(predicted, usage.cached_tokens, grain) {
             Verdict::Same => None,
+            // The shadow is not what is told.
+            Verdict::Restored | Verdict::Overpredicted if self.by_events => None,
             Verdict::Restored => Some(GradeChange::Restored),
             Verdict::Overpredicted => Some(GradeChange::Overpredicted),
             Verdict::Silent => Some(GradeChange::Silent),
         };
         self.told = told.or(self.told);
-        self.publisher.set_grade(self.check.grade());
         self.note();
+    }
+
+    /// Whether what events foresaw came true.
+    fn judge(&mut self, foreseen: Promise, reported: Option<u32>) {
+        let Some(exact) = &mut self.exact else { return };
+        let block = exact.block_tokens().unwrap_or(1);
+        if let Some(reported) = reported {
+            exact.judge(foreseen, reported);
+        }
+        let verdict = self
+            .exact_check
+            .observe(foreseen.tokens, reported, 2 * block);
+        if verdict == Verdict::Overpredicted {
+            exact.distrust();
+            self.exact_check = SelfCheck::default();
+            self.told = Some(GradeChange::EventsWrong);
+        }
     }
 
     /// Time passed: without a grade nothing is believed for long.
     pub(super) fn pass(&mut self, now: Now) {
+        if let Some(exact) = &mut self.exact {
+            exact.pass(now);
+            self.note();
+        }
         if self.check.grade() == Grade::Blind && now.since(self.forgotten) >= BLIND_FOR {
             // Everything gets one to two of these spans.
             self.forgotten = now;
@@ -337,6 +454,9 @@ impl Cache {
     pub(super) fn lost(&mut self) {
         self.map = self.map().or(self.map.take());
         self.engine = None;
+        if let Some(exact) = &mut self.exact {
+            exact.end();
+        }
         self.begin_anew(Shadow::new(self.kv_tokens));
     }
 
@@ -346,12 +466,38 @@ impl Cache {
         self.mark = 0;
         self.counts = false;
         self.check.reset();
+        self.exact_check.reset();
+        self.by_events = false;
         self.publisher = Publisher::new(self.incarnation, self.life, self.check.grade());
         self.note();
     }
 
+    /// Takes over what changed. What is told are the events' map while it holds, and else the shadow.
     fn note(&mut self) {
-        self.publisher.note(self.shadow.take_changes());
+        let guessed = self.shadow.take_changes();
+        let known = self.exact.as_mut().map(Exact::take_changes);
+        let holds = self.exact.as_ref().is_some_and(Exact::holds);
+        let by_events = holds && self.exact_check.grade() != Grade::Blind;
+        match (std::mem::replace(&mut self.by_events, by_events), by_events) {
+            (true, true) => self.publisher.note(known.into_iter().flatten()),
+            (false, false) => self.publisher.note(guessed),
+            (false, true) => {
+                self.publisher
+                    .replace(self.exact.iter().flat_map(Exact::resident));
+                self.told = Some(GradeChange::Events);
+            }
+            (true, false) => {
+                self.publisher.replace(self.shadow.resident());
+                let wrong = self.told == Some(GradeChange::EventsWrong);
+                let why = if self.exact_check.grade() == Grade::Blind {
+                    GradeChange::Silent
+                } else {
+                    GradeChange::EventsLost
+                };
+                self.told = if wrong { self.told } else { Some(why) };
+            }
+        }
+        self.publisher.set_grade(self.grade());
     }
 
     pub(super) fn news(&self) -> (u64, bool) {
@@ -366,16 +512,33 @@ impl Cache {
         self.told.take()
     }
 
-    pub(super) const fn grade(&self) -> Grade {
-        self.check.grade()
+    pub(super) fn grade(&self) -> Grade {
+        match self.told_exact() {
+            Some(exact) if exact.is_whole() => Grade::Exact,
+            // Something is missing, and is being asked for.
+            Some(_) => Grade::Inferred,
+            None => self.check.grade(),
+        }
     }
 
     pub(super) fn resident_chunks(&self) -> usize {
-        self.shadow.len()
+        self.told_exact().map_or(self.shadow.len(), Exact::len)
     }
 
-    pub(super) const fn totals(&self) -> (u64, u64) {
-        self.check.totals()
+    pub(super) fn totals(&self) -> (u64, u64) {
+        let (predicted, reported) = self.check.totals();
+        match self.told_exact().map(Exact::seen) {
+            Some(seen) => {
+                let Seen {
+                    settled, promised, ..
+                } = seen;
+                (
+                    settled.predicted + promised.predicted,
+                    settled.reported + promised.reported,
+                )
+            }
+            None => (predicted, reported),
+        }
     }
 }
 
@@ -402,7 +565,7 @@ mod tests {
         };
         let held = cache.taken(&prompt);
         cache.prefilled(&prompt);
-        cache.finished(&prompt, held, Usage::default());
+        cache.finished(Now::default(), &prompt, held, Usage::default());
         cache
     }
 
@@ -458,7 +621,7 @@ mod tests {
                 prompt_tokens: Some(70),
                 ..Usage::default()
             };
-            cache.observe(&prompt, held, 0, silent);
+            cache.observe(&prompt, held, None, silent);
         }
         assert_eq!(cache.grade(), Grade::Blind);
         assert_eq!(cache.map().unwrap().kept, Kept::default());

@@ -6,7 +6,9 @@
 
 use forebay_scheduler::residency::{Kept, KeptItem, MAX_CHUNKS};
 
-const MAGIC: &[u8; 8] = b"FBCACHE1";
+use super::kv::KeptExact;
+
+const MAGIC: &[u8; 8] = b"FBCACHE2";
 const MAX_ENGINE_BYTES: usize = 512;
 /// Kind, fingerprint, tokens to the end, own tokens.
 const ITEM_BYTES: usize = 1 + 8 + 4 + 4;
@@ -15,7 +17,9 @@ const CHECKSUM_BYTES: usize = 4;
 const FIXED_BYTES: usize = 8 + 2 + 8 + 8 + 4;
 /// No map is longer.
 pub const MAX_MAP_BYTES: usize =
-    FIXED_BYTES + MAX_ENGINE_BYTES + MAX_CHUNKS * ITEM_BYTES + CHECKSUM_BYTES;
+    FIXED_BYTES + MAX_ENGINE_BYTES + MAX_CHUNKS * ITEM_BYTES + MAX_EXACT_BYTES + CHECKSUM_BYTES;
+/// Of what is known by events: where there is more, it is not kept.
+const MAX_EXACT_BYTES: usize = 64 << 20;
 
 /// What is in an engine's cache.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,8 +28,10 @@ pub struct Map {
     pub engine: String,
     /// Tokens in a byte of its prompts, where that was learnt.
     pub ratio: Option<f64>,
-    /// What it holds.
+    /// What it holds, as far as its shadow goes.
     pub kept: Kept,
+    /// What it holds by its events, where they are followed.
+    pub exact: Option<KeptExact>,
 }
 
 /// Bytes are no map.
@@ -74,6 +80,13 @@ impl Map {
             bytes.extend_from_slice(&tokens.to_le_bytes());
             bytes.extend_from_slice(&own.to_le_bytes());
         }
+        if let Some(exact) = &self.exact {
+            let before = bytes.len();
+            exact.encode(&mut bytes);
+            if bytes.len() - before > MAX_EXACT_BYTES {
+                bytes.truncate(before);
+            }
+        }
         bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
         Some(bytes)
     }
@@ -104,7 +117,7 @@ impl Map {
         let ratio = f64::from_le_bytes(take(rest)?);
         let capacity = f64::from_le_bytes(take(rest)?);
         let count = usize::try_from(u32::from_le_bytes(take(rest)?)).ok()?;
-        if count > MAX_CHUNKS || rest.len() != count * ITEM_BYTES {
+        if count > MAX_CHUNKS || rest.len() < count * ITEM_BYTES {
             return None;
         }
         let mut items = Vec::with_capacity(count);
@@ -124,15 +137,20 @@ impl Map {
                 _ => return None,
             });
         }
-        Some(Self {
+        let exact = match rest.is_empty() {
+            true => None,
+            false => Some(KeptExact::decode(rest)?),
+        };
+        rest.is_empty().then_some(Self {
             engine,
             ratio: Some(ratio).filter(|ratio| ratio.is_finite() && *ratio > 0.0),
             kept: Kept { capacity, items },
+            exact,
         })
     }
 }
 
-fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+pub(super) fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     let (taken, after) = rest.split_first_chunk()?;
     *rest = after;
     Some(*taken)
@@ -164,11 +182,13 @@ mod tests {
 
     fn map() -> impl Strategy<Value = Map> {
         let kept = (0.0..1e9, proptest::collection::vec(item(), 0..50));
-        ("[ -~]{0,80}", proptest::option::of(0.01..1.0), kept).prop_map(
-            |(engine, ratio, (capacity, items))| Map {
+        let exact = proptest::option::of(KeptExact::any());
+        ("[ -~]{0,80}", proptest::option::of(0.01..1.0), kept, exact).prop_map(
+            |(engine, ratio, (capacity, items), exact)| Map {
                 engine,
                 ratio,
                 kept: Kept { capacity, items },
+                exact,
             },
         )
     }
@@ -197,6 +217,8 @@ mod tests {
             sealed.extend_from_slice(&crc32c::crc32c(&sealed).to_le_bytes());
             if let Ok(map) = Map::decode(&sealed) {
                 let _ = forebay_scheduler::residency::Shadow::restored(kv_tokens.into(), &map.kept);
+                let mut exact = crate::core::kv::Exact::new([0; 16], kv_tokens.into(), true);
+                exact.begin(map.exact.as_ref());
             }
         }
     }

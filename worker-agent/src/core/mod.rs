@@ -12,6 +12,7 @@ mod cadence;
 mod heat;
 #[cfg(test)]
 mod heat_tests;
+pub mod kv;
 mod map;
 mod mean;
 #[cfg(test)]

@@ -8,6 +8,7 @@ use forebay_scheduler::heat::Ticket;
 use forebay_scheduler::model::{Targets, attention_pairs};
 
 use super::cache::{Held, Prompt};
+use super::kv::Promise;
 use super::queue::{StartBy, Waiting};
 
 /// One placement of this agent's life; never reused.
@@ -153,6 +154,8 @@ pub(super) struct Placement {
     pub(super) held: Held,
     /// Tokens of the prompt that were predicted to be in the cache when it was taken.
     pub(super) cached_tokens: u32,
+    /// What the engine's events foresaw of it when the engine was given it.
+    pub(super) foreseen: Option<Promise>,
     /// Most tokens of the answer; 0: not known.
     pub(super) max_tokens: u32,
     /// Its first token is seen: the answer comes as events.

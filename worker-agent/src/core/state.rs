@@ -14,6 +14,7 @@ use forebay_scheduler::{Acceptance, Load};
 use super::batch::Batch;
 use super::cache::{Cache, Continuity, GradeChange};
 use super::cadence::{BUSY, Cadence, IDLE};
+use super::kv::Exact;
 use super::map::Map;
 use super::mean::Mean;
 use super::placement::{Effect, End, Ending, Placement, PlacementId, Stage, Unstarted, Usage};
@@ -320,8 +321,25 @@ impl Core {
 
     /// Changes with what [`Core::map`] shows.
     #[must_use]
-    pub const fn map_version(&self) -> (u64, u64) {
+    pub fn map_version(&self) -> (u64, u64) {
         self.cache.version()
+    }
+
+    /// From here on the engine's events of its cache are followed; before [`Core::engine_is`]. `can_ask`: it
+    /// tells again what it said. `key` is drawn, and hashes its tokens.
+    pub fn follow_events(&mut self, key: [u8; 16], can_ask: bool) {
+        self.cache.follow_events(key, can_ask);
+    }
+
+    /// Does something with what is known of the cache by events; `None` where they are not followed.
+    pub fn events<T>(&mut self, act: impl FnOnce(&mut Exact) -> T) -> Option<T> {
+        self.cache.events(act)
+    }
+
+    /// What is known of the cache by events, where they are followed.
+    #[must_use]
+    pub const fn exact(&self) -> Option<&Exact> {
+        self.cache.exact()
     }
 
     /// The engine says that it is this process, or does not say; before [`Core::engine_up`].
@@ -444,7 +462,7 @@ impl Core {
 
     /// How the agent knows what is resident.
     #[must_use]
-    pub const fn grade(&self) -> Grade {
+    pub fn grade(&self) -> Grade {
         self.cache.grade()
     }
 
@@ -456,7 +474,7 @@ impl Core {
 
     /// Cached tokens predicted, and reported by the engine, over the answers that did.
     #[must_use]
-    pub const fn cached_tokens(&self) -> (u64, u64) {
+    pub fn cached_tokens(&self) -> (u64, u64) {
         self.cache.totals()
     }
 
@@ -476,7 +494,8 @@ impl Core {
         match placement.stage {
             Stage::Streaming { .. } => {
                 let Placement { prompt, usage, .. } = &placement;
-                self.cache.finished(prompt, placement.held, *usage);
+                self.cache
+                    .finished(self.now, prompt, placement.held, *usage);
             }
             Stage::Queued | Stage::Dispatched { .. } => {
                 self.cache.abandoned(&placement.prompt, placement.held);
@@ -486,7 +505,7 @@ impl Core {
         if end == End::Complete && answered {
             let Placement { prompt, usage, .. } = &placement;
             self.cache
-                .observe(prompt, placement.held, placement.cached_tokens, *usage);
+                .observe(prompt, placement.held, placement.foreseen, *usage);
         }
         let [queue, first_byte, service] = placement.times(now);
         match placement.stage {

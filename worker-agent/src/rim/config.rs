@@ -12,8 +12,10 @@ use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
 use forebay_scheduler::model::{PROFILES, Profile};
 
 use super::engine::EngineAddress;
+use super::follow::{self, EventsAt, KvEvents, TokensOf};
 use super::found::EngineFacts;
 use super::lifecycle::Running;
+use super::sources::{LocalEndpoint, Sources};
 use super::work::{Manner, Patience};
 use crate::adapter::Adapter;
 use crate::core::Settings;
@@ -53,6 +55,12 @@ pub struct Config {
     pub engine_start_ms: u64,
     /// How long an engine with requests may make no progress.
     pub engine_stall_ms: u64,
+    /// Where the engine publishes its cache's events: a socket of this host, `auto` or `off`.
+    pub kv_events: String,
+    /// Where it tells them again.
+    pub kv_replay: Option<String>,
+    /// The model's `tokenizer.json`, or its directory.
+    pub tokenizer: Option<PathBuf>,
     /// The pool it belongs to.
     pub pool: String,
     /// Requests that run on the engine at once.
@@ -99,6 +107,7 @@ pub(super) struct Checked {
     pub(super) patience: Patience,
     pub(super) settings: Settings,
     pub(super) drain_timeout: Duration,
+    pub(super) kv_events: KvEvents,
 }
 
 impl Config {
@@ -131,6 +140,7 @@ impl Config {
         }
         let profile = self.profile()?;
         let render = self.render_profile()?;
+        let kv_events = self.kv_events()?;
         let credentials = Credentials::load(&self.credentials)?;
         let identity = credentials.identity();
         let name = self.name.clone().unwrap_or_else(|| identity.name.clone());
@@ -170,6 +180,7 @@ impl Config {
                 profile,
             },
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
+            kv_events,
         })
     }
 
@@ -199,6 +210,46 @@ impl Config {
              +hoisted +lines +developer +reasoning +no_reasoning +names"
         );
         Err(option("--label", problem))
+    }
+
+    /// Whether the engine's events of its cache are followed.
+    fn kv_events(&self) -> Result<KvEvents, AgentError> {
+        let endpoint = |name, text: &str| {
+            let parsed = text.parse::<LocalEndpoint>();
+            parsed.map_err(|problem| option(name, problem.to_string()))
+        };
+        let replay = self.kv_replay.as_deref();
+        let replay = replay.map(|replay| endpoint("--kv-replay", replay));
+        let replay = replay.transpose()?;
+        // One that is found out later may be a vLLM.
+        let kind = self.kind()?;
+        let adapter = kind.as_deref().map(Adapter::named);
+        let follows = adapter.is_none_or(|adapter| adapter == Some(Adapter::Vllm));
+        let at = match self.kv_events.as_str() {
+            "auto" if follows => EventsAt::Discovered,
+            "auto" | "off" => EventsAt::Nowhere,
+            _ if !follows => {
+                let problem = format!("is of no use with --engine-kind {}", self.engine_kind);
+                return Err(option("--kv-events", problem));
+            }
+            given => EventsAt::Given(Sources {
+                events: endpoint("--kv-events", given)?,
+                replay: replay.clone(),
+            }),
+        };
+        if replay.is_some() && !matches!(at, EventsAt::Given(_)) {
+            let problem = "is given without the socket of the events, by --kv-events".to_owned();
+            return Err(option("--kv-replay", problem));
+        }
+        let tokens = match &self.tokenizer {
+            Some(path) => {
+                // Here, so that it is not found out when the engine answers.
+                follow::read(path).map_err(|problem| option("--tokenizer", problem))?;
+                TokensOf::File(path.clone())
+            }
+            None => TokensOf::Engine,
+        };
+        Ok(KvEvents { at, tokens })
     }
 
     /// How fast the engine is said to be.

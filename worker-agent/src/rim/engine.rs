@@ -56,6 +56,16 @@ impl FromStr for EngineAddress {
     }
 }
 
+impl EngineAddress {
+    /// Whether it is on this host for sure.
+    pub(super) fn is_loopback(&self) -> bool {
+        let host = self.authority.rsplit_once(':').map_or("", |(host, _)| host);
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let address = host.parse::<std::net::IpAddr>();
+        host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    }
+}
+
 impl std::fmt::Display for EngineAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "http://{}{}", self.authority, self.prefix)
@@ -219,6 +229,20 @@ impl Answer {
     }
 }
 
+/// The directory that the first model was read from, in an answer of vLLM's `/v1/models`.
+pub(super) fn model_directory(document: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct List {
+        data: Vec<Model>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Model {
+        root: Option<String>,
+    }
+    let list: List = serde_json::from_slice(document).ok()?;
+    list.data.into_iter().next()?.root
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -246,5 +270,14 @@ mod tests {
         ] {
             check(bad, None);
         }
+    }
+
+    #[test]
+    fn an_engine_is_on_this_host_or_not() {
+        let check = |text: &str| text.parse::<EngineAddress>().unwrap().is_loopback();
+        assert!(
+            check("http://127.0.0.1:8000") && check("http://[::1]:1") && check("http://localhost")
+        );
+        assert!(!check("http://10.0.0.1:8000") && !check("http://gpu7:8000"));
     }
 }

@@ -12,6 +12,7 @@ use forebay_scheduler::learn::Calibration;
 use forebay_scheduler::model::Residuals;
 use forebay_scheduler::residency::Grade;
 
+use super::event_metrics::EventMetrics;
 use crate::adapter::{Gauges, NotStarted};
 use crate::core::{Core, End, Ending, EngineState, GradeChange, RefusalReason};
 
@@ -53,6 +54,7 @@ pub(super) struct Metrics {
     queue: Histogram,
     first_byte: Histogram,
     service: Histogram,
+    events: EventMetrics,
 }
 
 impl Metrics {
@@ -63,7 +65,7 @@ impl Metrics {
         for reason in RefusalReason::ALL {
             drop(metrics.refused.get_or_create(&[("reason", reason.name())]));
         }
-        for change in [GradeChange::Overpredicted, GradeChange::Silent] {
+        for change in DOWNGRADES {
             drop(metrics.downgrades.get_or_create(&reason(change)));
         }
         for word in [TAKEN, REFUSED] {
@@ -215,7 +217,7 @@ impl Metrics {
         );
         registry.register(
             "forebay_agent_residency_downgrades",
-            "How often the grade became blind: the engine had less than was predicted, or does not say what it had",
+            "How often the grade was lowered: the engine had less than was predicted, or does not say what it had; or its events were lost, or did not hold",
             self.downgrades.clone(),
         );
         registry.register(
@@ -234,6 +236,7 @@ impl Metrics {
         ] {
             histogram.register(registry, &format!("forebay_agent_{name}"), help);
         }
+        self.events.register(registry);
     }
 
     pub(super) fn show(&self, core: &Core) {
@@ -262,6 +265,19 @@ impl Metrics {
         let Residuals { ttft_p50, ttft_p95 } = core.residuals();
         self.late_p50.set(ttft_p50);
         self.late_p95.set(ttft_p95);
+        if let Some(exact) = core.exact() {
+            self.events.show(core.grade(), &exact.seen());
+        }
+    }
+
+    /// A batch of cache events came, so many seconds after it was written.
+    pub(super) fn lag(&self, seconds: f64) {
+        self.events.lag.set(seconds);
+    }
+
+    /// A message on the socket of cache events was none.
+    pub(super) fn unreadable(&self) {
+        self.events.unreadable.inc();
     }
 
     /// Requests that may run at once.
@@ -312,7 +328,7 @@ impl Metrics {
 
     /// The grade of what is told of the cache changed.
     pub(super) fn grade_changed(&self, change: GradeChange) {
-        if change != GradeChange::Restored {
+        if DOWNGRADES.contains(&change) {
             self.downgrades.get_or_create(&reason(change)).inc();
         }
     }
@@ -332,11 +348,21 @@ impl Metrics {
     }
 }
 
+const DOWNGRADES: [GradeChange; 4] = [
+    GradeChange::Overpredicted,
+    GradeChange::Silent,
+    GradeChange::EventsLost,
+    GradeChange::EventsWrong,
+];
+
 const fn reason(change: GradeChange) -> Labels {
     let reason = match change {
         GradeChange::Restored => "restored",
         GradeChange::Overpredicted => "overpredicted",
         GradeChange::Silent => "silent",
+        GradeChange::Events => "events",
+        GradeChange::EventsLost => "events_lost",
+        GradeChange::EventsWrong => "events_overpredicted",
     };
     [("reason", reason)]
 }

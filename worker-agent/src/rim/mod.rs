@@ -1,9 +1,13 @@
 //! The rim: sockets, files, tasks and clocks. What is decided is decided in the core.
 #![allow(clippy::disallowed_methods)] // a rim: it runs the core on tokio's clock
 
+mod aligner;
 pub(crate) mod config;
 mod disk;
 pub(crate) mod engine;
+mod event_metrics;
+mod events;
+pub(crate) mod follow;
 pub(crate) mod found;
 mod heat;
 mod lifecycle;
@@ -19,5 +23,6 @@ mod reports;
 mod residency;
 
 pub(crate) mod run;
+pub(crate) mod sources;
 mod tasks;
 pub(crate) mod work;

@@ -12,11 +12,12 @@ use forebay_proto::Now;
 use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::aligner::Unaligned;
 use super::engine::Answer;
 use super::pool::{CallError, Text};
 use super::residency;
 use super::work::{Call, Patience, Shared, Ticket};
-use crate::adapter::{Adapter, Answers, Asked, Events, Spliced, Verdict, not_started, splice};
+use crate::adapter::{Adapter, Answers, Asked, Events, Ids, Spliced, Verdict, not_started, splice};
 use crate::core::{End, Offer, Usage};
 use crate::wire;
 
@@ -210,7 +211,8 @@ impl Carried {
             Ok(body) => body,
             Err(over) => return Ok(over),
         };
-        let (body, strip_usage) = self.splice(body);
+        let (body, strip_usage, mut unaligned) = self.splice(body);
+        let mut ids = unaligned.is_some().then(Ids::default);
         let shared = self.shared.clone();
         let (path, request_id) = (self.offer.path.clone(), self.engine_id.clone());
         let asked = tokio::select! {
@@ -266,6 +268,7 @@ impl Carried {
             match piece {
                 Ok(Some(piece)) => {
                     shared.heard();
+                    let piece = self.without_ids(ids.as_mut(), &mut unaligned, piece);
                     let mut piece = reading.push(piece);
                     if reading.is_broken() && piece.is_empty() {
                         break;
@@ -286,7 +289,10 @@ impl Carried {
                 }
             }
         }
+        let left = ids.as_mut().map(Ids::finish).unwrap_or_default();
+        let left = reading.push(left);
         let (rest, usage, verdict) = reading.finish();
+        let rest: Bytes = [left, rest].concat().into();
         ticket.usage(usage);
         if verdict == Verdict::Broken {
             let detail = "the engine failed in the middle of its answer".to_owned();
@@ -300,20 +306,28 @@ impl Carried {
         Ok(Outcome::Ended(End::Complete, String::new()))
     }
 
-    /// The body as the engine gets it, and whether its token counts are to be taken out again.
-    fn splice(&self, body: Text) -> (Text, bool) {
+    /// The body as the engine gets it, whether its token counts are to be taken out again, and what is kept
+    /// of it where its ids are.
+    fn splice(&self, body: Text) -> (Text, bool, Option<Unaligned>) {
         let adapter = self.shared.adapter();
         if adapter == Adapter::Generic || self.offer.path == "/v1/embeddings" {
-            return (body, false);
+            return (body, false, None);
         }
         let whole = body.whole();
+        let aligner = &self.shared.aligner;
+        let unaligned = match adapter {
+            Adapter::Vllm => aligner.expect(&self.shared, &self.offer, &whole),
+            Adapter::Sglang | Adapter::LlamaCpp | Adapter::Generic => None,
+        };
         let asked = Asked {
             removed: adapter.removed(),
             cache_salt: self.offer.cache_salt.as_deref().filter(|_| adapter.salts()),
             priority: self.priority().filter(|_| adapter.takes_priority()),
+            ids: unaligned.is_some(),
         };
         let Spliced { body, strip_usage } = splice(&whole, &asked);
-        (Text::of(body.map_or(whole, Bytes::from)), strip_usage)
+        let text = Text::of(body.map_or(whole, Bytes::from));
+        (text, strip_usage, unaligned)
     }
 
     /// When the first token is due, in milliseconds since this agent started: whose is due first goes first.
@@ -328,6 +342,23 @@ impl Carried {
                 .as_millis()
         });
         Some(u32::try_from(due).unwrap_or(LAST).min(LAST))
+    }
+
+    /// Takes ids out of a piece of the answer; the prompt's say where its chunks lie.
+    fn without_ids(
+        &self,
+        ids: Option<&mut Ids>,
+        unaligned: &mut Option<Unaligned>,
+        piece: Bytes,
+    ) -> Bytes {
+        let Some(ids) = ids else { return piece };
+        let piece = ids.push(piece);
+        if let Some(prompt) = ids.take_prompt()
+            && let Some(unaligned) = unaligned.take()
+        {
+            self.shared.aligner.align(unaligned, &self.offer, prompt);
+        }
+        piece
     }
 
     /// The whole body, once the placement has its slot; or how it was over before.

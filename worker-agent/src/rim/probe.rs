@@ -38,6 +38,8 @@ pub(super) async fn keep_probing(shared: Arc<Shared>) {
                 if let Some(process) = shared.engine.process() {
                     process.answers();
                 }
+                // Before anything is placed on it: what is known of its cache depends on it.
+                shared.find_events(&found).await;
                 shared.engine_found(&found);
                 watch_health(&shared).await;
             }

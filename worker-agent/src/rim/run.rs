@@ -159,6 +159,7 @@ impl Agent {
             patience: checked.patience,
             manner: checked.manner.clone(),
             map: Some(MapFile::in_directory(dir.path())),
+            kv_events: checked.kv_events.clone(),
         };
         let work = Work::start_with(&endpoint, setup, metrics, process);
         shown.show(work.status());

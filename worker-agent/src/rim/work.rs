@@ -18,7 +18,9 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::aligner::{self, Aligner};
 use super::engine::{Engine, EngineAddress};
+use super::follow::{Following, KvEvents};
 use super::found::{EngineFacts, Found};
 use super::lifecycle::Lifecycle;
 use super::map::{Keeper, MapFile};
@@ -90,6 +92,8 @@ pub struct Setup {
     pub manner: Manner,
     /// Where the cache's map is kept for the next start; nowhere when absent.
     pub map: Option<MapFile>,
+    /// Whether the engine's events of its cache are followed, and how.
+    pub kv_events: KvEvents,
 }
 
 /// How an engine is spoken to, and for whom.
@@ -155,6 +159,7 @@ impl Work {
             patience,
             manner,
             map,
+            kv_events,
         } = setup;
         endpoint.update_hello(|hello| hello.incarnation = Some(incarnation.to_wire()));
         let slots = usize::try_from(settings.slots).unwrap_or(usize::MAX);
@@ -163,6 +168,7 @@ impl Work {
             core.recall(kept);
         }
         let (status, _) = watch::channel(status(&core, None));
+        let (aligner, jobs) = Aligner::new();
         let shared = Arc::new(Shared {
             origin: Instant::now(),
             inner: Mutex::new(Inner {
@@ -184,8 +190,11 @@ impl Work {
             ending: watch::Sender::new(false),
             heard: AtomicU64::new(0),
             stalls: watch::Sender::new(0),
+            aligner,
+            following: Following::new(kv_events),
         });
         let mut tasks = vec![
+            OwnedTask::spawn(aligner::work(shared.clone(), jobs)),
             OwnedTask::spawn(accept(endpoint.clone(), shared.clone())),
             OwnedTask::spawn(report(shared.clone())),
             OwnedTask::spawn(probe::keep_probing(shared.clone())),
@@ -301,6 +310,9 @@ pub(super) struct Shared {
     heard: AtomicU64,
     /// How often it was found to hang: what ran on it then is over.
     stalls: watch::Sender<u64>,
+    pub(super) aligner: Aligner,
+    /// The engine's events of its cache.
+    pub(super) following: Following,
 }
 
 struct Inner {
@@ -344,6 +356,11 @@ impl Shared {
 
     pub(super) fn instant(&self, now: Now) -> Instant {
         self.origin + now.since(Now::default())
+    }
+
+    /// What a scrape sees.
+    pub(super) const fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Wakes when what is resident may have changed.
@@ -457,6 +474,13 @@ impl Shared {
         let inner = self.inner.lock();
         let said = inner.engine.as_ref().map(|engine| engine.adapter);
         said.unwrap_or_default()
+    }
+
+    /// How prompts are rendered, as it is declared.
+    pub(super) fn render(&self) -> RenderProfile {
+        let inner = self.inner.lock();
+        let found = inner.engine.as_ref().and_then(|engine| engine.render);
+        self.manner.render.or(found).unwrap_or_default()
     }
 
     /// The engine said who it is; it may be another one than before.
@@ -646,6 +670,18 @@ fn announce(change: GradeChange, adapter: Adapter) {
         GradeChange::Overpredicted => tracing::warn!(
             grade = "blind",
             "the engine's cache holds less than is predicted: look at its size (--kv-tokens), at whether prefix caching is on, and at who else uses the engine; prefixes are believed to be cached for a minute until it does better"
+        ),
+        GradeChange::Events => tracing::info!(
+            grade = "exact",
+            "the engine's events say what its cache holds"
+        ),
+        GradeChange::EventsLost => tracing::warn!(
+            grade = "inferred",
+            "events of the engine's cache are missing, or those of one cache of several: what it holds is guessed until they say all of it again; a larger buffer_steps in vLLM's --kv-events-config lets it tell them again"
+        ),
+        GradeChange::EventsWrong => tracing::warn!(
+            grade = "inferred",
+            "the engine's cache holds less than its events say: look at who else uses or resets it; what it holds is guessed until the engine or the link to its events begins anew"
         ),
         GradeChange::Silent => tracing::warn!(
             grade = "blind",

@@ -16,7 +16,7 @@ use forebay_proto::{Incarnation, Revision, Role, WorkerId};
 use forebay_scheduler::model::Profile;
 use forebay_sim::engine;
 use forebay_worker_agent::core::Settings;
-use forebay_worker_agent::{Manner, Patience, Setup, Work};
+use forebay_worker_agent::{KvEvents, Manner, Patience, Setup, Work};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -217,6 +217,7 @@ impl Agent {
                 ..Manner::default()
             },
             map: None,
+            kv_events: KvEvents::default(),
         };
         change(&mut setup);
         let work = Work::start(&endpoint, setup);

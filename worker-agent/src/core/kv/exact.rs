@@ -1,0 +1,495 @@
+//! One engine's cache by its events, with the prompts that are on their way into it.
+//!
+//! A prompt that was taken is **promised**: whatever is taken later runs later, and finds it. That ends a
+//! moment after the request, when its blocks' events are in; what they do not confirm is withdrawn then.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::time::Duration;
+
+use forebay_proto::Now;
+use forebay_scheduler::residency::Change;
+
+use super::align::Aligned;
+use super::blocks::{Blocks, Placed, Unfit};
+use super::event::{Batch, Event};
+use super::kept::KeptExact;
+use super::stream::{Counts, Step, Stream};
+
+/// Events of a request come so long after its end, at most.
+const LINGER: Duration = Duration::from_millis(250);
+/// Requests whose promise outlasts them.
+const MAX_LINGERING: usize = 1_024;
+/// Prompts whose tokens are known before the size of a block is.
+const MAX_EARLY: usize = 64;
+const MAX_ADAPTERS: usize = 256;
+/// A map with this share of the engine's blocks has lost nothing that matters.
+const FULL: f64 = 0.9;
+
+/// A prompt's tokens, as the engine has them.
+#[derive(Clone, Debug, Default)]
+pub struct News {
+    /// Fingerprints of its chunks.
+    pub chunks: Vec<u64>,
+    /// Where they end.
+    pub aligned: Aligned,
+    /// Its ids.
+    pub ids: Vec<u32>,
+    /// The isolation scope that the engine was given.
+    pub scope: Option<String>,
+    /// The model that was asked for; an adapter, perhaps.
+    pub model: String,
+}
+
+/// What is predicted of a prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Promise {
+    /// Leading chunks that will be found.
+    pub chunks: usize,
+    /// Tokens of them, in whole blocks.
+    pub tokens: u32,
+    /// All of them are in the cache already, by its events.
+    pub settled: bool,
+}
+
+/// How predictions held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Judged {
+    /// Answers that told how much was cached.
+    pub answers: u64,
+    /// Those with a block more predicted than there was, or more still.
+    pub over: u64,
+    /// Tokens predicted.
+    pub predicted: u64,
+    /// Tokens that were cached.
+    pub reported: u64,
+}
+
+impl Judged {
+    fn count(&mut self, predicted: u32, reported: u32, block_tokens: u32) {
+        self.answers += 1;
+        self.over += u64::from(predicted > reported.saturating_add(block_tokens));
+        self.predicted += u64::from(predicted);
+        self.reported += u64::from(reported);
+    }
+}
+
+/// What a scrape sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Of the stream.
+    pub stream: Counts,
+    /// Blocks in the cache, copies counted.
+    pub blocks: u64,
+    /// Chunks that are known and not in the cache.
+    pub absent: u64,
+    /// Removals of blocks that were not known.
+    pub unknown: u64,
+    /// Prompts that were found in the engine's tokens, and those that were not.
+    pub prompts: (u64, u64),
+    /// Chunks that were found, and those that were not.
+    pub chunks: (u64, u64),
+    /// Tokens by which they may be off.
+    pub error_tokens: u64,
+    /// Predictions from events that are in.
+    pub settled: Judged,
+    /// Predictions with prompts that were on their way.
+    pub promised: Judged,
+}
+
+#[derive(Clone, Copy)]
+struct Promised {
+    users: u32,
+    tokens: u32,
+}
+
+/// See the module's page.
+pub struct Exact {
+    blocks: Blocks,
+    stream: Stream,
+    /// Which process is spoken of is known.
+    known: bool,
+    /// Everything that is in the cache is in the map.
+    complete: bool,
+    /// Predictions by this map did not hold.
+    distrusted: bool,
+    unfit: Option<Unfit>,
+    kv_tokens: u64,
+    adapters: BTreeSet<String>,
+    promised: HashMap<u64, Promised>,
+    lingering: VecDeque<(Now, Vec<u64>)>,
+    early: VecDeque<News>,
+    seen: Seen,
+    changes: Vec<Change>,
+}
+
+impl Exact {
+    /// The map of an engine with a cache of so many tokens (0: not told), of which nothing is known yet.
+    /// `can_ask`: it tells again what it said. `key` is for hashes of its tokens.
+    #[must_use]
+    pub fn new(key: [u8; 16], kv_tokens: u64, can_ask: bool) -> Self {
+        Self {
+            blocks: Blocks::new(key),
+            stream: Stream::behind(None, can_ask, Counts::default()),
+            known: false,
+            complete: false,
+            distrusted: false,
+            unfit: None,
+            kv_tokens,
+            adapters: BTreeSet::new(),
+            promised: HashMap::new(),
+            lingering: VecDeque::new(),
+            early: VecDeque::new(),
+            seen: Seen::default(),
+            changes: Vec::new(),
+        }
+    }
+
+    /// Whether the map is to be believed rather than a shadow.
+    #[must_use]
+    pub const fn holds(&self) -> bool {
+        self.known && self.complete && !self.distrusted && self.unfit.is_none()
+    }
+
+    /// Whether it has all that the engine said up to here.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.holds() && self.stream.is_whole()
+    }
+
+    /// A process of the engine is there, whose map was kept, or which is new.
+    pub fn begin(&mut self, kept: Option<&KeptExact>) {
+        let (can_ask, counts) = (self.stream.can_ask(), self.stream.counts());
+        // Without a word about what came meanwhile a map is of no use.
+        let kept = kept.filter(|_| can_ask);
+        self.blocks = match kept {
+            Some(kept) => Blocks::restored(&kept.blocks),
+            None => Blocks::new(self.blocks.key()),
+        };
+        let last = kept.and_then(|kept| kept.last);
+        self.stream = Stream::behind(last, can_ask, counts);
+        self.complete = kept.is_some_and(|kept| kept.complete);
+        self.distrusted = false;
+        self.unfit = None;
+        self.known = true;
+        self.forget_requests();
+    }
+
+    /// The engine is away.
+    pub fn end(&mut self) {
+        self.begin(None);
+        self.known = false;
+    }
+
+    /// What to go on from; `None` while nothing is known of the engine.
+    #[must_use]
+    pub fn kept(&self) -> Option<KeptExact> {
+        let holds = self.holds() && self.stream.can_ask();
+        holds.then(|| KeptExact {
+            last: self.stream.last(),
+            complete: self.complete,
+            blocks: self.blocks.kept(),
+        })
+    }
+
+    /// Changes with what is kept.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        self.stream.counts().batches
+    }
+
+    /// The link to the engine's events is new, or gone.
+    pub const fn interrupted(&mut self) {
+        self.stream.interrupted();
+    }
+
+    /// From which batch on the engine is to be asked for what it said, if it is to be.
+    pub fn ask(&mut self, now: Now) -> Option<u64> {
+        if self.known {
+            self.stream.ask(now)
+        } else {
+            None
+        }
+    }
+
+    /// A batch came.
+    pub fn live(&mut self, seq: u64, batch: Batch) {
+        self.step(|stream, steps| stream.live(seq, batch, steps));
+    }
+
+    /// A batch came again, because it was asked for.
+    pub fn replayed(&mut self, now: Now, seq: u64, batch: Batch) {
+        self.step(|stream, steps| stream.replayed(now, seq, batch, steps));
+    }
+
+    /// That was all that was asked for.
+    pub fn replay_end(&mut self) {
+        self.step(Stream::replay_end);
+    }
+
+    /// A batch came, live or again, that cannot be read.
+    pub fn garbled(&mut self, seq: u64, again: bool) {
+        self.step(|stream, steps| stream.garbled(seq, again, steps));
+    }
+
+    /// Time passed.
+    pub fn pass(&mut self, now: Now) {
+        self.step(|stream, steps| stream.pass(now, steps));
+        while let Some((until, _)) = self.lingering.front()
+            && *until <= now
+        {
+            self.linger_no_more();
+        }
+    }
+
+    fn step(&mut self, act: impl FnOnce(&mut Stream, &mut Vec<Step>)) {
+        if !self.known {
+            return;
+        }
+        let mut steps = Vec::new();
+        act(&mut self.stream, &mut steps);
+        for step in steps {
+            match step {
+                Step::Apply(batch) => self.apply(&batch),
+                Step::Lost | Step::Restarted => {
+                    self.blocks.forget();
+                    self.complete = false;
+                }
+                Step::Complete => {
+                    self.complete = true;
+                    self.distrusted = false;
+                }
+            }
+        }
+        self.note();
+    }
+
+    fn apply(&mut self, batch: &Batch) {
+        if self.unfit.is_some() {
+            return;
+        }
+        for event in &batch.events {
+            if let Event::Stored(stored) = event
+                && let Some(adapter) = &stored.adapter
+                && self.adapters.len() < MAX_ADAPTERS
+            {
+                self.adapters.insert(adapter.clone());
+            }
+            if let Err(unfit) = self.blocks.apply(event) {
+                self.unfit = Some(unfit);
+                self.blocks.forget();
+                return;
+            }
+            // What is empty is known whole.
+            self.complete |= *event == Event::Cleared;
+        }
+        if let Some(size) = self.blocks.block_tokens() {
+            let tokens = self.blocks.copies() * u64::from(size);
+            self.complete |= self.kv_tokens > 0 && tokens as f64 >= self.kv_tokens as f64 * FULL;
+            for news in std::mem::take(&mut self.early) {
+                self.align(&news);
+            }
+        }
+    }
+
+    /// A prompt was found in the engine's tokens.
+    pub fn aligned(&mut self, news: News) {
+        if !self.known {
+            return;
+        }
+        let seen = &mut self.seen;
+        seen.prompts.0 += 1;
+        seen.chunks.0 += news.aligned.ends.len() as u64;
+        seen.chunks.1 += u64::from(news.aligned.lost);
+        seen.error_tokens += news.aligned.error_tokens;
+        if self.blocks.block_tokens().is_some() {
+            self.align(&news);
+            self.note();
+        } else {
+            if self.early.len() >= MAX_EARLY {
+                self.early.pop_front();
+            }
+            self.early.push_back(news);
+        }
+    }
+
+    /// A prompt was not found.
+    pub const fn unaligned(&mut self) {
+        self.seen.prompts.1 += 1;
+    }
+
+    fn align(&mut self, news: &News) {
+        let ends = news.chunks.iter().zip(&news.aligned.ends);
+        let placed: Vec<_> = ends
+            .map(|(chunk, tokens)| Placed {
+                chunk: *chunk,
+                tokens: *tokens,
+            })
+            .collect();
+        let adapter = self.adapters.get(&news.model).map(String::as_str);
+        self.blocks
+            .align(&placed, &news.ids, news.scope.as_deref(), adapter);
+    }
+
+    /// What will be found of a prompt; `own`: it is promised itself, which does not count.
+    #[must_use]
+    pub fn hit(&self, chunks: &[u64], own: bool) -> Promise {
+        let mut hit = Promise {
+            settled: true,
+            ..Promise::default()
+        };
+        for (at, chunk) in chunks.iter().enumerate() {
+            let tokens = match self.blocks.tokens_to(*chunk) {
+                Some(tokens) => tokens,
+                None => match self.promised.get(chunk) {
+                    Some(promised) if promised.users > u32::from(own) => {
+                        hit.settled = false;
+                        promised.tokens
+                    }
+                    Some(_) | None => break,
+                },
+            };
+            hit.chunks = at + 1;
+            hit.tokens = hit.tokens.max(tokens);
+        }
+        let size = self.blocks.block_tokens().unwrap_or(1);
+        hit.tokens -= hit.tokens % size;
+        hit
+    }
+
+    /// Tokens up to the end of this chunk, if it will be found.
+    #[must_use]
+    pub fn tokens_to(&self, chunk: u64) -> Option<u32> {
+        let promised = || self.promised.get(&chunk).map(|promised| promised.tokens);
+        self.blocks.tokens_to(chunk).or_else(promised)
+    }
+
+    /// A prompt was taken: these of its chunks are on their way.
+    pub fn promise(&mut self, chunks: &[u64], tokens_to: impl Fn(u64) -> Option<u32>) {
+        for chunk in chunks.iter().copied() {
+            let tokens = tokens_to(chunk).unwrap_or(0);
+            let promised = self
+                .promised
+                .entry(chunk)
+                .or_insert(Promised { users: 0, tokens });
+            promised.users += 1;
+            if promised.users == 1 && self.blocks.tokens_to(chunk).is_none() {
+                self.changes.push(Change::Stored { chunk, tokens });
+            }
+        }
+    }
+
+    /// A request is over: what its events do not confirm is withdrawn in a moment.
+    pub fn finished(&mut self, now: Now, chunks: &[u64]) {
+        if self.lingering.len() >= MAX_LINGERING {
+            self.linger_no_more();
+        }
+        self.lingering.push_back((now + LINGER, chunks.to_vec()));
+    }
+
+    /// A request is over that was not prefilled.
+    pub fn withdraw(&mut self, chunks: &[u64]) {
+        for chunk in chunks.iter().copied() {
+            let Some(promised) = self.promised.get_mut(&chunk) else {
+                continue;
+            };
+            promised.users -= 1;
+            if promised.users == 0 {
+                self.promised.remove(&chunk);
+                if self.blocks.tokens_to(chunk).is_none() {
+                    self.changes.push(Change::Removed { chunk });
+                }
+            }
+        }
+    }
+
+    fn linger_no_more(&mut self) {
+        if let Some((_, chunks)) = self.lingering.pop_front() {
+            self.withdraw(&chunks);
+        }
+    }
+
+    fn forget_requests(&mut self) {
+        self.promised.clear();
+        self.lingering.clear();
+        self.early.clear();
+        self.changes.clear();
+        self.blocks.take_changes();
+    }
+
+    /// Takes over what became of chunks by events.
+    fn note(&mut self) {
+        for change in self.blocks.take_changes() {
+            let Change::Removed { chunk } = change else {
+                self.changes.push(change);
+                continue;
+            };
+            self.changes.push(match self.promised.get(&chunk) {
+                Some(Promised { tokens, .. }) => {
+                    let tokens = *tokens;
+                    Change::Stored { chunk, tokens }
+                }
+                None => change,
+            });
+        }
+    }
+
+    /// What changed since this was last asked.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Everything that will be found.
+    pub fn resident(&self) -> impl Iterator<Item = (u64, u32)> {
+        let promised = self.promised.iter();
+        let promised = promised.filter(|(chunk, _)| self.blocks.tokens_to(**chunk).is_none());
+        let settled = self.blocks.resident().map(|at| (at.chunk, at.tokens));
+        settled.chain(promised.map(|(chunk, at)| (*chunk, at.tokens)))
+    }
+
+    /// Chunks in the cache, by events.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.blocks.chunks().0
+    }
+
+    /// Whether none is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens of a block, once one was stored.
+    #[must_use]
+    pub const fn block_tokens(&self) -> Option<u32> {
+        self.blocks.block_tokens()
+    }
+
+    /// The engine said how much of a prompt it had.
+    pub fn judge(&mut self, predicted: Promise, reported: u32) {
+        let block_tokens = self.blocks.block_tokens().unwrap_or(1);
+        let judged = if predicted.settled {
+            &mut self.seen.settled
+        } else {
+            &mut self.seen.promised
+        };
+        judged.count(predicted.tokens, reported, block_tokens);
+    }
+
+    /// Predictions do not hold: the map is not believed before it is known whole again.
+    pub const fn distrust(&mut self) {
+        self.distrusted = true;
+    }
+
+    /// What a scrape sees.
+    #[must_use]
+    pub fn seen(&self) -> Seen {
+        let (_, absent) = self.blocks.chunks();
+        Seen {
+            stream: self.stream.counts(),
+            blocks: self.blocks.copies(),
+            absent: absent as u64,
+            unknown: self.blocks.unknown(),
+            ..self.seen
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! What an engine's cache holds, exactly: by the events that it publishes of its blocks.
+//!
+//! [`Batch`] reads what it says, [`stream`] puts that in order and notices what is missing, [`blocks`] counts
+//! copies and knows which chunks follow from them, [`align()`] finds a prompt's chunks in its tokens. [`Exact`]
+//! is all of it for one engine.
+
+mod align;
+mod blocks;
+mod event;
+mod exact;
+mod kept;
+mod msgpack;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod vocabulary;
+
+pub use align::{Aligned, align};
+pub use blocks::Placed;
+pub use event::{Batch, Event, MAX_BATCH_BYTES, Place, Stored};
+pub use exact::{Exact, Judged, News, Promise, Seen};
+pub use kept::KeptExact;
+pub use msgpack::Unreadable;
+pub use stream::Counts;
+pub use vocabulary::{MAX_TOKENIZER_BYTES, Vocabulary, VocabularyError};

@@ -1,0 +1,481 @@
+//! The order of batches: what is applied, what is missing, and when what was known is lost.
+//!
+//! Live batches carry a number that counts up from 0 in each process of the engine, and nothing else tells
+//! one process from another. They get lost where a reader is slow or reconnects, which shows by a gap in the
+//! numbers. What is missing is asked for again; an engine keeps the last few thousand batches, and answers
+//! from the first that it has, without a word about those that it has not.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use forebay_proto::Now;
+
+use super::event::Batch;
+
+/// Live batches that wait until what is before them was asked for again.
+const MAX_WAITING: usize = 1_024;
+/// An answer that does not end in so long is not waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// So many requests without an answer, and what is missing is lost.
+const TRIES: u32 = 3;
+
+/// What is to be done with the map.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Step {
+    /// These events are next.
+    Apply(Batch),
+    /// Batches are missing for good: what is known is of no use.
+    Lost,
+    /// The engine counts from the beginning again: its cache is that of another process.
+    Restarted,
+    /// All that there ever was is applied, up to here.
+    Complete,
+}
+
+/// Where the stream is.
+#[derive(Debug)]
+pub(super) struct Stream {
+    /// Whether there is whom to ask for what is missing.
+    can_ask: bool,
+    /// The newest batch that was applied.
+    last: Option<u64>,
+    /// The newest that came live, or did before this stream began.
+    live: Option<u64>,
+    asked: Option<Asked>,
+    waiting: VecDeque<(u64, Batch)>,
+    tries: u32,
+    /// Something is missing, and nobody was asked for it yet.
+    wanted: bool,
+    /// Something may be missing, and the next batch shows it.
+    doubt: bool,
+    counts: Counts,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    from: u64,
+    /// When something of the answer came last.
+    at: Now,
+    /// Nothing of the answer came yet.
+    nothing: bool,
+    /// The answer has all from the first batch on.
+    complete: bool,
+}
+
+/// How much came, and how much did not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Batches applied.
+    pub batches: u64,
+    /// Times that batches were missing.
+    pub gaps: u64,
+    /// Answers that told again what was missing.
+    pub replays: u64,
+    /// Times that what was known was lost.
+    pub losses: u64,
+}
+
+impl Stream {
+    /// Goes on behind a batch that was applied before.
+    pub(super) const fn behind(last: Option<u64>, can_ask: bool, counts: Counts) -> Self {
+        Self {
+            can_ask,
+            last,
+            live: last,
+            asked: None,
+            waiting: VecDeque::new(),
+            tries: 0,
+            wanted: can_ask,
+            doubt: !can_ask,
+            counts,
+        }
+    }
+
+    /// The newest batch that was applied.
+    pub(super) const fn last(&self) -> Option<u64> {
+        self.last
+    }
+
+    /// How much came.
+    pub(super) const fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Whether there is whom to ask.
+    pub(super) const fn can_ask(&self) -> bool {
+        self.can_ask
+    }
+
+    /// Whether nothing is missing, as far as is known.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.doubt && !self.waits()
+    }
+
+    /// Whether something is to be told again before anything else is applied.
+    fn waits(&self) -> bool {
+        self.asked.is_some() || self.wanted || !self.waiting.is_empty()
+    }
+
+    /// The sockets are new, or gone: something may be missing.
+    pub(super) const fn interrupted(&mut self) {
+        self.asked = None;
+        self.wanted = self.can_ask;
+        self.doubt = !self.can_ask;
+        self.tries = 0;
+    }
+
+    /// From which batch on the engine is to be asked, if it is to be.
+    pub(super) fn ask(&mut self, now: Now) -> Option<u64> {
+        if !std::mem::take(&mut self.wanted) {
+            return None;
+        }
+        let from = self.last.map_or(0, |last| last + 1);
+        self.asked = Some(Asked {
+            from,
+            at: now,
+            nothing: true,
+            complete: from == 0,
+        });
+        self.tries += 1;
+        Some(from)
+    }
+
+    /// Time passed: an answer may be overdue.
+    pub(super) fn pass(&mut self, now: Now, steps: &mut Vec<Step>) {
+        if self
+            .asked
+            .is_none_or(|asked| now.since(asked.at) < PATIENCE)
+        {
+            return;
+        }
+        self.asked = None;
+        if self.tries < TRIES {
+            self.wanted = true;
+        } else {
+            self.tries = 0;
+            self.lose(steps);
+            self.drain(steps);
+        }
+    }
+
+    /// A batch came live.
+    pub(super) fn live(&mut self, seq: u64, batch: Batch, steps: &mut Vec<Step>) {
+        if self.live.is_some_and(|live| seq <= live) {
+            // A reader gets each number once, and in order.
+            self.restart(steps);
+        }
+        self.live = Some(seq);
+        if self.last.is_some_and(|last| seq <= last) {
+            // It was told again before it came.
+            return;
+        }
+        if self.waits() {
+            if self.waiting.len() >= MAX_WAITING {
+                // They will be asked for.
+                self.waiting.clear();
+            }
+            self.waiting.push_back((seq, batch));
+            return;
+        }
+        let next = self.last.map_or(0, |last| last + 1);
+        if seq == next {
+            if seq == 0 {
+                steps.push(Step::Complete);
+            }
+            self.apply(seq, batch, steps);
+            return;
+        }
+        self.counts.gaps += 1;
+        if self.can_ask {
+            self.wanted = true;
+            self.tries = 0;
+            self.waiting.push_back((seq, batch));
+        } else {
+            self.lose(steps);
+            self.apply(seq, batch, steps);
+        }
+    }
+
+    /// A batch was told again.
+    pub(super) fn replayed(&mut self, now: Now, seq: u64, batch: Batch, steps: &mut Vec<Step>) {
+        let Some(asked) = &mut self.asked else {
+            return;
+        };
+        asked.at = now;
+        asked.nothing = false;
+        let next = self.last.map_or(0, |last| last + 1);
+        if seq > next {
+            // The engine does not have it any more, and does not say so.
+            asked.complete = false;
+            self.lose(steps);
+        }
+        if seq >= next {
+            self.apply(seq, batch, steps);
+        }
+    }
+
+    /// A batch came that cannot be read: told again it may be, and then not any more.
+    pub(super) fn garbled(&mut self, seq: u64, again: bool, steps: &mut Vec<Step>) {
+        if !again && self.can_ask {
+            self.interrupted();
+            return;
+        }
+        if let Some(asked) = &mut self.asked {
+            asked.nothing = false;
+            asked.complete = false;
+        } else if again {
+            return;
+        }
+        self.lose(steps);
+        self.last = Some(seq);
+    }
+
+    /// That was all of the answer.
+    pub(super) fn replay_end(&mut self, steps: &mut Vec<Step>) {
+        let Some(asked) = self.asked.take() else {
+            return;
+        };
+        self.tries = 0;
+        self.counts.replays += 1;
+        let waiting = self.waiting.front().map(|(seq, _)| *seq);
+        if asked.nothing && waiting.is_some_and(|seq| seq > asked.from) {
+            // It was kept for too short.
+            self.lose(steps);
+        } else if asked.complete {
+            steps.push(Step::Complete);
+        }
+        self.drain(steps);
+    }
+
+    /// What waited is applied as far as it follows.
+    fn drain(&mut self, steps: &mut Vec<Step>) {
+        while let Some((seq, batch)) = self.waiting.pop_front() {
+            let next = self.last.map_or(seq, |last| last + 1);
+            if seq > next {
+                self.waiting.push_front((seq, batch));
+                self.counts.gaps += 1;
+                self.wanted = true;
+                return;
+            }
+            if seq == next {
+                self.apply(seq, batch, steps);
+            }
+        }
+    }
+
+    fn apply(&mut self, seq: u64, batch: Batch, steps: &mut Vec<Step>) {
+        self.last = Some(seq);
+        self.doubt = false;
+        self.counts.batches += 1;
+        steps.push(Step::Apply(batch));
+    }
+
+    fn lose(&mut self, steps: &mut Vec<Step>) {
+        self.counts.losses += 1;
+        self.last = None;
+        steps.push(Step::Lost);
+    }
+
+    fn restart(&mut self, steps: &mut Vec<Step>) {
+        self.waiting.clear();
+        self.last = None;
+        self.asked = None;
+        self.tries = 0;
+        // What came before this one is missing.
+        self.wanted = self.can_ask;
+        steps.push(Step::Restarted);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::event::{Event, Place};
+    use super::*;
+
+    const fn at(ms: u64) -> Now {
+        Now::at(Duration::from_millis(ms))
+    }
+
+    /// A batch that can be told from others.
+    fn batch(seq: u64) -> Batch {
+        let place = Place {
+            gpu: true,
+            group: 0,
+        };
+        Batch {
+            at: 0.0,
+            events: vec![Event::Removed {
+                hashes: vec![seq],
+                place,
+            }],
+        }
+    }
+
+    /// Carries out `live N`, `told N`, `end`, `ask`, `late`, `connect`, and says what followed.
+    fn check(mut stream: Stream, script: &str, expected: &str) {
+        let mut out = Vec::new();
+        let mut ms = 0;
+        for line in script.split(", ") {
+            let mut steps = Vec::new();
+            let (verb, number) = line.split_once(' ').unwrap_or((line, "0"));
+            let seq = number.parse().unwrap();
+            match verb {
+                "live" => stream.live(seq, batch(seq), &mut steps),
+                "told" => stream.replayed(at(ms), seq, batch(seq), &mut steps),
+                "end" => stream.replay_end(&mut steps),
+                "bad" => stream.garbled(seq, false, &mut steps),
+                "badly" => stream.garbled(seq, true, &mut steps),
+                "connect" => stream.interrupted(),
+                "late" => {
+                    ms += 2_000;
+                    stream.pass(at(ms), &mut steps);
+                }
+                "ask" => match stream.ask(at(ms)) {
+                    Some(from) => out.push(format!("from {from}")),
+                    None => out.push("nothing".to_owned()),
+                },
+                _ => panic!("{line}"),
+            }
+            out.extend(steps.into_iter().map(|step| match step {
+                Step::Apply(batch) => match &batch.events[0] {
+                    Event::Removed { hashes, .. } => hashes[0].to_string(),
+                    other => panic!("{other:?}"),
+                },
+                Step::Lost => "lost".to_owned(),
+                Step::Restarted => "restarted".to_owned(),
+                Step::Complete => "complete".to_owned(),
+            }));
+        }
+        assert_eq!(out.join(" "), expected, "{script}");
+    }
+
+    fn new() -> Stream {
+        Stream::behind(None, true, Counts::default())
+    }
+
+    fn after(last: u64) -> Stream {
+        Stream::behind(Some(last), true, Counts::default())
+    }
+
+    fn alone() -> Stream {
+        Stream::behind(None, false, Counts::default())
+    }
+
+    #[test]
+    fn a_new_stream_asks_for_all_that_was() {
+        check(
+            new(),
+            "ask, told 0, told 1, end, live 2, live 3",
+            "from 0 0 1 complete 2 3",
+        );
+        check(
+            new(),
+            "ask, end, live 0, live 1",
+            "from 0 complete complete 0 1",
+        );
+        check(
+            new(),
+            "ask, live 2, live 3, told 0, told 1, told 2, end, live 4",
+            "from 0 0 1 2 complete 3 4",
+        );
+        check(new(), "live 0, ask, end", "from 0 complete 0");
+        check(
+            new(),
+            "ask, told 0, told 1, end, live 1, live 2",
+            "from 0 0 1 complete 2",
+        );
+    }
+
+    #[test]
+    fn an_answer_that_begins_late_is_a_loss() {
+        check(
+            new(),
+            "ask, told 12, told 13, end, live 14",
+            "from 0 lost 12 13 14",
+        );
+        check(
+            after(4),
+            "ask, told 9, told 10, end, live 11",
+            "from 5 lost 9 10 11",
+        );
+        check(after(4), "ask, live 7, end, live 8", "from 5 lost 7 8");
+        check(after(4), "ask, told 5, told 7, end", "from 5 5 lost 7");
+    }
+
+    #[test]
+    fn a_gap_is_asked_for_and_what_waited_follows() {
+        check(
+            after(4),
+            "ask, end, live 5, live 8, ask, live 9, told 6, told 7, told 8, end, live 10",
+            "from 5 5 from 6 6 7 8 9 10",
+        );
+        // One more gap while the first is asked for.
+        check(
+            after(4),
+            "ask, end, live 6, ask, live 9, told 5, told 6, end, ask, told 7, told 8, told 9, end",
+            "from 5 from 5 5 6 from 7 7 8 9",
+        );
+    }
+
+    #[test]
+    fn numbers_that_go_back_are_another_process() {
+        check(
+            after(4),
+            "ask, end, live 5, live 0, ask, told 0, end, live 1",
+            "from 5 5 restarted from 0 0 complete 1",
+        );
+        check(after(4), "ask, end, live 4, ask", "from 5 restarted from 0");
+        check(
+            after(4),
+            "ask, end, connect, ask, end, live 3, ask, told 0, told 1, told 2, told 3, end",
+            "from 5 from 5 restarted from 0 0 1 2 3 complete",
+        );
+    }
+
+    #[test]
+    fn an_answer_that_does_not_come_is_asked_for_again_and_given_up() {
+        check(
+            after(4),
+            "ask, live 6, late, ask, late, ask, late, live 7",
+            "from 5 from 5 from 5 lost 6 7",
+        );
+        check(
+            after(4),
+            "ask, late, ask, told 5, end, live 6",
+            "from 5 from 5 5 6",
+        );
+    }
+
+    #[test]
+    fn without_anybody_to_ask_a_gap_is_a_loss() {
+        check(alone(), "live 0, live 1, live 3", "complete 0 1 lost 3");
+        check(alone(), "live 3, live 4", "lost 3 4");
+        check(alone(), "ask", "nothing");
+        check(
+            alone(),
+            "live 0, connect, live 1, live 0",
+            "complete 0 1 restarted complete 0",
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_asked_for_once_more() {
+        check(
+            after(4),
+            "ask, end, bad 5, ask, live 6, told 5, told 6, end, live 7",
+            "from 5 from 5 5 6 7",
+        );
+        check(
+            after(4),
+            "ask, end, bad 5, ask, badly 5, told 6, end, live 7",
+            "from 5 from 5 lost 6 7",
+        );
+        check(new(), "ask, badly 0, told 1, end", "from 0 lost 1");
+        check(alone(), "live 0, bad 1, live 2", "complete 0 lost 2");
+    }
+
+    #[test]
+    fn answers_that_nobody_asked_for_are_passed_over() {
+        check(after(4), "told 9, end, ask, end", "from 5");
+    }
+}
