@@ -24,6 +24,7 @@ mod looking;
 mod lost_disks;
 mod many_balancers;
 mod operators;
+mod rebalance;
 mod receipts;
 mod secrets;
 mod supervised;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::drain::Streams;
-use crate::harness::{Fleet, forebay, metric, within};
+use crate::harness::{Fleet, forebay, metric, post, within};
 
 struct Stage {
     fleet: Fleet,
@@ -55,8 +55,12 @@ impl Stage {
             ["thaw", name] => self.signal(name, Signal::CONT),
             ["kill", name] => self.fleet.kill(name),
             ["as", level] => self.context = self.issued(level),
+            // Conversations that begin alike, until what they share has a home.
+            ["hot"] => self.hot(),
+            // Its plan: a home on every other worker, one after the other.
+            ["plan"] => self.plan_for_all(),
             // A plan that somebody wrote: a family that nobody knows goes to this worker.
-            ["plan", to] => self.plan(to),
+            ["plan", to] => self.plan("000000000000feed", &[to]),
             ["wait"] => std::thread::sleep(Duration::from_secs(3)),
             _ => panic!("nobody knows how to {line}"),
         }
@@ -67,20 +71,55 @@ impl Stage {
         kill_process(pid, signal).unwrap();
     }
 
-    fn plan(&self, to: &str) {
+    fn hot(&self) {
+        let url = format!("{}/v1/chat/completions", self.fleet.url);
+        let mut turn = 0;
+        within(Duration::from_secs(60), "a family with a home", || {
+            turn += 1;
+            let (shared, own) = ("all of us ".repeat(600), format!("{turn} ").repeat(600));
+            let body = format!(
+                r#"{{"model":"emulated","max_tokens":2,"messages":[{{"role":"system","content":"{shared}"}},{{"role":"user","content":"{own}"}}]}}"#
+            );
+            assert_eq!(post(&url, &body).0, 200);
+            std::thread::sleep(Duration::from_millis(200));
+            self.family()
+        });
+    }
+
+    /// What has a home, and where.
+    fn family(&self) -> Option<(String, Vec<String>)> {
+        let homes = self.fleet.json(&["homes"]);
+        let family = homes["families"].as_array()?.first()?;
+        let at = family["homes"].as_array()?.iter();
+        let at = at.filter_map(|home| home.as_str().map(Into::into));
+        Some((family["name"].as_str()?.into(), at.collect()))
+    }
+
+    fn plan_for_all(&self) {
+        let (family, homes) = self.family().unwrap();
+        let free = ["w1", "w2", "w3"].into_iter();
+        let free: Vec<&str> = free
+            .filter(|name| homes.iter().all(|home| home != name))
+            .collect();
+        assert_eq!(free.len(), 2, "{homes:?}");
+        self.plan(&family, &free);
+    }
+
+    fn plan(&self, family: &str, to: &[&str]) {
         let status = self.fleet.json(&["status"]);
         let mut cluster = status["cluster_id"].clone();
-        if to == "elsewhere" {
+        if to == ["elsewhere"] {
             cluster = "0123456789abcdef0123456789abcdef".into();
         }
         let forecast = serde_json::json!({
             "hit_ratio": 0.5, "in_time": 1.0, "arrivals": 9, "window_ms": 60_000, "workers": [],
         });
+        let to = to.iter();
+        let moves = to.map(|to| serde_json::json!({"family": family, "from": null, "to": to}));
         let plan = serde_json::json!({
             "schema_version": 1, "cluster_id": cluster, "pool": "default", "revision": 1,
             "planned_ms": 1, "before": forecast, "after": forecast, "measured": forecast,
-            "moves": [{"family": "000000000000feed", "from": null, "to": to}],
-            "silent": [], "families": [],
+            "moves": moves.collect::<Vec<_>>(), "silent": [], "families": [],
         });
         std::fs::write(self.plan_file(), plan.to_string()).unwrap();
     }
@@ -125,7 +164,7 @@ impl Stage {
         let said: String = lines
             // Who of the control nodes said what depends on the moment, too.
             .map(|line| line.split(" (127.").next().unwrap())
-            .map(|line| normal(line) + "\n")
+            .map(|line| normal(&without_ids(line)) + "\n")
             .collect();
         format!("{said}exit {code}\n")
     }
@@ -159,6 +198,20 @@ pub(super) fn words(line: &str) -> Vec<String> {
         }
     }
     words
+}
+
+/// Ids of clusters are drawn.
+fn without_ids(line: &str) -> String {
+    let is_id = |word: &str| word.len() == 32 && word.bytes().all(|b| b.is_ascii_hexdigit());
+    let words = line.split(' ').map(|word| {
+        let bare = word.trim_end_matches(',');
+        if is_id(bare) {
+            word.replace(bare, "ID")
+        } else {
+            word.into()
+        }
+    });
+    words.collect::<Vec<String>>().join(" ")
 }
 
 /// What differs from run to run, by its kind.
@@ -227,6 +280,9 @@ fn newest(said: &str) -> Option<String> {
 }
 
 fn is_progress(line: &str) -> bool {
+    if line.contains(" of 2: family ") {
+        return true;
+    }
     let mut words = line.split(' ');
     words.next().is_some_and(|word| word.starts_with('d'))
         && words.next().is_some_and(|word| word.ends_with(':'))

@@ -334,7 +334,8 @@ async fn apply(args: &ApplyArgs) -> Result<(), CliError> {
         say(&plan.page());
     }
     let (moves, pool) = (plan.moves.len(), plan.pool.clone());
-    confirm(change, &format!("Move {moves} homes in pool {pool}?"))?;
+    let homes = if moves == 1 { "home" } else { "homes" };
+    confirm(change, &format!("Move {moves} {homes} in pool {pool}?"))?;
     let action = Action::StartRebalance(command);
     let done = asked
         .client
@@ -349,7 +350,7 @@ async fn apply(args: &ApplyArgs) -> Result<(), CliError> {
         };
         change.output.print(&judged, || {
             let page = judged.plan.page();
-            format!("{page}\n\ndry run: would move {} homes", judged.affected)
+            format!("{page}\n\ndry run: would move {} {homes}", judged.affected)
         });
         return Ok(());
     }
@@ -363,7 +364,7 @@ async fn apply(args: &ApplyArgs) -> Result<(), CliError> {
         say(&format!("{id} makes these moves already"));
     } else {
         say(&format!(
-            "{id} moves {moves} homes in pool {pool}; undo: forebay rebalance cancel {id}"
+            "{id} moves {moves} {homes} in pool {pool}; undo: forebay rebalance cancel {id}"
         ));
     }
     if change.wait.no_wait {

@@ -16,6 +16,9 @@ use crate::output::table;
 /// Largest plan file that is read.
 const MAX_BYTES: u64 = 4 << 20;
 
+/// The busiest is busier than the mean by no more than this: nobody calls that uneven.
+const EVEN: f64 = 0.1;
+
 /// What a rebalance would move, and what it would be good for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Plan {
@@ -58,6 +61,17 @@ pub(super) struct Forecast {
     pub(super) arrivals: u32,
     pub(super) window_ms: u64,
     pub(super) workers: Vec<WorkerLoad>,
+}
+
+impl Forecast {
+    /// Whether the busiest worker has little more to do than the mean.
+    fn is_even(&self) -> bool {
+        let loads = self.workers.iter().map(|worker| worker.load);
+        let (sum, most) = loads.fold((0.0, 0.0_f64), |(sum, most), load| {
+            (sum + load, most.max(load))
+        });
+        most * self.workers.len() as f64 <= sum * (1.0 + EVEN)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -276,10 +290,12 @@ impl Plan {
             let pool = &self.pool;
             return format!("pool {pool}: nothing was recorded, so there is nothing to plan from");
         }
-        let moves = if self.moves.is_empty() {
-            "already balanced: nothing to move".to_owned()
-        } else {
-            self.moves_page()
+        let moves = match (self.moves.is_empty(), before.is_even()) {
+            (false, _) => self.moves_page(),
+            (true, true) => "already balanced: nothing to move".to_owned(),
+            (true, false) => {
+                "nothing to move: no home would make the busiest worker less busy".into()
+            }
         };
         format!(
             "pool {}: {} requests of the last {} s\n\n{}\n\nhit ratio   {} -> {}\nin time     {} -> {}\n\n{moves}",
@@ -400,6 +416,12 @@ mod tests {
         let mut idle = plan();
         idle.moves.clear();
         assert!(idle.page().contains("already balanced"));
+        idle.before.workers.push(WorkerLoad {
+            name: "w2".into(),
+            load: 0.1,
+            arrivals: 9,
+        });
+        assert!(idle.page().contains("no home would make"));
         idle.before.arrivals = 0;
         assert!(idle.page().contains("nothing was recorded"));
     }
