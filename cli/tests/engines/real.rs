@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use super::harness::{get, within};
 
@@ -88,6 +88,12 @@ impl Real {
     pub fn signal(&self, signal: Signal) {
         let group = i32::try_from(self.process.id()).unwrap();
         kill_process_group(Pid::from_raw(group).unwrap(), signal).unwrap();
+    }
+
+    /// Asks it to end; what runs on it may.
+    pub fn terminate(&self) {
+        let pid = i32::try_from(self.process.id()).unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     }
 
     /// Waits until it is gone.

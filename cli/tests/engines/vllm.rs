@@ -40,7 +40,7 @@ fn real_engines_are_served_and_left_and_their_failures_end_in_types() {
 
 impl World {
     fn start() -> Self {
-        let common = ["--shutdown-timeout", "10"];
+        let common = ["--shutdown-timeout", "25"];
         let short = [&common[..], &["--max-num-queued-reqs", "3"]].concat();
         let mut engines = [
             Real::spawn("vllm", &[], &common),
@@ -223,10 +223,10 @@ impl World {
         let mut direct = Asked::of(
             &self.engines[0].url(),
             CHAT,
-            &chat(MODEL, "go on", true, 1_500),
+            &chat(MODEL, "go on", true, 500),
         );
         direct.until_events(3);
-        self.engines[0].signal(Signal::TERM);
+        self.engines[0].terminate();
         std::thread::sleep(Duration::from_millis(500));
         let (health, _) = get(&format!("{}/health", self.engines[0].url()));
         let (status, said) = post(
@@ -250,7 +250,7 @@ impl World {
             direct.whole().text.contains("\"finish_reason\":\"length\""),
             "what ran ended well"
         );
-        self.engines[0].until_gone(Duration::from_secs(40));
+        self.engines[0].until_gone(Duration::from_secs(90));
         self.engines[0].spawn_again();
         self.engines[0].until_healthy();
         self.until_both_serve();

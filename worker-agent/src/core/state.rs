@@ -199,6 +199,16 @@ impl Core {
         self.running
     }
 
+    /// Placements whose answers come in pieces, and of which some have come.
+    #[must_use]
+    pub fn telling(&self) -> u32 {
+        let told = |placement: &&Placement| {
+            placement.stream && matches!(placement.stage, Stage::Streaming { .. })
+        };
+        let telling = self.placements.values().filter(told).count();
+        u32::try_from(telling).unwrap_or(u32::MAX)
+    }
+
     /// Placements that wait.
     #[must_use]
     pub fn queued(&self) -> u32 {

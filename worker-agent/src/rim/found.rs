@@ -18,6 +18,8 @@ pub(super) struct Found {
     /// Requests that it runs at once.
     pub(super) slots: Option<u32>,
     pub(super) prefix_caching: Option<bool>,
+    /// It counts its work, so that it is seen to work where it says nothing.
+    pub(super) counts: bool,
     /// Which process it is.
     pub(super) process: Option<String>,
 }
@@ -57,6 +59,7 @@ pub(super) async fn ask(
         block_tokens: gauges.block_tokens,
         slots: slots.map(|slots| slots.count),
         prefix_caching: gauges.prefix_caching,
+        counts: gauges.work.is_some(),
         process: process(engine, &gauges),
         engine: EngineFacts {
             kind: kind.to_owned(),

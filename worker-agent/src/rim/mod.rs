@@ -18,5 +18,6 @@ mod reports;
 mod residency;
 
 pub(crate) mod run;
+mod seen;
 mod tasks;
 pub(crate) mod work;
