@@ -99,7 +99,7 @@ impl World {
             engine_start_ms: 60_000,
             engine_stall_ms: 60_000,
             pool: "default".into(),
-            slots: 2,
+            slots: Some(2),
             queue_limit: None,
             max_context_tokens: 0,
             kv_tokens: 0,
@@ -518,7 +518,7 @@ async fn what_does_not_belong_together_is_told() {
     let balancer = world.cell.paths(Role::Balancer, "w1");
     check(&|c| c.credentials = balancer.clone(), "names balancer/w1").await;
     check(&|c| c.engine_url = "https://e:1".into(), "http://host:port").await;
-    check(&|c| c.slots = 0, "--slots").await;
+    check(&|c| c.slots = Some(0), "--slots").await;
     let label = (
         "render-profile".to_owned(),
         "system_tools+nonsense".to_owned(),

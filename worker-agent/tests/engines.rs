@@ -90,6 +90,34 @@ async fn an_engine_is_known_by_what_it_answers() {
 }
 
 #[tokio::test]
+async fn an_engine_gets_no_more_at_once_than_it_runs() {
+    let slots = async |engine: Scripted, asks_slots| {
+        let agent = Agent::set_up(engine.address, |setup| {
+            setup.settings.slots = 64;
+            setup.manner = Manner {
+                asks_slots,
+                ..Manner::default()
+            };
+        })
+        .await;
+        let balancer = agent.balancer("b1").await;
+        let load = balancer.refusal(&of_model("another", "{}")).await.load;
+        load.unwrap().slots
+    };
+    assert_eq!(slots(Scripted::llama().await, true).await, 4);
+    assert_eq!(
+        slots(Scripted::llama().await, false).await,
+        64,
+        "an operator said so"
+    );
+    assert_eq!(
+        slots(Scripted::vllm().await, true).await,
+        64,
+        "it does not say"
+    );
+}
+
+#[tokio::test]
 async fn an_engine_is_asked_how_it_renders_prompts() {
     let render = async |engine: Scripted| {
         let agent = beside(&engine).await;

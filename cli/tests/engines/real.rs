@@ -69,8 +69,7 @@ impl Real {
             if let Some(status) = self.process.try_wait().unwrap() {
                 panic!("{} ended with {status}:\n{}", self.kind, self.log());
             }
-            let listens = std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok();
-            if listens && get(&format!("{}/health", self.url())).0 == 200 {
+            if self.is_healthy() {
                 eprintln!("{} answers after {:.1?}", self.kind, began.elapsed());
                 return;
             }
@@ -82,6 +81,12 @@ impl Real {
             );
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// Whether it answers, and well.
+    pub fn is_healthy(&self) -> bool {
+        let listens = std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok();
+        listens && get(&format!("{}/health", self.url())).0 == 200
     }
 
     /// Its parts get this signal, all of them.

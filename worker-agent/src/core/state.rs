@@ -362,6 +362,19 @@ impl Core {
         self.cache.holds(kv_tokens);
     }
 
+    /// The engine runs no more than so many at once: what is beyond would wait in it, where it has no order.
+    pub fn engine_runs(&mut self, slots: u32) {
+        let before = self.shown();
+        self.settings.slots = self.settings.slots.min(slots.max(1));
+        self.note(before);
+    }
+
+    /// Requests that may run at once.
+    #[must_use]
+    pub const fn slots(&self) -> u32 {
+        self.settings.slots
+    }
+
     /// The engine answers, with these models.
     pub fn engine_up(&mut self, models: &[String]) {
         let before = self.shown();

@@ -45,11 +45,15 @@ impl Shared {
             if let Some(tokens) = found.engine.kv_tokens.filter(|_| self.manner.asks_size) {
                 inner.core.engine_holds(tokens);
             }
+            if let Some(slots) = found.engine.slots.filter(|_| self.manner.asks_slots) {
+                inner.core.engine_runs(slots);
+            }
             news
         });
         self.counts.store(found.counts, Ordering::Relaxed);
         if news {
-            tell_of(found, &self.manner, self.metrics.slots());
+            let slots = self.with(|core, _| core.slots());
+            tell_of(found, &self.manner, slots);
         }
         self.engine_is(found.process.clone());
         self.engine_up(&found.models);
@@ -126,6 +130,7 @@ fn tell_of(found: &Found, manner: &Manner, slots: u32) {
         kv_tokens,
         max_context_tokens,
         adapter,
+        slots: engine_slots,
         render,
     } = &found.engine;
     tracing::info!(
@@ -150,7 +155,7 @@ fn tell_of(found: &Found, manner: &Manner, slots: u32) {
             "the engine caches no prefixes: start vLLM with --enable-prefix-caching, or nothing is gained by placing alike prompts together"
         );
     }
-    if let Some(engine) = found.slots.filter(|engine| *engine < slots) {
+    if let Some(engine) = engine_slots.filter(|engine| *engine < slots) {
         tracing::warn!(
             slots,
             engine,

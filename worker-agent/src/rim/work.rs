@@ -99,6 +99,8 @@ pub struct Manner {
     pub priority: bool,
     /// Nobody said how much its cache holds: it is believed in that.
     pub asks_size: bool,
+    /// Nobody said how many requests it runs at once: it is believed in that, if they are fewer.
+    pub asks_slots: bool,
     /// How prompts are rendered, where an operator said so.
     pub render: Option<RenderProfile>,
 }
