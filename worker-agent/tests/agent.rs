@@ -102,7 +102,7 @@ impl World {
             kv_replay: None,
             tokenizer: None,
             pool: "default".into(),
-            slots: 2,
+            slots: Some(2),
             queue_limit: None,
             max_context_tokens: 0,
             kv_tokens: 0,
@@ -521,7 +521,7 @@ async fn what_does_not_belong_together_is_told() {
     let balancer = world.cell.paths(Role::Balancer, "w1");
     check(&|c| c.credentials = balancer.clone(), "names balancer/w1").await;
     check(&|c| c.engine_url = "https://e:1".into(), "http://host:port").await;
-    check(&|c| c.slots = 0, "--slots").await;
+    check(&|c| c.slots = Some(0), "--slots").await;
     let label = (
         "render-profile".to_owned(),
         "system_tools+nonsense".to_owned(),

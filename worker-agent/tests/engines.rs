@@ -90,6 +90,34 @@ async fn an_engine_is_known_by_what_it_answers() {
 }
 
 #[tokio::test]
+async fn an_engine_gets_no_more_at_once_than_it_runs() {
+    let slots = async |engine: Scripted, asks_slots| {
+        let agent = Agent::set_up(engine.address, |setup| {
+            setup.settings.slots = 64;
+            setup.manner = Manner {
+                asks_slots,
+                ..Manner::default()
+            };
+        })
+        .await;
+        let balancer = agent.balancer("b1").await;
+        let load = balancer.refusal(&of_model("another", "{}")).await.load;
+        load.unwrap().slots
+    };
+    assert_eq!(slots(Scripted::llama().await, true).await, 4);
+    assert_eq!(
+        slots(Scripted::llama().await, false).await,
+        64,
+        "an operator said so"
+    );
+    assert_eq!(
+        slots(Scripted::vllm().await, true).await,
+        64,
+        "it does not say"
+    );
+}
+
+#[tokio::test]
 async fn an_engine_is_asked_how_it_renders_prompts() {
     let render = async |engine: Scripted| {
         let agent = beside(&engine).await;
@@ -384,4 +412,41 @@ async fn an_engine_that_makes_no_progress_is_not_waited_for_though_its_health_is
     // The token that it is asked for may have to be waited for in vain once.
     let back = tokio::time::timeout(2 * PATIENCE, status.wait_for(ready)).await;
     drop(back.unwrap().unwrap());
+}
+
+#[tokio::test]
+async fn an_engine_without_counters_is_judged_by_what_it_had_begun_to_say() {
+    let engine = Scripted::unknown().await;
+    let agent = Agent::set_up(engine.address, |setup| {
+        setup.manner = Manner::default();
+        setup.patience = Patience {
+            looks: Duration::from_millis(50),
+            stall: Duration::from_millis(300),
+            ..Patience::default()
+        };
+    })
+    .await;
+    let balancer = agent.balancer("b1").await;
+    engine.hangs(true, false);
+    let body = "{}";
+    let mut placed = balancer.offer(&of_model("any", body)).await;
+    placed.accepted().await;
+    placed.send_body(body).await;
+    // Perhaps it makes a long answer that comes whole.
+    let said = tokio::time::timeout(Duration::from_millis(1_500), placed.receiver.recv()).await;
+    assert!(said.is_err(), "nobody knows whether it works");
+    engine.says(Says::events(&[SAID]).and_hangs());
+    let place = Place {
+        stream: true,
+        ..of_model("any", body)
+    };
+    engine.hangs(false, false);
+    let mut streamed = balancer.offer(&place).await;
+    streamed.accepted().await;
+    streamed.send_body(body).await;
+    let answer = streamed.answer().await;
+    assert_eq!(
+        (answer.end(), answer.text),
+        (End::EngineFailed, SAID.as_bytes().to_vec())
+    );
 }

@@ -111,9 +111,9 @@ pub(crate) struct AgentArgs {
     /// The pool it belongs to: a set of interchangeable workers in the fleet's configuration.
     #[arg(long, default_value = "default", env = "FOREBAY_POOL")]
     pool: String,
-    /// Requests the engine runs at once.
-    #[arg(long, value_name = "N", default_value_t = 64, env = "FOREBAY_SLOTS")]
-    slots: u32,
+    /// Requests the engine runs at once; default: 64, or as many as it says it runs, if that is fewer.
+    #[arg(long, value_name = "N", env = "FOREBAY_SLOTS")]
+    slots: Option<u32>,
     /// Requests that wait beyond them; default: as many as slots.
     #[arg(long, value_name = "N", env = "FOREBAY_QUEUE_LIMIT")]
     queue_limit: Option<u32>,

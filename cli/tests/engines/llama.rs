@@ -60,6 +60,7 @@ fn it_is_known_and_serves_streams_and_errors_as_its_own() {
     let workers = fleet.json(&["workers"]);
     let worker = &workers["workers"][0];
     assert_eq!(worker["engine"], "llama.cpp");
+    assert_eq!(worker["slots"], 4, "as it says");
     assert_eq!(
         (&worker["kv_tokens"], &worker["max_context_tokens"]),
         (&8_192.into(), &2_048.into())

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use super::harness::{get, within};
 
@@ -69,8 +69,7 @@ impl Real {
             if let Some(status) = self.process.try_wait().unwrap() {
                 panic!("{} ended with {status}:\n{}", self.kind, self.log());
             }
-            let listens = std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok();
-            if listens && get(&format!("{}/health", self.url())).0 == 200 {
+            if self.is_healthy() {
                 eprintln!("{} answers after {:.1?}", self.kind, began.elapsed());
                 return;
             }
@@ -84,10 +83,22 @@ impl Real {
         }
     }
 
+    /// Whether it answers, and well.
+    pub fn is_healthy(&self) -> bool {
+        let listens = std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok();
+        listens && get(&format!("{}/health", self.url())).0 == 200
+    }
+
     /// Its parts get this signal, all of them.
     pub fn signal(&self, signal: Signal) {
         let group = i32::try_from(self.process.id()).unwrap();
         kill_process_group(Pid::from_raw(group).unwrap(), signal).unwrap();
+    }
+
+    /// Asks it to end; what runs on it may.
+    pub fn terminate(&self) {
+        let pid = i32::try_from(self.process.id()).unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     }
 
     /// Waits until it is gone.

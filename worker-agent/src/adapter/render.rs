@@ -112,9 +112,7 @@ mod tests {
 
     /// Renders the conversations as a template would that puts these pieces together.
     fn check(template: impl Fn(&Value) -> Option<String>, expected: &str) {
-        let rendered = conversations()
-            .each_ref()
-            .map(|conversation| template(conversation));
+        let rendered = conversations().each_ref().map(template);
         let found = profile(&rendered).map(|profile| profile.id());
         assert_eq!(found.as_deref(), Some(expected));
     }

@@ -607,6 +607,54 @@ mod tests {
     }
 
     #[test]
+    fn before_the_first_answer_the_kind_of_engine_says_what_is_believed() {
+        let mut cache = Cache::new(OWN, 1, 10_000);
+        assert_eq!(cache.grade(), Grade::Inferred);
+        cache.expect(Grade::Blind);
+        assert_eq!(cache.grade(), Grade::Blind);
+        let prompt = Prompt {
+            chunks: vec![1],
+            bytes: 256,
+            chunk_bytes: 256,
+            tokens: 70,
+        };
+        let held = cache.taken(&prompt);
+        let counted = Usage {
+            prompt_tokens: Some(70),
+            cached_tokens: Some(0),
+            completion_tokens: Some(1),
+        };
+        for _ in 0..20 {
+            cache.observe(&prompt, held, 0, counted);
+        }
+        assert_eq!(cache.grade(), Grade::Inferred, "its answers say otherwise");
+        cache.expect(Grade::Blind);
+        assert_eq!(cache.grade(), Grade::Inferred, "and they count");
+    }
+
+    #[test]
+    fn the_size_that_an_engine_tells_is_its_shadows() {
+        let mut cache = Cache::new(OWN, 1, 0);
+        cache.holds(100);
+        let long = Prompt {
+            chunks: (1..=8).collect(),
+            bytes: 8 * 256,
+            chunk_bytes: 256,
+            tokens: 400,
+        };
+        for first in [0, 100] {
+            let prompt = Prompt {
+                chunks: long.chunks.iter().map(|chunk| chunk + first).collect(),
+                ..long.clone()
+            };
+            let held = cache.taken(&prompt);
+            cache.prefilled(&prompt);
+            cache.finished(&prompt, held, Usage::default());
+        }
+        assert!(cache.resident_chunks() <= 2, "{}", cache.resident_chunks());
+    }
+
+    #[test]
     fn what_is_believed_for_a_minute_is_not_kept() {
         let mut cache = warm("e since 1");
         let prompt = Prompt {

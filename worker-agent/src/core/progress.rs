@@ -28,16 +28,16 @@ pub enum Pulse {
 }
 
 impl Progress {
-    /// A look: so many requests are on the engine, whose last word came then, and which may be silent for
-    /// `patience`.
+    /// A look: something is to be heard of so many requests, the engine's last word came then, and it may be
+    /// silent for `patience`.
     pub fn look(
         &mut self,
         now: Now,
-        running: u32,
+        expected: u32,
         heard: Option<Now>,
         patience: Duration,
     ) -> Pulse {
-        if running == 0 {
+        if expected == 0 {
             self.since = None;
             return Pulse::Good;
         }

@@ -207,6 +207,16 @@ impl Core {
         self.running
     }
 
+    /// Placements whose answers come in pieces, and of which some have come.
+    #[must_use]
+    pub fn telling(&self) -> u32 {
+        let told = |placement: &&Placement| {
+            placement.stream && matches!(placement.stage, Stage::Streaming { .. })
+        };
+        let telling = self.placements.values().filter(told).count();
+        u32::try_from(telling).unwrap_or(u32::MAX)
+    }
+
     /// Placements that wait.
     #[must_use]
     pub fn queued(&self) -> u32 {
@@ -375,6 +385,19 @@ impl Core {
     pub fn engine_holds(&mut self, kv_tokens: u64) {
         self.settings.kv_tokens = kv_tokens;
         self.cache.holds(kv_tokens);
+    }
+
+    /// The engine runs no more than so many at once: what is beyond would wait in it, where it has no order.
+    pub fn engine_runs(&mut self, slots: u32) {
+        let before = self.shown();
+        self.settings.slots = self.settings.slots.min(slots.max(1));
+        self.note(before);
+    }
+
+    /// Requests that may run at once.
+    #[must_use]
+    pub const fn slots(&self) -> u32 {
+        self.settings.slots
     }
 
     /// The engine answers, with these models.

@@ -24,6 +24,8 @@ use crate::error::AgentError;
 /// Bytes of request bodies that are held at once.
 const BODY_BUDGET_BYTES: u64 = 256 << 20;
 const MAX_SLOTS: u32 = 65_536;
+/// Where nobody says how many.
+const SLOTS: u32 = 64;
 /// An engine that prefills a long prompt says nothing for seconds.
 const LEAST_STALL_MS: u64 = 1_000;
 /// The `--engine-kind` that is none.
@@ -64,7 +66,9 @@ pub struct Config {
     /// The pool it belongs to.
     pub pool: String,
     /// Requests that run on the engine at once.
-    pub slots: u32,
+    ///
+    /// Absent: 64, or as many as the engine says it runs, if that is fewer.
+    pub slots: Option<u32>,
     /// Requests that wait beyond them; as many as slots when absent.
     pub queue_limit: Option<u32>,
     /// Longest context it takes; 0: as the engine says.
@@ -114,11 +118,12 @@ impl Config {
     /// Checks all that can be checked without the network.
     pub(super) fn check(&self) -> Result<Checked, AgentError> {
         let engine = self.engine_url.parse()?;
-        if !(1..=MAX_SLOTS).contains(&self.slots) {
-            let problem = format!("is {}, must be 1 to {MAX_SLOTS}", self.slots);
+        let slots = self.slots.unwrap_or(SLOTS);
+        if !(1..=MAX_SLOTS).contains(&slots) {
+            let problem = format!("is {slots}, must be 1 to {MAX_SLOTS}");
             return Err(option("--slots", problem));
         }
-        let queue_limit = self.queue_limit.unwrap_or(self.slots);
+        let queue_limit = self.queue_limit.unwrap_or(slots);
         if queue_limit > MAX_SLOTS {
             let problem = format!("is {queue_limit}, must be at most {MAX_SLOTS}");
             return Err(option("--queue-limit", problem));
@@ -160,6 +165,7 @@ impl Config {
                 tenant: self.tenant.clone(),
                 priority: self.engine_priority,
                 asks_size: self.kv_tokens == 0,
+                asks_slots: self.slots.is_none(),
                 render,
             },
             process: self.engine_command.clone().map(|command| Running {
@@ -173,7 +179,7 @@ impl Config {
             },
             settings: Settings {
                 at_once: false,
-                slots: self.slots,
+                slots,
                 queue_limit,
                 body_budget_bytes: BODY_BUDGET_BYTES,
                 kv_tokens: self.kv_tokens,
@@ -322,7 +328,9 @@ impl Config {
             adapters: Vec::new(),
             zone: self.zone.clone(),
             labels,
-            slots: self.slots,
+            slots: self
+                .slots
+                .unwrap_or(engine.slots.unwrap_or(SLOTS).min(SLOTS)),
         };
         WorkerSpec::from_wire(&spec.to_wire())
             .map_err(|error| option("the worker's description", error.to_string()))

@@ -15,9 +15,9 @@ pub(super) struct Found {
     pub(super) engine: EngineFacts,
     /// Tokens of one block of its cache.
     pub(super) block_tokens: Option<u64>,
-    /// Requests that it runs at once.
-    pub(super) slots: Option<u32>,
     pub(super) prefix_caching: Option<bool>,
+    /// It counts its work, so that it is seen to work where it says nothing.
+    pub(super) counts: bool,
     /// Which process it is.
     pub(super) process: Option<String>,
 }
@@ -33,6 +33,8 @@ pub struct EngineFacts {
     pub kv_tokens: Option<u64>,
     /// The longest context of its models, in tokens.
     pub max_context_tokens: Option<u32>,
+    /// Requests that it runs at once.
+    pub slots: Option<u32>,
     /// How its template renders prompts.
     pub render: Option<RenderProfile>,
 }
@@ -55,14 +57,15 @@ pub(super) async fn ask(
     Ok(Found {
         models: listing.models,
         block_tokens: gauges.block_tokens,
-        slots: slots.map(|slots| slots.count),
         prefix_caching: gauges.prefix_caching,
+        counts: gauges.work.is_some(),
         process: process(engine, &gauges),
         engine: EngineFacts {
             kind: kind.to_owned(),
             adapter,
             kv_tokens: gauges.kv_tokens.or(slots.map(|slots| slots.tokens)),
             max_context_tokens: listing.max_context_tokens,
+            slots: slots.map(|slots| slots.count),
             render,
         },
     })

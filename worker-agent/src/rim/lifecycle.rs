@@ -14,10 +14,10 @@ use forebay_link::Backoff;
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::tasks::OwnedTask;
@@ -50,7 +50,8 @@ pub(super) struct Running {
 pub(super) struct Lifecycle {
     how: Running,
     process: Mutex<Option<Process>>,
-    restart: Notify,
+    /// The process that is to be started again; 0: none.
+    restart: watch::Sender<i32>,
     stopping: watch::Sender<bool>,
     ended: watch::Sender<bool>,
     task: Mutex<Option<OwnedTask>>,
@@ -93,7 +94,7 @@ impl Lifecycle {
         Arc::new(Self {
             how,
             process: Mutex::default(),
-            restart: Notify::new(),
+            restart: watch::Sender::new(0),
             stopping: watch::Sender::new(false),
             ended: watch::Sender::new(true),
             task: Mutex::default(),
@@ -147,7 +148,14 @@ impl Lifecycle {
 
     /// The engine makes no progress: it is started again.
     pub(super) fn hangs(&self) {
-        self.restart.notify_one();
+        let pid = self
+            .process
+            .lock()
+            .as_ref()
+            .map(|process| process.record.pid);
+        if let Some(pid) = pid {
+            self.restart.send_replace(pid);
+        }
     }
 
     /// Ends the engine, and waits until it is gone.
@@ -161,7 +169,7 @@ impl Lifecycle {
     async fn keep(&self, file: &Path) {
         let mut rng = StdRng::from_os_rng();
         let mut backoff = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE);
-        let mut found = Record::read(file).filter(|record| record.command == self.how.command);
+        let mut found = self.found(file).await;
         while !*self.stopping.borrow() {
             let (mut handle, record) = match found.take() {
                 Some(record) => {
@@ -179,6 +187,7 @@ impl Lifecycle {
             };
             let pid = record.pid;
             let since = Instant::now();
+            self.restart.send_replace(0);
             *self.process.lock() = Some(Process {
                 record: record.clone(),
                 since,
@@ -200,14 +209,29 @@ impl Lifecycle {
             match over {
                 Over::Stopping => tracing::info!(pid, "the engine was ended"),
                 Over::Hangs => {
-                    tracing::warn!(pid, "the engine hangs: it was killed and is started again")
+                    tracing::warn!(pid, "the engine hangs: it was killed and is started again");
                 }
                 Over::Ended(how) => {
-                    tracing::warn!(pid, how, "the engine ended: it is started again")
+                    tracing::warn!(pid, how, "the engine ended: it is started again");
                 }
             }
             self.pause(backoff.next(&mut rng)).await;
         }
+    }
+
+    /// The engine of an earlier start of the agent, if it is the one that is wanted; another one is ended.
+    async fn found(&self, file: &Path) -> Option<Record> {
+        let record = Record::read(file)?;
+        if record.command == self.how.command {
+            return Some(record);
+        }
+        tracing::info!(
+            pid = record.pid,
+            command = record.command,
+            "the engine that runs is of another command: it is ended"
+        );
+        end(&mut Handle::Found, &record, STOP_PATIENCE).await;
+        None
     }
 
     fn start(&self, file: &Path) -> std::io::Result<(Handle, Record)> {
@@ -242,9 +266,10 @@ impl Lifecycle {
 
     async fn watch(&self, handle: &mut Handle, record: &Record) -> Over {
         let mut stopping = self.stopping.subscribe();
+        let mut restart = self.restart.subscribe();
         tokio::select! {
             how = handle.ended(record) => Over::Ended(how),
-            () = self.restart.notified() => Over::Hangs,
+            _ = restart.wait_for(|pid| *pid == record.pid) => Over::Hangs,
             _ = stopping.wait_for(|stopping| *stopping) => Over::Stopping,
         }
     }
@@ -274,14 +299,14 @@ impl Handle {
     }
 }
 
-/// Asks the process's group to end, and kills what is left of it after a while.
+/// Asks the process to end, and kills what is left of its group after a while.
 async fn end(handle: &mut Handle, record: &Record, patience: Duration) {
     let Some(group) = Pid::from_raw(record.pid) else {
         return;
     };
     if !patience.is_zero() {
-        // What is gone already needs no signal.
-        let _ = kill_process_group(group, Signal::TERM);
+        // Itself only: it ends its parts when what runs on them is through. What is gone needs no signal.
+        let _ = kill_process(group, Signal::TERM);
         if tokio::time::timeout(patience, handle.ended(record))
             .await
             .is_err()

@@ -242,6 +242,7 @@ impl Metrics {
     pub(super) fn show(&self, core: &Core) {
         self.running.set(core.running().into());
         self.queued.set(core.queued().into());
+        self.slots.set(core.slots().into());
         let body_bytes = i64::try_from(core.body_bytes()).unwrap_or(i64::MAX);
         self.body_bytes.set(body_bytes);
         self.engine_up
@@ -278,11 +279,6 @@ impl Metrics {
     /// A message on the socket of cache events was none.
     pub(super) fn unreadable(&self) {
         self.events.unreadable.inc();
-    }
-
-    /// Requests that may run at once.
-    pub(super) fn slots(&self) -> u32 {
-        u32::try_from(self.slots.get()).unwrap_or(u32::MAX)
     }
 
     /// What the engine's own page says.

@@ -23,6 +23,7 @@ mod reports;
 mod residency;
 
 pub(crate) mod run;
+mod seen;
 pub(crate) mod sources;
 mod tasks;
 pub(crate) mod work;

@@ -142,8 +142,14 @@ pub(super) async fn watch_progress(shared: Arc<Shared>) {
     let mut progress = Progress::default();
     loop {
         tokio::time::sleep(looks).await;
-        let pulse =
-            shared.with(|core, now| progress.look(now, core.running(), shared.last_heard(), stall));
+        let pulse = shared.with(|core, now| {
+            let expected = if shared.counts() {
+                core.running()
+            } else {
+                core.telling()
+            };
+            progress.look(now, expected, shared.last_heard(), stall)
+        });
         match pulse {
             Pulse::Good => {}
             Pulse::Faint => {

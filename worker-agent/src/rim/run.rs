@@ -105,7 +105,7 @@ impl Agent {
             error,
         })?;
         let advertise = config.advertised(bound)?;
-        let metrics = Metrics::new(config.slots);
+        let metrics = Metrics::new(checked.settings.slots);
         let shown = Shown::default();
         let admin = match config.admin {
             Some(address) => Some(shown.serve(address, &checked.name, &metrics).await?),

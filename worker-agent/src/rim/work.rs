@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use forebay_admin::prometheus_client::registry::Registry;
@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::aligner::{self, Aligner};
 use super::engine::{Engine, EngineAddress};
 use super::follow::{Following, KvEvents};
-use super::found::{EngineFacts, Found};
+use super::found::EngineFacts;
 use super::lifecycle::Lifecycle;
 use super::map::{Keeper, MapFile};
 use super::metrics::Metrics;
@@ -29,10 +29,10 @@ use super::placement::carry;
 use super::reports::{Links, report};
 use super::tasks::OwnedTask;
 use super::{map, probe, reports};
-use crate::adapter::{Adapter, Gauges, NotStarted};
+use crate::adapter::Adapter;
 use crate::core::{
     Admitted, Continuity, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
-    Recorded, RefusalReason, Refused, Settings, Tenants, Unstarted, Usage, Work as UnderWay,
+    Recorded, RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
 };
 use crate::wire;
 
@@ -41,9 +41,6 @@ const SPARE_CONNECTIONS: usize = 2;
 
 /// Balancers that are sent a snapshot of the cache at once; others wait for their turn.
 const SNAPSHOTS: usize = 4;
-
-/// The `--tenant` that is everybody.
-const ANYBODY: &str = "*";
 
 /// For the last frames of what just ended to arrive.
 const TELLING: Duration = Duration::from_secs(1);
@@ -107,6 +104,8 @@ pub struct Manner {
     pub priority: bool,
     /// Nobody said how much its cache holds: it is believed in that.
     pub asks_size: bool,
+    /// Nobody said how many requests it runs at once: it is believed in that, if they are fewer.
+    pub asks_slots: bool,
     /// How prompts are rendered, where an operator said so.
     pub render: Option<RenderProfile>,
 }
@@ -188,6 +187,7 @@ impl Work {
             snapshots: Semaphore::new(SNAPSHOTS),
             carried: watch::Sender::new(0),
             ending: watch::Sender::new(false),
+            counts: AtomicBool::new(false),
             heard: AtomicU64::new(0),
             stalls: watch::Sender::new(0),
             aligner,
@@ -286,17 +286,17 @@ impl Work {
 
 /// What every task of the work side shares.
 pub(super) struct Shared {
-    origin: Instant,
-    inner: Mutex<Inner>,
+    pub(super) origin: Instant,
+    pub(super) inner: Mutex<Inner>,
     pub(super) patience: Patience,
     pub(super) manner: Manner,
     /// The engine answers and did no work: before it is believed in again it has to do some.
-    doubted: AtomicBool,
+    pub(super) doubted: AtomicBool,
     /// A report may be due earlier than was thought.
     pub(super) changed: Notify,
     status: watch::Sender<Status>,
     pub(super) engine: Engine,
-    metrics: Metrics,
+    pub(super) metrics: Metrics,
     pub(super) links: Links,
     /// Told when what is resident may have changed.
     resident: watch::Sender<()>,
@@ -306,21 +306,23 @@ pub(super) struct Shared {
     carried: watch::Sender<usize>,
     /// What runs is to end: a drain's deadline passed.
     ending: watch::Sender<bool>,
+    /// The engine counts its work.
+    pub(super) counts: AtomicBool,
     /// When the engine last said something to anybody, in microseconds since the origin; 0: never.
-    heard: AtomicU64,
+    pub(super) heard: AtomicU64,
     /// How often it was found to hang: what ran on it then is over.
-    stalls: watch::Sender<u64>,
+    pub(super) stalls: watch::Sender<u64>,
     pub(super) aligner: Aligner,
     /// The engine's events of its cache.
     pub(super) following: Following,
 }
 
-struct Inner {
-    core: Core,
+pub(super) struct Inner {
+    pub(super) core: Core,
     /// Who is told when a slot is free; as bounded as the queue.
     waiting: HashMap<PlacementId, oneshot::Sender<Call>>,
     /// What the engine said of itself.
-    engine: Option<Arc<EngineFacts>>,
+    pub(super) engine: Option<Arc<EngineFacts>>,
 }
 
 /// What a placement that waits is told.
@@ -373,7 +375,7 @@ impl Shared {
         self.enter(|inner, now| act(&mut inner.core, now))
     }
 
-    fn enter<T>(&self, act: impl FnOnce(&mut Inner, Now) -> T) -> T {
+    pub(super) fn enter<T>(&self, act: impl FnOnce(&mut Inner, Now) -> T) -> T {
         let mut inner = self.inner.lock();
         let before = inner.core.seq();
         let (life, _) = inner.core.residency_news();
@@ -469,110 +471,6 @@ impl Shared {
         }
     }
 
-    /// How the engine is spoken to.
-    pub(super) fn adapter(&self) -> Adapter {
-        let inner = self.inner.lock();
-        let said = inner.engine.as_ref().map(|engine| engine.adapter);
-        said.unwrap_or_default()
-    }
-
-    /// How prompts are rendered, as it is declared.
-    pub(super) fn render(&self) -> RenderProfile {
-        let inner = self.inner.lock();
-        let found = inner.engine.as_ref().and_then(|engine| engine.render);
-        self.manner.render.or(found).unwrap_or_default()
-    }
-
-    /// The engine said who it is; it may be another one than before.
-    pub(super) fn engine_found(&self, found: &Found) {
-        let adapter = found.engine.adapter;
-        let tenants = match self.manner.tenant.as_deref() {
-            Some(ANYBODY) => Tenants::All,
-            Some(tenant) => Tenants::Only(tenant.to_owned()),
-            None if adapter.shares_its_cache() => Tenants::First(None),
-            None => Tenants::All,
-        };
-        let news = self.enter(|inner, _| {
-            let mut said = found.engine.clone();
-            // A page that was late is no other template.
-            let before = inner.engine.as_ref();
-            let before = before.filter(|before| before.kind == said.kind);
-            said.render = said.render.or(before.and_then(|before| before.render));
-            let news = inner.engine.as_deref() != Some(&said);
-            if news {
-                inner.engine = Some(Arc::new(said));
-            }
-            inner.core.engine_kind(tenants, adapter.first_grade());
-            if let Some(tokens) = found.engine.kv_tokens.filter(|_| self.manner.asks_size) {
-                inner.core.engine_holds(tokens);
-            }
-            news
-        });
-        if news {
-            tell_of(found, &self.manner, self.metrics.slots());
-        }
-        self.engine_is(found.process.clone());
-        self.engine_up(&found.models);
-    }
-
-    /// The engine's metrics page was read.
-    pub(super) fn engine_shows(&self, gauges: &Gauges) {
-        self.metrics.engine(gauges);
-    }
-
-    /// The engine answered that it did not begin.
-    pub(super) fn engine_refused(&self, why: NotStarted) {
-        self.metrics.engine_refused(why);
-        match why {
-            NotStarted::Overloaded => {}
-            NotStarted::Stopping => {
-                self.doubted.store(true, Ordering::Relaxed);
-                self.engine_down(why.detail());
-            }
-        }
-    }
-
-    /// The engine said something.
-    pub(super) fn heard(&self) {
-        let since = self.origin.elapsed().as_micros();
-        let since = u64::try_from(since).unwrap_or(u64::MAX);
-        self.heard.store(since, Ordering::Relaxed);
-    }
-
-    /// When it last did.
-    pub(super) fn last_heard(&self) -> Option<Now> {
-        let heard = self.heard.load(Ordering::Relaxed);
-        (heard > 0).then(|| Now::at(Duration::from_micros(heard)))
-    }
-
-    /// The engine has requests and makes nothing of them: they are over, and it has to do some work before it
-    /// is believed in again.
-    pub(super) fn engine_stalled(&self) {
-        self.doubted.store(true, Ordering::Relaxed);
-        self.engine_down("it has requests and makes no progress");
-        self.stalls.send_modify(|stalls| *stalls += 1);
-        if let Some(process) = self.engine.process() {
-            process.hangs();
-        }
-    }
-
-    /// Returns when the engine is found to hang.
-    pub(super) async fn stalling(&self) {
-        let mut stalls = self.stalls.subscribe();
-        // The sender lives as long as this.
-        let _ = stalls.changed().await;
-    }
-
-    /// Whether the engine has to do some work before it is believed in.
-    pub(super) fn is_doubted(&self) -> bool {
-        self.doubted.load(Ordering::Relaxed)
-    }
-
-    /// The engine did some.
-    pub(super) fn trusts(&self) {
-        self.doubted.store(false, Ordering::Relaxed);
-    }
-
     /// The engine says that it is this process, or does not say.
     pub(super) fn engine_is(&self, process: Option<String>) {
         match self.with(|core, _| core.engine_is(process)) {
@@ -613,51 +511,6 @@ impl Shared {
         }) {
             tracing::warn!(problem, "the engine does not answer");
         }
-    }
-}
-
-/// What an operator should know of an engine that was found.
-fn tell_of(found: &Found, manner: &Manner, slots: u32) {
-    let EngineFacts {
-        kind,
-        kv_tokens,
-        max_context_tokens,
-        adapter,
-        render,
-    } = &found.engine;
-    tracing::info!(
-        kind,
-        kv_tokens,
-        block_tokens = found.block_tokens,
-        max_context_tokens,
-        render = render.map(|render| render.id()),
-        "the engine says what it is"
-    );
-    if let (Some(said), Some(found)) = (manner.render, render)
-        && said != *found
-    {
-        tracing::warn!(
-            said = said.id(),
-            found = found.id(),
-            "the engine renders prompts otherwise than --label render-profile says: without that label, what is found counts"
-        );
-    }
-    if found.prefix_caching == Some(false) {
-        tracing::warn!(
-            "the engine caches no prefixes: start vLLM with --enable-prefix-caching, or nothing is gained by placing alike prompts together"
-        );
-    }
-    if let Some(engine) = found.slots.filter(|engine| *engine < slots) {
-        tracing::warn!(
-            slots,
-            engine,
-            "the engine runs fewer requests at once than --slots says: the others wait in its queue, where they have no order"
-        );
-    }
-    if adapter.shares_its_cache() {
-        tracing::info!(
-            "the engine keeps no caches apart: it serves one tenant (--tenant), else the first that asks"
-        );
     }
 }
 

@@ -15,6 +15,8 @@ pub struct Answer {
     status: u16,
     kind: &'static str,
     body: String,
+    /// Behind the body it says nothing more, and does not end.
+    hangs: bool,
 }
 
 impl Answer {
@@ -23,6 +25,7 @@ impl Answer {
             status,
             kind: "application/json",
             body: body.into(),
+            hangs: false,
         }
     }
 
@@ -31,7 +34,13 @@ impl Answer {
             status: 200,
             kind: "text/event-stream; charset=utf-8",
             body: events.concat(),
+            hangs: false,
         }
+    }
+
+    pub fn and_hangs(mut self) -> Self {
+        self.hangs = true;
+        self
     }
 }
 
@@ -223,17 +232,26 @@ async fn serve(stream: TcpStream, script: Arc<Mutex<Script>>) {
             _ => Answer::of(404, r#"{"detail":"Not Found"}"#),
         }
     };
-    let Answer { status, kind, body } = answer;
+    let Answer {
+        status,
+        kind,
+        body,
+        hangs,
+    } = answer;
     if status == 0 {
         // Until the agent goes.
         let _ = stream.read(&mut [0]).await;
         return;
     }
+    let length = body.len() + usize::from(hangs);
     let head = format!(
-        "HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
-        body.len()
+        "HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
     );
     let _ = stream.write_all((head + &body).as_bytes()).await;
+    if hangs {
+        let _ = stream.flush().await;
+        let _ = stream.read(&mut [0]).await;
+    }
 }
 
 /// By a template that puts tools first and knows names.
