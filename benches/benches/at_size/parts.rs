@@ -143,6 +143,7 @@ async fn agents(dir: &Path, args: &Args) {
                 capacity: KV_TOKENS as f64,
                 items: (0..args.chunks).map(chunk).collect(),
             },
+            exact: None,
         };
         std::fs::write(&map.path, kept.encode().unwrap()).unwrap();
         let anywhere = ([127, 0, 0, 1], 0).into();
