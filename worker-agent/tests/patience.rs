@@ -119,10 +119,12 @@ async fn converse(
                 flood(&mut stream, &said).await;
                 return None;
             }
-            _ => {
+            "/v1/completions" | "/v1/embeddings" => {
                 let _ = asked.send((path.into(), header("x-request-id:")));
                 (200, "{}")
             }
+            // Nobody asks how it renders, where its events are, and the like.
+            _ => (404, ""),
         };
         let length = body.len();
         let answer = format!("HTTP/1.1 {status} x\r\ncontent-length: {length}\r\n\r\n{body}");
