@@ -8,6 +8,7 @@ use forebay_proto::wire::fleet::Desired;
 use forebay_proto::wire::work::ResidencyDelta;
 use forebay_proto::{Incarnation, Now, WorkerId};
 use forebay_scheduler::asking::Asking;
+use forebay_scheduler::homes::table::Table;
 use forebay_scheduler::index::{Hit, IndexWriter};
 use forebay_scheduler::model::Targets;
 use forebay_scheduler::policy::{Policy, Request};
@@ -47,6 +48,8 @@ pub(super) struct Balancer {
     rng: StdRng,
     /// Workers promise no report sooner.
     interval: Duration,
+    /// Families and their homes, as agreed.
+    pub(super) homes: Arc<Table>,
 }
 
 impl Balancer {
@@ -65,6 +68,7 @@ impl Balancer {
                 Reports::Every(interval) => interval,
                 Reports::Fresh | Reports::Deployed => Duration::ZERO,
             },
+            homes: Arc::default(),
         };
         for worker in workers {
             balancer.follows.push(Follow::new(worker.incarnation()));
@@ -190,8 +194,10 @@ impl Balancer {
         let only: Vec<WorkerId> = answers.iter().map(|(worker, _)| *worker).collect();
         let index = self.index.index();
         let conversation = index.conversation(&job.blocks, self.follows.len());
+        let family = self.homes.of(&job.blocks);
         let request = Request {
             only: &only,
+            homes: family.map(|family| family.as_asked()),
             ..request(job, targets, &self.hits, conversation, self.turn)
         };
         let choice = self.view.pick(now, &request, policy, &mut self.rng)?;

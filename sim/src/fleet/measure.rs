@@ -22,6 +22,8 @@ pub(super) struct Told {
     pub(super) refusals: u64,
     pub(super) questions: u64,
     pub(super) unseen: f64,
+    pub(super) families: usize,
+    pub(super) copies: u64,
 }
 
 /// What a run was like.
@@ -51,8 +53,27 @@ pub struct Outcome {
     pub unseen: f64,
     /// Prompt tokens that were computed again after a pre-emption.
     pub recomputed_tokens: u64,
+    /// Families with homes at the end, and placements that made a home's copy.
+    pub families: usize,
+    /// See `families`.
+    pub copies: u64,
     /// From the first arrival to the last answer.
     pub lasted: Duration,
+}
+
+/// One request of a run, as its client saw it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Served {
+    /// When it came, from the start of the run.
+    pub arrived: Duration,
+    /// Tokens of its prompt.
+    pub prompt_tokens: u32,
+    /// The worker that had it last, from 0.
+    pub worker: u32,
+    /// Its time to first token, in milliseconds; none: it had none.
+    pub ttft_ms: Option<f64>,
+    /// Whether its first token came in time.
+    pub in_time: bool,
 }
 
 impl Outcome {
@@ -68,6 +89,8 @@ impl Outcome {
             refusals: told.refusals,
             questions: told.questions,
             unseen: told.unseen,
+            families: told.families,
+            copies: told.copies,
             ..Self::default()
         };
         let ms = |from: Now, to: Now| to.since(from).as_secs_f64() * 1e3;

@@ -15,6 +15,7 @@ mod arrivals;
 mod balancer;
 mod fault;
 mod fluid;
+mod homes;
 mod measure;
 mod pictures;
 mod search;
@@ -31,13 +32,13 @@ use forebay_scheduler::policy::Policy;
 pub use arrivals::{Spread, Workload};
 pub use fault::{Fault, FaultError, What};
 pub use fluid::{Fluid, fluid};
-pub use measure::{Outcome, quantile};
+pub use measure::{Outcome, Served, quantile};
 pub use pictures::{
     BALANCERS, Common, Grid, Grids, Pictures, Point, STALENESS_MS, Who, pictures, runs_of_pictures,
 };
 pub use search::{Found, search};
 pub use study::{Contender, Estimate, Figures, Rates, Result, SHARES, runs_of, study};
-pub use world::run;
+pub use world::{run, run_in_detail};
 
 /// The model that every request asks for.
 const MODEL: &str = "model";
@@ -145,6 +146,8 @@ pub struct Setup {
     pub slo: Slo,
     /// What becomes of rounded timestamps.
     pub spread: Spread,
+    /// Whether a leader gives hot families homes, by what agents say, and balancers count them.
+    pub homes: bool,
     /// What goes wrong.
     pub faults: Vec<Fault>,
 }
@@ -165,6 +168,7 @@ impl Default for Setup {
             max_seqs: 256,
             slo: Slo::default(),
             spread: Spread::Jitter,
+            homes: false,
             faults: Vec::new(),
         }
     }

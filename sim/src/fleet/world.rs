@@ -16,7 +16,8 @@ use rand::{Rng, SeedableRng};
 use super::arrivals::{Workload, mix};
 use super::balancer::{Answer, Balancer, News, delay};
 use super::fault::{Fault, What};
-use super::measure::{Life, Outcome, Told};
+use super::homes::{self, Homes};
+use super::measure::{Life, Outcome, Served, Told};
 use super::worker::{Make, Said, Why, Worker, offer};
 use super::{Check, Order, Reports, Setup};
 
@@ -47,6 +48,8 @@ enum Event {
     Wake(u32),
     Fault(usize),
     Mended(usize),
+    /// The leader looks at what is hot.
+    Homes,
 }
 
 struct Due(Now, u64, Event);
@@ -116,6 +119,8 @@ struct World<'a> {
     /// Of these, those at the worker that a balancer placed on, in all.
     missed: u64,
     placed: u64,
+    homes: Homes,
+    copies: u64,
     rng: StdRng,
     said: Vec<Said>,
 }
@@ -123,6 +128,17 @@ struct World<'a> {
 /// Runs a whole trace once.
 #[must_use]
 pub fn run(load: &Workload, setup: &Setup, rate: f64, seed: u64) -> Outcome {
+    run_in_detail(load, setup, rate, seed).0
+}
+
+/// Runs a whole trace once, and says what became of each of its requests, in the trace's order.
+#[must_use]
+pub fn run_in_detail(
+    load: &Workload,
+    setup: &Setup,
+    rate: f64,
+    seed: u64,
+) -> (Outcome, Vec<Served>) {
     let mut world = World::new(load, setup, seed);
     for (at, job) in load.arrivals(rate, setup.spread, seed) {
         let arrived = Now::at(at);
@@ -137,6 +153,9 @@ pub fn run(load: &Workload, setup: &Setup, rate: f64, seed: u64) -> Outcome {
     for (number, fault) in setup.faults.iter().enumerate() {
         world.push(Now::at(fault.at), Event::Fault(number));
     }
+    if setup.homes {
+        world.push(Now::default() + homes::EVERY, Event::Homes);
+    }
     while world.left > 0
         && let Some(Reverse(Due(at, _, event))) = world.events.pop()
     {
@@ -148,8 +167,11 @@ pub fn run(load: &Workload, setup: &Setup, rate: f64, seed: u64) -> Outcome {
         refusals: world.refusals,
         questions: world.asked,
         unseen: world.missed as f64 / world.placed.max(1) as f64,
+        families: world.homes.len(),
+        copies: world.copies,
     };
-    Outcome::new(setup, load, &world.lives, &counts, told)
+    let outcome = Outcome::new(setup, load, &world.lives, &counts, told);
+    (outcome, world.served())
 }
 
 fn fits(setup: &Setup, job: &super::arrivals::Job) -> bool {
@@ -204,6 +226,8 @@ impl<'a> World<'a> {
             unseen: vec![vec![0; setup.balancers.into()]; setup.workers as usize],
             missed: 0,
             placed: 0,
+            homes: Homes::default(),
+            copies: 0,
             rng,
             said: Vec::new(),
         };
@@ -220,6 +244,23 @@ impl<'a> World<'a> {
             }
         }
         world
+    }
+
+    fn served(&self) -> Vec<Served> {
+        let jobs = self.load.jobs.iter().zip(&self.lives).zip(&self.places);
+        let served = jobs.map(|((job, life), place)| {
+            let ms = |first: Now| first.since(life.arrived).as_secs_f64() * 1e3;
+            let ttft_ms = life.first.map(ms);
+            let target = self.setup.slo.ttft_ms(job.prompt_tokens);
+            Served {
+                arrived: life.arrived.since(Now::default()),
+                prompt_tokens: job.prompt_tokens,
+                worker: place.worker,
+                ttft_ms,
+                in_time: ttft_ms.is_some_and(|ms| ms <= target),
+            }
+        });
+        served.collect()
     }
 
     fn push(&mut self, at: Now, event: Event) {
@@ -283,6 +324,13 @@ impl<'a> World<'a> {
                 if self.workers[worker as usize].wake == Some(self.now) {
                     self.advance(worker);
                 }
+            }
+            Event::Homes => {
+                let table = self.homes.assign(self.now, &self.workers);
+                for balancer in &mut self.balancers {
+                    balancer.homes = table.clone();
+                }
+                self.push(self.now + homes::EVERY, Event::Homes);
             }
             Event::Fault(number) => self.fault(number),
             Event::Mended(number) => self.mend(number),
@@ -397,6 +445,7 @@ impl<'a> World<'a> {
             self.waiting[number].push_back(job);
             return;
         };
+        self.copies += u64::from(choice.work.makes_copy);
         let place = &mut self.places[job as usize];
         place.worker = choice.incarnation.worker.0;
         place.booking = Some(booking);

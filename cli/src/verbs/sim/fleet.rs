@@ -109,6 +109,9 @@ pub(super) struct FleetArgs {
     /// Engines are faster or slower than the profile by up to this share, and nobody is told.
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     speeds: f64,
+    /// Give hot families homes, by what agents say of them every ten seconds, as a leader does.
+    #[arg(long)]
+    homes: bool,
     /// What goes wrong: crash:3@120+60 (the third worker, after 120 s, for 60 s), drain:1@300,
     /// slow:2@0*0.5. May be given again.
     #[arg(long, value_name = "FAULT")]
@@ -381,6 +384,7 @@ impl FleetArgs {
             } else {
                 Spread::Jitter
             },
+            homes: self.homes,
             faults: self.fail.clone(),
             ..Setup::default()
         })
