@@ -99,9 +99,8 @@ impl Homes {
             let (id, step) = (one.id, one.done);
             return Some(Action::StepRebalance(wire::StepRebalance { id, step }));
         }
-        if self.late.insert(one.id, now).is_none() {
-            return None;
-        }
+        // At the first such look nothing is concluded.
+        self.late.insert(one.id, now)?;
         let percent = |thousandths: u64| format!("{}.{} %", thousandths / 10, thousandths % 10);
         let share = kept.in_time * ALL / kept.first_tokens.max(1);
         let why = format!(

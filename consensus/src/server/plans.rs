@@ -29,15 +29,12 @@ const COLLECT_FOR: Duration = Duration::from_secs(3);
 
 /// Arrivals that one plan is made from.
 const MOST_ARRIVALS: usize = 200_000;
-/// Of them from one worker, at most and at least.
-const MOST_OF_ONE: usize = 5_000;
+/// Of them from one worker, at most and at least: more would be larger than what is read of an agent.
+const MOST_OF_ONE: usize = 1_200;
 const LEAST_OF_ONE: usize = 50;
 
 /// How far back a plan looks, at least and at most: agents record ten minutes.
 const WINDOW: std::ops::RangeInclusive<u64> = 10_000..=600_000;
-
-/// Bytes that an agent may hand over while a plan is made: an arrival takes about sixty.
-pub(crate) const MOST_BYTES: usize = 512 << 10;
 
 /// Makes plans. It blocks for as long as it takes, on a thread of its own.
 pub trait Planner: Send + Sync + 'static {
@@ -104,12 +101,6 @@ impl Drop for Turn {
 }
 
 impl Plans {
-    /// Whether agents are asked now.
-    pub(crate) fn is_collecting(&self) -> bool {
-        let making = self.making.lock();
-        making.as_ref().is_some_and(|making| !making.closed)
-    }
-
     /// What to ask this agent for with the answer to its renewal.
     pub(crate) fn wants(&self, incarnation: Incarnation, renewed: &mut control::Renewed) {
         let making = self.making.lock();

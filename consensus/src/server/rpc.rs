@@ -29,16 +29,10 @@ const MAX_DEADLINE: Duration = Duration::from_secs(10);
 /// A renewal waits no longer for a node that was just elected: the next one comes in a second.
 const RENEW_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Largest request of a peer: whole documents come from operators only, and records of arrivals from
-/// agents while a plan is made.
-fn most_bytes(shared: &Shared, role: Role) -> usize {
-    let collects = || {
-        let running = shared.running();
-        running.is_some_and(|running| running.plans.is_collecting())
-    };
+/// Largest request of a peer: whole documents come from operators only.
+const fn most_bytes(role: Role) -> usize {
     match role {
         Role::Operator(_) => Kind::Request.max_bytes(),
-        Role::Agent if collects() => plans::MOST_BYTES,
         Role::Control | Role::Balancer | Role::Agent => 64 << 10,
     }
 }
@@ -69,8 +63,7 @@ async fn answer(
 ) {
     let receive = async {
         let _turn = bounds.receiving.acquire().await;
-        recv.recv_at_most(most_bytes(shared, link.peer().role))
-            .await
+        recv.recv_at_most(most_bytes(link.peer().role)).await
     };
     let response = match tokio::time::timeout(REQUEST_PATIENCE, receive).await {
         Ok(Ok(Some(frame))) if frame.kind == Kind::Request => match shared.rpcs.try_acquire() {

@@ -125,12 +125,9 @@ fn a_plan_is_made_from_what_agents_recorded_and_who_says_nothing_is_named() {
         let wants = cell.wanted(&one, w1);
         (wants.wants_arrivals > 0).then_some(wants)
     });
-    assert_eq!((wants.window_ms, wants.most), (60_000, 5_000));
-    // More than an agent may say at other times; another plan waits for this one.
-    for (wanted, arrivals) in [
-        (wants.wants_arrivals + 1, 3),
-        (wants.wants_arrivals, 40_000),
-    ] {
+    assert_eq!((wants.window_ms, wants.most), (60_000, 1_200));
+    // Another number says nothing, and more than was asked for is cut off.
+    for (wanted, arrivals) in [(wants.wants_arrivals + 1, 3), (wants.wants_arrivals, 2_000)] {
         let taken = cell
             .runtime
             .block_on(ask_on(&one, told(w1, wanted, arrivals)));
@@ -166,7 +163,7 @@ fn a_plan_is_made_from_what_agents_recorded_and_who_says_nothing_is_named() {
 }
 
 #[test]
-fn an_agent_speaks_of_its_own_worker_only_and_briefly_while_nobody_plans() {
+fn an_agent_hands_over_records_of_its_own_worker_only() {
     let mut cell = Cell::initialised(1);
     let (_kept1, one, _) = cell.ready("w1");
     let (_kept2, _two, w2) = cell.ready("w2");
@@ -175,15 +172,4 @@ fn an_agent_speaks_of_its_own_worker_only_and_briefly_while_nobody_plans() {
         matches!(failure(&taken), Failure::BadRequest(_)),
         "{taken:?}"
     );
-    let (mut send, mut recv) = one.open().unwrap();
-    let request = control::Request {
-        request: Some(told(w2, 7, 60_000)),
-    };
-    let frame = Frame::message(Kind::Request, &request);
-    assert!(frame.payload.len() > 64 << 10);
-    cell.runtime.block_on(async {
-        let _ = send.send(&frame).await;
-        send.finish();
-        assert!(!matches!(recv.recv().await, Ok(Some(_))), "it is not read");
-    });
 }

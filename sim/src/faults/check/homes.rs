@@ -175,7 +175,11 @@ impl Homes {
         });
         let free_count = free.clone().count().max(1);
         let (to, _, _) = free.nth(n % free_count)?;
-        let from = family.homes.first().copied().filter(|_| n % 2 == 0);
+        let from = family
+            .homes
+            .first()
+            .copied()
+            .filter(|_| n.is_multiple_of(2));
         Some(wire::Move {
             chunk: family.chunk,
             from: from.unwrap_or(0),
