@@ -74,9 +74,9 @@ fn it_is_known_and_serves_streams_and_errors_as_its_own() {
     let text = "word ".repeat(200);
     until_fingerprinted(&agent, &urls[0], &text);
     for (turn, url) in urls.iter().cycle().take(6).enumerate() {
-        let answer = ask(url, &chat(MODEL, &text, turn % 2 == 0, 8));
+        let answer = ask(url, &chat(MODEL, &text, turn.is_multiple_of(2), 8));
         assert!(answer.is_complete(), "{answer:?}");
-        let streamed = turn % 2 == 0;
+        let streamed = turn.is_multiple_of(2);
         assert_eq!(answer.text.contains("[DONE]"), streamed);
         assert_eq!(
             answer.text.contains("\"usage\":{"),
@@ -228,7 +228,7 @@ fn an_agent_that_dies_fails_what_it_carried_and_the_rest_goes_elsewhere() {
     for turn in 0..20 {
         let answer = ask(
             &urls[turn % 2],
-            &chat(MODEL, &format!("turn {turn}"), turn % 3 == 0, 4),
+            &chat(MODEL, &format!("turn {turn}"), turn.is_multiple_of(3), 4),
         );
         assert!(answer.is_complete(), "{answer:?}");
     }

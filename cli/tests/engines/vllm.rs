@@ -124,7 +124,7 @@ impl World {
     fn they_serve(&self) {
         let text = "word ".repeat(200);
         for turn in 0..12 {
-            let stream = turn % 2 == 0;
+            let stream = turn.is_multiple_of(2);
             let answer = ask(&self.urls[turn / 2 % 2], &chat(MODEL, &text, stream, 6));
             assert!(answer.is_complete(), "{answer:?}");
             assert_eq!(answer.text.contains("[DONE]"), stream);
@@ -204,7 +204,7 @@ impl World {
             let asking = |turn: usize| {
                 let text = format!("{turn} {}", "word ".repeat(40));
                 let url = &urls[turn % 2];
-                scope.spawn(move || ask(url, &chat(MODEL, &text, turn % 3 == 0, 200)))
+                scope.spawn(move || ask(url, &chat(MODEL, &text, turn.is_multiple_of(3), 200)))
             };
             let asked: Vec<_> = (0..24).map(asking).collect();
             asked

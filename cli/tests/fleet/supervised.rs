@@ -23,13 +23,9 @@ impl Supervising {
     fn start(fleet: &Fleet, dir: &Path, engine: &str) -> Self {
         let data = fleet.data();
         let control = &fleet.process("c1").addresses["quic"];
-        let log = std::fs::OpenOptions::new();
-        let log = log
-            .clone()
-            .create(true)
-            .append(true)
-            .open(dir.join("agent.log"))
-            .unwrap();
+        let mut log = std::fs::OpenOptions::new();
+        let log = log.create(true).append(true).open(dir.join("agent.log"));
+        let log = log.unwrap();
         let command = format!(
             "{} engine --listen {engine} --model supervised --speed 10",
             env!("CARGO_BIN_EXE_forebay")
