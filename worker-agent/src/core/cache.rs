@@ -370,7 +370,7 @@ impl Cache {
             return;
         }
         if let Some(foreseen) = foreseen {
-            self.judge(foreseen, usage.cached_tokens);
+            self.judge(prompt, foreseen, usage.cached_tokens);
         }
         let grain = prompt.grain_tokens();
         // An estimate of lengths that was too high is no wrong belief of what is resident.
@@ -396,11 +396,14 @@ impl Cache {
     }
 
     /// Whether what events foresaw came true.
-    fn judge(&mut self, foreseen: Promise, reported: Option<u32>) {
+    fn judge(&mut self, prompt: &Prompt, foreseen: Promise, reported: Option<u32>) {
         let Some(exact) = &mut self.exact else { return };
         let block = exact.block_tokens().unwrap_or(1);
-        if let Some(reported) = reported {
-            exact.judge(foreseen, reported);
+        if let Some(reported) = reported
+            && !exact.judge(&prompt.chunks, foreseen, reported)
+        {
+            // That is no fault of the map.
+            return;
         }
         let verdict = self
             .exact_check

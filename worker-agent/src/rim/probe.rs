@@ -87,7 +87,7 @@ async fn ask_health(engine: &Engine, patience: Duration) -> Result<(), CallError
 }
 
 /// Which process the engine is, where it says; a page that is late is asked for twice.
-async fn ask_process(engine: &Engine, patience: Duration) -> Option<String> {
+pub(super) async fn ask_process(engine: &Engine, patience: Duration) -> Option<String> {
     for _ in 0..2 {
         if let Ok(page) = engine.get("/metrics", patience).await {
             let since = started(&page.body).filter(|_| page.status == 200);
