@@ -15,6 +15,7 @@ mod compare;
 mod control_gone;
 mod differential;
 mod drain;
+mod exact;
 mod explain;
 mod failures;
 mod figures;

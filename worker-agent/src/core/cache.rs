@@ -393,7 +393,7 @@ impl Cache {
             return;
         }
         if let Some(foreseen) = foreseen {
-            self.judge(foreseen, usage.cached_tokens);
+            self.judge(prompt, foreseen, usage.cached_tokens);
         }
         let grain = prompt.grain_tokens();
         // An estimate of lengths that was too high is no wrong belief of what is resident.
@@ -419,11 +419,14 @@ impl Cache {
     }
 
     /// Whether what events foresaw came true.
-    fn judge(&mut self, foreseen: Promise, reported: Option<u32>) {
+    fn judge(&mut self, prompt: &Prompt, foreseen: Promise, reported: Option<u32>) {
         let Some(exact) = &mut self.exact else { return };
         let block = exact.block_tokens().unwrap_or(1);
-        if let Some(reported) = reported {
-            exact.judge(foreseen, reported);
+        if let Some(reported) = reported
+            && !exact.judge(&prompt.chunks, foreseen, reported)
+        {
+            // That is no fault of the map.
+            return;
         }
         let verdict = self
             .exact_check
@@ -625,7 +628,7 @@ mod tests {
             completion_tokens: Some(1),
         };
         for _ in 0..20 {
-            cache.observe(&prompt, held, 0, counted);
+            cache.observe(&prompt, held, None, counted);
         }
         assert_eq!(cache.grade(), Grade::Inferred, "its answers say otherwise");
         cache.expect(Grade::Blind);
@@ -649,7 +652,7 @@ mod tests {
             };
             let held = cache.taken(&prompt);
             cache.prefilled(&prompt);
-            cache.finished(&prompt, held, Usage::default());
+            cache.finished(Now::default(), &prompt, held, Usage::default());
         }
         assert!(cache.resident_chunks() <= 2, "{}", cache.resident_chunks());
     }

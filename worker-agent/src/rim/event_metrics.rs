@@ -113,7 +113,7 @@ impl EventMetrics {
             (
                 &settled.answers,
                 "kv_settled_answers",
-                "Answers that told what was cached, where it was predicted by events alone",
+                "Answers that told what was cached, where it was predicted by events that were in",
             ),
             (
                 &settled.over,
@@ -133,7 +133,7 @@ impl EventMetrics {
             (
                 &promised.answers,
                 "kv_promised_answers",
-                "Answers that told what was cached, where prompts on their way were counted as well",
+                "Answers that told what was cached, where prompts on their way were counted, or blocks whose removal was told later",
             ),
             (
                 &promised.over,

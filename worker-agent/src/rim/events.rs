@@ -13,6 +13,7 @@ use zeromq::{
     ZmqMessage,
 };
 
+use super::found;
 use super::sources::{LocalEndpoint, Sources};
 use super::work::Shared;
 use crate::core::kv::Batch;
@@ -73,8 +74,17 @@ async fn session(shared: &Shared, sources: &Sources, connected: impl FnOnce()) -
         Ok(opened) => opened,
         Err(problem) => return (problem, false),
     };
-    connected();
+    // Behind the sockets it may be another process than the one that the map is of, and one that has said
+    // little is not told from one that has nothing new to say.
     interrupted(shared);
+    let gauges = found::gauges(&shared.engine, shared.patience.look).await;
+    let process = gauges.and_then(|gauges| found::process(&shared.engine, &gauges));
+    let Some(process) = process else {
+        let problem = "the engine does not say which process it is";
+        return (ZmqError::Other(problem), false);
+    };
+    shared.engine_is(Some(process));
+    connected();
     loop {
         let asked = shared.with(|core, now| {
             core.events(|exact| {

@@ -524,10 +524,7 @@ fn announce(change: GradeChange, adapter: Adapter) {
             grade = "blind",
             "the engine's cache holds less than is predicted: look at its size (--kv-tokens), at whether prefix caching is on, and at who else uses the engine; prefixes are believed to be cached for a minute until it does better"
         ),
-        GradeChange::Events => tracing::info!(
-            grade = "exact",
-            "the engine's events say what its cache holds"
-        ),
+        GradeChange::Events => tracing::info!("the engine's events say what its cache holds"),
         GradeChange::EventsLost => tracing::warn!(
             grade = "inferred",
             "events of the engine's cache are missing, or those of one cache of several: what it holds is guessed until they say all of it again; a larger buffer_steps in vLLM's --kv-events-config lets it tell them again"

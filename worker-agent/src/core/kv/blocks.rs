@@ -148,6 +148,16 @@ impl Blocks {
         self.unknown
     }
 
+    /// A point in the order of removals.
+    pub(super) const fn mark(&self) -> u64 {
+        self.turn
+    }
+
+    /// Whether a chunk went, and perhaps came back, since such a point.
+    pub(super) fn went_since(&self, chunk: u64, mark: u64) -> bool {
+        self.chunks.get(&chunk).is_none_or(|at| at.turn > mark)
+    }
+
     /// Tokens up to the end of a chunk that is resident.
     pub(super) fn tokens_to(&self, chunk: u64) -> Option<u32> {
         self.chunks.get(&chunk)?.resident

@@ -49,6 +49,8 @@ pub struct Promise {
     pub tokens: u32,
     /// All of them are in the cache already, by its events.
     pub settled: bool,
+    /// When that was, in the order of removals.
+    mark: u64,
 }
 
 /// How predictions held.
@@ -90,9 +92,10 @@ pub struct Seen {
     pub chunks: (u64, u64),
     /// Tokens by which they may be off.
     pub error_tokens: u64,
-    /// Predictions from events that are in.
+    /// Predictions from events alone that had all of them.
     pub settled: Judged,
-    /// Predictions with prompts that were on their way.
+    /// Predictions that counted prompts on their way, and those whose blocks were gone already, of which the
+    /// events came later.
     pub promised: Judged,
 }
 
@@ -335,6 +338,7 @@ impl Exact {
     pub fn hit(&self, chunks: &[u64], own: bool) -> Promise {
         let mut hit = Promise {
             settled: true,
+            mark: self.blocks.mark(),
             ..Promise::default()
         };
         for (at, chunk) in chunks.iter().enumerate() {
@@ -464,15 +468,21 @@ impl Exact {
         self.blocks.block_tokens()
     }
 
-    /// The engine said how much of a prompt it had.
-    pub fn judge(&mut self, predicted: Promise, reported: u32) {
+    /// The engine said at a request's end how much of its prompt it had. Returns whether what was predicted
+    /// had all events: what a request uses cannot go before its end, so that what went meanwhile was gone
+    /// when it began.
+    pub fn judge(&mut self, chunks: &[u64], predicted: Promise, reported: u32) -> bool {
         let block_tokens = self.blocks.block_tokens().unwrap_or(1);
-        let judged = if predicted.settled {
+        let mut found = chunks[..predicted.chunks.min(chunks.len())].iter();
+        let went = |chunk: &u64| self.blocks.went_since(*chunk, predicted.mark);
+        let settled = predicted.settled && !found.any(went);
+        let judged = if settled {
             &mut self.seen.settled
         } else {
             &mut self.seen.promised
         };
         judged.count(predicted.tokens, reported, block_tokens);
+        settled
     }
 
     /// Predictions do not hold: the map is not believed before it is known whole again.

@@ -436,6 +436,36 @@ fn a_prompt_on_its_way_is_found_by_the_next_and_confirmed_or_withdrawn() {
 }
 
 #[test]
+fn what_went_before_a_request_began_is_no_fault_of_the_map() {
+    let session = session(U64);
+    let news = session.requests[0].news();
+    let mut exact = exact(true);
+    let _ = exact.ask(at(0));
+    exact.replay_end();
+    exact.live(0, session.batches[0].2.clone());
+    exact.aligned(news.clone());
+    let foreseen = exact.hit(&news.chunks, false);
+    assert!(exact.judge(&news.chunks, foreseen, foreseen.tokens));
+    // It is told that they are gone while the request runs, which found nothing of them.
+    exact.live(
+        1,
+        Batch {
+            at: 0.0,
+            events: vec![Event::Cleared],
+        },
+    );
+    assert!(!exact.judge(&news.chunks, foreseen, 0));
+    let seen = exact.seen();
+    assert_eq!((seen.settled.answers, seen.settled.over), (1, 0));
+    assert_eq!((seen.promised.answers, seen.promised.over), (1, 1));
+    // One that was in all events, and was not there all the same, is.
+    exact.live(2, session.batches[0].2.clone());
+    let foreseen = exact.hit(&news.chunks, false);
+    assert!(exact.judge(&news.chunks, foreseen, 0));
+    assert_eq!(exact.seen().settled.over, 1);
+}
+
+#[test]
 fn salts_and_adapters_are_caches_of_their_own() {
     let ids: Vec<u32> = (0..64).collect();
     let check = |extras: &[&str], scope: Option<&str>, model: &str, found: bool| {
