@@ -487,8 +487,12 @@ impl Shared {
         }
     }
 
-    /// The engine answers, with these models.
+    /// The engine answers, with these models. One that has to do some work first is not up by that: it may have
+    /// been found to hang since it was asked.
     pub(super) fn engine_up(&self, models: &[String]) {
+        if self.is_doubted() {
+            return;
+        }
         if self.with(|core, _| {
             let was = core.engine();
             core.engine_up(models);
