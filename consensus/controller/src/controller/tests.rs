@@ -373,7 +373,7 @@ fn a_rebalance_waits_while_promises_are_broken_and_stops_when_they_stay_so() {
         "stop r7: 80.0 % of the pool's first tokens are in time, fewer than 90.0 %"
     );
     heat(&mut world, 11_500, 10, 8);
-    assert_eq!(world.step(12_000).contains("r7"), false);
+    assert!(!world.step(12_000).contains("r7"));
 }
 
 #[test]
