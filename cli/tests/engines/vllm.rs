@@ -123,7 +123,7 @@ impl World {
 
     fn they_serve(&self) {
         let text = "word ".repeat(200);
-        for turn in 0..12 {
+        for turn in 0..12_usize {
             let stream = turn.is_multiple_of(2);
             let answer = ask(&self.urls[turn / 2 % 2], &chat(MODEL, &text, stream, 6));
             assert!(answer.is_complete(), "{answer:?}");
