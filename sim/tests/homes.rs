@@ -65,17 +65,25 @@ fn at(load: &Workload, setup: &Setup, share: f64, seed: u64) -> Outcome {
 fn a_hot_family_gets_homes_and_nobody_fares_worse_for_it() {
     let load = skewed(400, 60, 1);
     let (without, with) = (
-        at(&load, &fleet(false), 0.7, 1),
-        at(&load, &fleet(true), 0.7, 1),
+        at(&load, &fleet(false), 0.4, 1),
+        at(&load, &fleet(true), 0.4, 1),
     );
     assert_eq!((without.families, without.copies), (0, 0));
-    assert!(with.families >= 1 && with.copies >= 1, "{with:?}");
+    assert!(with.families >= 1);
     assert_eq!((with.offered, with.failed), (1_200, 0));
-    assert!(with.attainment() >= without.attainment() - 0.02);
-    assert!(with.hit_ratio >= without.hit_ratio - 0.02);
+    let [kept_without, kept_with] = [&without, &with].map(Outcome::attainment);
+    assert!(
+        kept_with >= kept_without - 0.02,
+        "{kept_with} {kept_without}"
+    );
+    let [cached_without, cached_with] = [&without, &with].map(|one| one.hit_ratio);
+    assert!(
+        cached_with >= cached_without - 0.02,
+        "{cached_with} {cached_without}"
+    );
     // Copies are few: each is one prefill on one home.
     assert!(with.copies < 200, "{}", with.copies);
-    assert_eq!(at(&load, &fleet(true), 0.7, 1), with, "runs repeat");
+    assert_eq!(at(&load, &fleet(true), 0.4, 1), with, "runs repeat");
 }
 
 fn trace(name: &str, limit: usize) -> Option<Workload> {
@@ -94,9 +102,14 @@ fn mean(runs: &[Outcome], of: impl Fn(&Outcome) -> f64) -> f64 {
 
 fn row(what: &str, runs: &[Outcome]) {
     let goodput = |one: &Outcome| one.met as f64 / one.lasted.as_secs_f64();
+    let kept = |pick: fn(f64, f64) -> f64, from| {
+        100.0 * runs.iter().map(Outcome::attainment).fold(from, pick)
+    };
     println!(
-        "{what} | {:.1} % | {:.2}/s | {:.1} % | {:.0} | {:.0} | {:.2} | {:.0} | {:.0}",
+        "{what} | {:.1} ({:.1} to {:.1}) % | {:.2}/s | {:.1} % | {:.0} | {:.0} | {:.2} | {:.0} | {:.0}",
         100.0 * mean(runs, Outcome::attainment),
+        kept(f64::min, 1.0),
+        kept(f64::max, 0.0),
         mean(runs, goodput),
         100.0 * mean(runs, |one| one.hit_ratio),
         mean(runs, |one| quantile(&one.ttft_ms, 0.5)),
@@ -112,29 +125,29 @@ fn row(what: &str, runs: &[Outcome]) {
 #[ignore = "a measurement"]
 fn homes_on_traces_and_on_a_skewed_load() {
     let mut loads = vec![
-        ("one hot family, 60 %", skewed(1_500, 60, 1)),
-        ("one hot family, 90 %", skewed(1_500, 90, 2)),
+        ("one hot family, 60 %", skewed(1_500, 60, 1), [0.45, 0.55]),
+        ("one hot family, 90 %", skewed(1_500, 90, 2), [0.45, 0.55]),
     ];
-    for (name, limit) in [
-        ("mooncake-conversation-1of2", 5_606),
-        ("lmcache-agents-dev", 1_148),
-        ("agentic-coding-dev", 3_000),
+    for (name, limit, shares) in [
+        ("mooncake-conversation-1of2", 5_606, [0.8, 0.95]),
+        ("lmcache-agents-dev", 1_148, [0.4, 0.6]),
+        ("agentic-coding-dev", 3_000, [0.4, 0.6]),
     ] {
-        loads.extend(trace(name, limit).map(|load| (name, load)));
+        loads.extend(trace(name, limit).map(|load| (name, load, shares)));
     }
     println!(
         "load | balancers | of the bound | homes | kept | goodput | cached | p50 | p99 | max/mean | families | copies"
     );
-    for (name, load) in &loads {
+    for (name, load, shares) in &loads {
         for (balancers, reports) in [(1, Reports::Fresh), (8, Reports::Deployed)] {
-            for share in [0.6, 0.8, 0.95] {
+            for share in *shares {
                 for homes in [false, true] {
                     let setup = Setup {
                         balancers,
                         reports,
                         ..fleet(homes)
                     };
-                    let runs: Vec<_> = (1..=3).map(|seed| at(load, &setup, share, seed)).collect();
+                    let runs: Vec<_> = (1..=5).map(|seed| at(load, &setup, share, seed)).collect();
                     let word = if homes { "yes" } else { "no" };
                     row(&format!("{name} | {balancers} | {share} | {word}"), &runs);
                 }
