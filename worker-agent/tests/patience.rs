@@ -112,8 +112,8 @@ async fn converse(
                 said.reads.fetch_add(1, Ordering::Relaxed);
                 (said.models.load(Ordering::Relaxed), MODELS)
             }
-            // Nobody says which process it is.
-            "/metrics" => (404, ""),
+            // Nobody says which process it is, or how prompts are rendered.
+            "/metrics" | "/tokenize" => (404, ""),
             "/v1/chat/completions" => {
                 let _ = asked.send((path.into(), header("x-request-id:")));
                 flood(&mut stream, &said).await;

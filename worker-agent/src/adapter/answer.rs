@@ -3,11 +3,12 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::event::{FAILURES, Word, word};
+use super::event::{FAILURES, Word, value, word};
 use crate::core::Usage;
 
 /// An event, or an answer, that is longer is passed on unread.
 const MAX_HELD_BYTES: usize = 1 << 20;
+const USAGE: &[u8] = b"\"usage\"";
 
 /// Whether an answer that has come to its end is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,7 +254,12 @@ struct Read {
 }
 
 fn read_event(event: &[u8]) -> Option<Read> {
-    memchr::memmem::find(event, b"\"usage\"")?;
+    // Some engines say in each event that they do not count yet.
+    let mut usages = memchr::memmem::find_iter(event, USAGE);
+    let counts = |at| value(&event[at..], USAGE).is_some_and(|counts| counts.starts_with(b"{"));
+    if !usages.any(counts) {
+        return None;
+    }
     let text = std::str::from_utf8(event).ok()?;
     let data = text.trim_end().strip_prefix("data:")?;
     let document: Document = serde_json::from_str(data.trim_start()).ok()?;

@@ -63,7 +63,7 @@ fn finish_reason(data: &[u8]) -> Word {
 }
 
 /// What stands behind a key and its colon.
-fn value<'a>(at: &'a [u8], key: &[u8]) -> Option<&'a [u8]> {
+pub(super) fn value<'a>(at: &'a [u8], key: &[u8]) -> Option<&'a [u8]> {
     let behind = at.strip_prefix(key)?.trim_ascii_start();
     Some(behind.strip_prefix(b":")?.trim_ascii_start())
 }

@@ -74,6 +74,8 @@ mod tests {
     fn what_was_not_begun_may_run_elsewhere() {
         assert_eq!(not_started(503, OVERLOAD), Some(NotStarted::Overloaded));
         assert_eq!(not_started(503, b""), Some(NotStarted::Overloaded));
+        let sglang = include_bytes!("../../tests/samples/sglang-error-overload.json");
+        assert_eq!(not_started(503, sglang), Some(NotStarted::Overloaded));
         assert_eq!(not_started(500, STOPPING), Some(NotStarted::Stopping));
         let flat = br#"{"object":"error","message":"cannot schedule new futures after shutdown"}"#;
         assert_eq!(not_started(500, flat), Some(NotStarted::Stopping));
