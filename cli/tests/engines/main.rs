@@ -11,6 +11,7 @@
 )]
 
 mod client;
+mod exact;
 #[path = "../fleet/harness.rs"]
 #[allow(dead_code)] // what other tests use of it
 mod harness;

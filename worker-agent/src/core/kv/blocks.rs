@@ -8,22 +8,17 @@
 //!
 //! Keyed hashes and counts only: no tokens are kept.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::hash::Hasher as _;
 
-use forebay_scheduler::residency::{Change, MAX_CHUNKS};
+use forebay_scheduler::residency::Change;
 use siphasher::sip::SipHasher13;
 
+use super::chunks::Chunks;
 use super::event::{Event, Place, Stored};
 
 /// Blocks that a map holds; no engine has more.
 pub(super) const MAX_BLOCKS: usize = 1 << 21;
-/// Chunks that are known and not resident: their blocks are to come, or come back.
-const MAX_ABSENT: usize = 1 << 16;
-/// Chunks that one block is counted for: of as many prompts as differ in what tokens do not show.
-const MAX_SHARED: usize = 64;
-const WAYS: usize = 2;
-
 /// A block by what is in it and before it.
 pub(super) type Path = u64;
 
@@ -47,49 +42,13 @@ pub(super) struct Held {
     pub(super) copies: u32,
 }
 
-#[derive(Default)]
-struct Spot {
-    copies: u32,
-    /// The chunks that touch it.
-    chunks: Vec<u64>,
-}
-
-/// One set of blocks by which a chunk may be resident.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Way {
-    pub(super) tokens: u32,
-    pub(super) paths: Box<[Path]>,
-    missing: u32,
-}
-
-struct Chunk {
-    /// The newest last.
-    ways: Vec<Way>,
-    /// As it was told; none: it is not resident.
-    resident: Option<u32>,
-    /// Of its newest place in the line of those that are not resident.
-    turn: u64,
-}
-
-impl Chunk {
-    fn tokens(&self) -> Option<u32> {
-        let there = self.ways.iter().rev().find(|way| way.missing == 0);
-        there.map(|way| way.tokens)
-    }
-}
-
 /// The map. See the module's page.
 pub(super) struct Blocks {
     key: [u8; 16],
     block_tokens: Option<u32>,
     held: HashMap<u64, Held>,
     copies: u64,
-    spots: HashMap<Path, Spot>,
-    chunks: HashMap<u64, Chunk>,
-    resident: usize,
-    absent: VecDeque<(u64, u64)>,
-    turn: u64,
-    changes: Vec<Change>,
+    chunks: Chunks,
     /// Removals of what was never stored.
     unknown: u64,
 }
@@ -113,12 +72,7 @@ impl Blocks {
             block_tokens: None,
             held: HashMap::new(),
             copies: 0,
-            spots: HashMap::new(),
-            chunks: HashMap::new(),
-            resident: 0,
-            absent: VecDeque::new(),
-            turn: 0,
-            changes: Vec::new(),
+            chunks: Chunks::default(),
             unknown: 0,
         }
     }
@@ -138,9 +92,9 @@ impl Blocks {
         self.copies
     }
 
-    /// Chunks that are resident, and those that are known and are not.
-    pub(super) fn chunks(&self) -> (usize, usize) {
-        (self.resident, self.chunks.len() - self.resident)
+    /// The chunks that follow.
+    pub(super) const fn chunks(&self) -> &Chunks {
+        &self.chunks
     }
 
     /// Removals of blocks that were never stored, as far as is known.
@@ -148,32 +102,9 @@ impl Blocks {
         self.unknown
     }
 
-    /// A point in the order of removals.
-    pub(super) const fn mark(&self) -> u64 {
-        self.turn
-    }
-
-    /// Whether a chunk went, and perhaps came back, since such a point.
-    pub(super) fn went_since(&self, chunk: u64, mark: u64) -> bool {
-        self.chunks.get(&chunk).is_none_or(|at| at.turn > mark)
-    }
-
-    /// Tokens up to the end of a chunk that is resident.
-    pub(super) fn tokens_to(&self, chunk: u64) -> Option<u32> {
-        self.chunks.get(&chunk)?.resident
-    }
-
-    /// Chunks that are resident.
-    pub(super) fn resident(&self) -> impl Iterator<Item = Placed> {
-        self.chunks.iter().filter_map(|(chunk, at)| {
-            let chunk = *chunk;
-            at.resident.map(|tokens| Placed { chunk, tokens })
-        })
-    }
-
-    /// What changed since this was last asked.
+    /// What became of chunks since this was last asked.
     pub(super) fn take_changes(&mut self) -> Vec<Change> {
-        std::mem::take(&mut self.changes)
+        self.chunks.take_changes()
     }
 
     /// An event came.
@@ -228,7 +159,7 @@ impl Blocks {
             held.path = held.path.or(path);
             before = held.path;
             if let Some(path) = before {
-                (0..copies).for_each(|_| self.up(path));
+                (0..copies).for_each(|_| self.chunks.up(path));
             }
         }
         Ok(())
@@ -246,14 +177,14 @@ impl Blocks {
             self.held.remove(&hash);
         }
         if let Some(path) = path {
-            self.down(path, 1);
+            self.chunks.down(path, 1);
         }
     }
 
     fn clear(&mut self) {
         for held in std::mem::take(&mut self.held).into_values() {
             if let Some(path) = held.path {
-                self.down(path, held.copies);
+                self.chunks.down(path, held.copies);
             }
         }
         self.copies = 0;
@@ -261,91 +192,10 @@ impl Blocks {
 
     /// Forgets everything; what was resident is told to be gone.
     pub(super) fn forget(&mut self) {
-        let changes = std::mem::take(&mut self.changes);
-        let gone = self.resident().map(|Placed { chunk, .. }| chunk);
-        let gone: Vec<_> = gone.map(|chunk| Change::Removed { chunk }).collect();
         let (key, unknown) = (self.key, self.unknown);
-        *self = Self::new(key);
-        self.changes = changes;
-        self.changes.extend(gone);
+        let mut before = std::mem::replace(self, Self::new(key)).chunks;
+        self.chunks = before.forget();
         self.unknown = unknown;
-    }
-
-    fn up(&mut self, path: Path) {
-        let spot = self.spots.entry(path).or_default();
-        spot.copies += 1;
-        if spot.copies == 1 {
-            self.turn_chunks(path, |missing| missing - 1);
-        }
-    }
-
-    fn down(&mut self, path: Path, copies: u32) {
-        let Some(spot) = self.spots.get_mut(&path) else {
-            return;
-        };
-        spot.copies -= copies;
-        if spot.copies > 0 {
-            return;
-        }
-        if spot.chunks.is_empty() {
-            self.spots.remove(&path);
-        } else {
-            self.turn_chunks(path, |missing| missing + 1);
-        }
-    }
-
-    /// A path came or went: chunks that touch it miss one less or more.
-    fn turn_chunks(&mut self, path: Path, missing: impl Fn(u32) -> u32) {
-        let Some(spot) = self.spots.get_mut(&path) else {
-            return;
-        };
-        let touched = std::mem::take(&mut spot.chunks);
-        for chunk in &touched {
-            if let Some(at) = self.chunks.get_mut(chunk) {
-                for way in &mut at.ways {
-                    if way.paths.contains(&path) {
-                        way.missing = missing(way.missing);
-                    }
-                }
-            }
-            self.tell(*chunk);
-        }
-        if let Some(spot) = self.spots.get_mut(&path) {
-            spot.chunks = touched;
-        }
-    }
-
-    /// Says what became of a chunk.
-    fn tell(&mut self, chunk: u64) {
-        let Some(at) = self.chunks.get_mut(&chunk) else {
-            return;
-        };
-        let (before, tokens) = (at.resident, at.tokens());
-        // By which way does not matter while it is resident.
-        if before.is_some() && tokens.is_some() || before.is_none() && tokens.is_none() {
-            return;
-        }
-        at.resident = tokens;
-        match tokens {
-            Some(tokens) => {
-                self.resident += 1;
-                self.changes.push(Change::Stored { chunk, tokens });
-            }
-            None => {
-                self.resident -= 1;
-                self.changes.push(Change::Removed { chunk });
-                self.line_up(chunk);
-            }
-        }
-    }
-
-    /// The newest of those that are not resident.
-    fn line_up(&mut self, chunk: u64) {
-        self.turn += 1;
-        if let Some(at) = self.chunks.get_mut(&chunk) {
-            at.turn = self.turn;
-            self.absent.push_back((chunk, self.turn));
-        }
     }
 
     /// A prompt's tokens are known: its chunks are resident when the blocks that they touch are there.
@@ -371,7 +221,7 @@ impl Blocks {
             }
             let first = ((from / size) as usize).min(to - 1);
             from = tokens;
-            self.add_way(chunk, tokens, &paths[first..to]);
+            self.chunks.add_way(chunk, tokens, &paths[first..to]);
         }
     }
 
@@ -418,115 +268,16 @@ impl Blocks {
         hasher.finish().max(1)
     }
 
-    fn add_way(&mut self, chunk: u64, tokens: u32, paths: &[Path]) {
-        let known = self.chunks.get(&chunk);
-        if let Some(known) = known {
-            // What is newest stands last; the same again moves there.
-            let same = known.ways.iter().position(|way| *way.paths == *paths);
-            if let Some(same) = same {
-                if let Some(known) = self.chunks.get_mut(&chunk) {
-                    known.ways[same..].rotate_left(1);
-                }
-                return;
-            }
-            if known.ways.len() >= WAYS {
-                self.drop_way(chunk);
-            }
-        } else {
-            if self.resident >= MAX_CHUNKS {
-                return;
-            }
-            self.make_room();
-        }
-        let mut missing = 0;
-        for path in paths {
-            let spot = self.spots.entry(*path).or_default();
-            missing += u32::from(spot.copies == 0);
-            if !spot.chunks.contains(&chunk) {
-                if spot.chunks.len() >= MAX_SHARED {
-                    // Counted for as many as it may be: this one stays missing.
-                    missing += 1;
-                    continue;
-                }
-                spot.chunks.push(chunk);
-            }
-        }
-        let way = Way {
-            tokens,
-            paths: paths.into(),
-            missing,
-        };
-        let fresh = !self.chunks.contains_key(&chunk);
-        let at = self.chunks.entry(chunk).or_insert(Chunk {
-            ways: Vec::with_capacity(1),
-            resident: None,
-            turn: 0,
-        });
-        at.ways.push(way);
-        if fresh {
-            self.line_up(chunk);
-        }
-        self.tell(chunk);
-    }
-
-    /// Drops one of a chunk's ways.
-    fn drop_way(&mut self, chunk: u64) {
-        let Some(at) = self.chunks.get_mut(&chunk) else {
-            return;
-        };
-        // One that is resident stays, if there is another.
-        let oldest = at.ways.iter().position(|way| way.missing > 0);
-        let dropped = at.ways.remove(oldest.unwrap_or(0));
-        let left: Vec<_> = at.ways.iter().map(|way| way.paths.clone()).collect();
-        for path in &dropped.paths {
-            if !left.iter().any(|paths| paths.contains(path)) {
-                self.leave(*path, chunk);
-            }
-        }
-    }
-
-    /// A chunk does not touch this path any more.
-    fn leave(&mut self, path: Path, chunk: u64) {
-        if let Some(spot) = self.spots.get_mut(&path) {
-            spot.chunks.retain(|other| *other != chunk);
-            if spot.chunks.is_empty() && spot.copies == 0 {
-                self.spots.remove(&path);
-            }
-        }
-    }
-
-    /// Forgets chunks that have not been resident for longest, so that there is room for one more.
-    fn make_room(&mut self) {
-        while self.chunks.len() - self.resident >= MAX_ABSENT || self.absent.len() >= 4 * MAX_ABSENT
-        {
-            let Some((chunk, turn)) = self.absent.pop_front() else {
-                return;
-            };
-            let stands = self.chunks.get(&chunk);
-            if !stands.is_some_and(|at| at.turn == turn && at.resident.is_none()) {
-                continue;
-            }
-            if let Some(gone) = self.chunks.remove(&chunk) {
-                for path in gone.ways.iter().flat_map(|way| way.paths.iter()) {
-                    self.leave(*path, chunk);
-                }
-            }
-        }
-    }
-
     /// What is held, to go on from: of chunks, those that are resident.
     pub(super) fn kept(&self) -> KeptBlocks {
         let blocks = self.held.iter().map(|(hash, held)| (*hash, *held));
-        let resident = self.chunks.iter().filter(|(_, at)| at.resident.is_some());
+        let ways = self.chunks.ways();
         KeptBlocks {
             key: self.key,
             block_tokens: self.block_tokens.unwrap_or(0),
             blocks: blocks.collect(),
-            chunks: resident
-                .flat_map(|(chunk, at)| {
-                    let there = at.ways.iter().filter(|way| way.missing == 0);
-                    there.map(|way| (*chunk, way.tokens, way.paths.clone()))
-                })
+            chunks: ways
+                .map(|(chunk, tokens, paths)| (chunk, tokens, paths.into()))
                 .collect(),
         }
     }
@@ -544,11 +295,11 @@ impl Blocks {
             blocks.held.insert(*hash, *held);
             blocks.copies += copies;
             if let Some(path) = held.path {
-                blocks.spots.entry(path).or_default().copies += held.copies;
+                (0..held.copies).for_each(|_| blocks.chunks.up(path));
             }
         }
         for (chunk, tokens, paths) in &kept.chunks {
-            blocks.add_way(*chunk, *tokens, paths);
+            blocks.chunks.add_way(*chunk, *tokens, paths);
         }
         blocks
     }

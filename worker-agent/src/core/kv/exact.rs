@@ -13,6 +13,7 @@ use super::align::Aligned;
 use super::blocks::{Blocks, Placed, Unfit};
 use super::event::{Batch, Event};
 use super::kept::KeptExact;
+use super::seen::Seen;
 use super::stream::{Counts, Step, Stream};
 
 /// Events of a request come so long after its end, at most.
@@ -51,52 +52,6 @@ pub struct Promise {
     pub settled: bool,
     /// When that was, in the order of removals.
     mark: u64,
-}
-
-/// How predictions held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Judged {
-    /// Answers that told how much was cached.
-    pub answers: u64,
-    /// Those with a block more predicted than there was, or more still.
-    pub over: u64,
-    /// Tokens predicted.
-    pub predicted: u64,
-    /// Tokens that were cached.
-    pub reported: u64,
-}
-
-impl Judged {
-    fn count(&mut self, predicted: u32, reported: u32, block_tokens: u32) {
-        self.answers += 1;
-        self.over += u64::from(predicted > reported.saturating_add(block_tokens));
-        self.predicted += u64::from(predicted);
-        self.reported += u64::from(reported);
-    }
-}
-
-/// What a scrape sees.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
-    /// Of the stream.
-    pub stream: Counts,
-    /// Blocks in the cache, copies counted.
-    pub blocks: u64,
-    /// Chunks that are known and not in the cache.
-    pub absent: u64,
-    /// Removals of blocks that were not known.
-    pub unknown: u64,
-    /// Prompts that were found in the engine's tokens, and those that were not.
-    pub prompts: (u64, u64),
-    /// Chunks that were found, and those that were not.
-    pub chunks: (u64, u64),
-    /// Tokens by which they may be off.
-    pub error_tokens: u64,
-    /// Predictions from events alone that had all of them.
-    pub settled: Judged,
-    /// Predictions that counted prompts on their way, and those whose blocks were gone already, of which the
-    /// events came later.
-    pub promised: Judged,
 }
 
 #[derive(Clone, Copy)]
@@ -338,11 +293,11 @@ impl Exact {
     pub fn hit(&self, chunks: &[u64], own: bool) -> Promise {
         let mut hit = Promise {
             settled: true,
-            mark: self.blocks.mark(),
+            mark: self.blocks.chunks().mark(),
             ..Promise::default()
         };
         for (at, chunk) in chunks.iter().enumerate() {
-            let tokens = match self.blocks.tokens_to(*chunk) {
+            let tokens = match self.blocks.chunks().tokens_to(*chunk) {
                 Some(tokens) => tokens,
                 None => match self.promised.get(chunk) {
                     Some(promised) if promised.users > u32::from(own) => {
@@ -364,7 +319,7 @@ impl Exact {
     #[must_use]
     pub fn tokens_to(&self, chunk: u64) -> Option<u32> {
         let promised = || self.promised.get(&chunk).map(|promised| promised.tokens);
-        self.blocks.tokens_to(chunk).or_else(promised)
+        self.blocks.chunks().tokens_to(chunk).or_else(promised)
     }
 
     /// A prompt was taken: these of its chunks are on their way.
@@ -376,7 +331,7 @@ impl Exact {
                 .entry(chunk)
                 .or_insert(Promised { users: 0, tokens });
             promised.users += 1;
-            if promised.users == 1 && self.blocks.tokens_to(chunk).is_none() {
+            if promised.users == 1 && self.blocks.chunks().tokens_to(chunk).is_none() {
                 self.changes.push(Change::Stored { chunk, tokens });
             }
         }
@@ -399,7 +354,7 @@ impl Exact {
             promised.users -= 1;
             if promised.users == 0 {
                 self.promised.remove(&chunk);
-                if self.blocks.tokens_to(chunk).is_none() {
+                if self.blocks.chunks().tokens_to(chunk).is_none() {
                     self.changes.push(Change::Removed { chunk });
                 }
             }
@@ -445,15 +400,20 @@ impl Exact {
     /// Everything that will be found.
     pub fn resident(&self) -> impl Iterator<Item = (u64, u32)> {
         let promised = self.promised.iter();
-        let promised = promised.filter(|(chunk, _)| self.blocks.tokens_to(**chunk).is_none());
-        let settled = self.blocks.resident().map(|at| (at.chunk, at.tokens));
+        let promised =
+            promised.filter(|(chunk, _)| self.blocks.chunks().tokens_to(**chunk).is_none());
+        let settled = self
+            .blocks
+            .chunks()
+            .resident()
+            .map(|at| (at.chunk, at.tokens));
         settled.chain(promised.map(|(chunk, at)| (*chunk, at.tokens)))
     }
 
     /// Chunks in the cache, by events.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.blocks.chunks().0
+        self.blocks.chunks().count().0
     }
 
     /// Whether none is.
@@ -474,7 +434,7 @@ impl Exact {
     pub fn judge(&mut self, chunks: &[u64], predicted: Promise, reported: u32) -> bool {
         let block_tokens = self.blocks.block_tokens().unwrap_or(1);
         let mut found = chunks[..predicted.chunks.min(chunks.len())].iter();
-        let went = |chunk: &u64| self.blocks.went_since(*chunk, predicted.mark);
+        let went = |chunk: &u64| self.blocks.chunks().went_since(*chunk, predicted.mark);
         let settled = predicted.settled && !found.any(went);
         let judged = if settled {
             &mut self.seen.settled
@@ -493,7 +453,7 @@ impl Exact {
     /// What a scrape sees.
     #[must_use]
     pub fn seen(&self) -> Seen {
-        let (_, absent) = self.blocks.chunks();
+        let (_, absent) = self.blocks.chunks().count();
         Seen {
             stream: self.stream.counts(),
             blocks: self.blocks.copies(),

@@ -6,11 +6,15 @@
 
 mod align;
 mod blocks;
+mod chunks;
 mod event;
 mod exact;
 mod kept;
 mod msgpack;
+mod seen;
 mod stream;
+#[cfg(test)]
+mod stream_tests;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
@@ -18,8 +22,9 @@ mod vocabulary;
 pub use align::{Aligned, align};
 pub use blocks::Placed;
 pub use event::{Batch, Event, MAX_BATCH_BYTES, Place, Stored};
-pub use exact::{Exact, Judged, News, Promise, Seen};
+pub use exact::{Exact, News, Promise};
 pub use kept::KeptExact;
 pub use msgpack::Unreadable;
+pub use seen::{Judged, Seen};
 pub use stream::Counts;
 pub use vocabulary::{MAX_TOKENIZER_BYTES, Vocabulary, VocabularyError};
