@@ -81,6 +81,8 @@ pub struct Heat {
     tree: Tree,
     record: Record,
     totals: Fading<6>,
+    /// What all requests took, and the most that this ever was: a correction takes something back.
+    all_ms: f64,
     took_ms: f64,
     /// When the first request came.
     since: Option<Now>,
@@ -118,7 +120,8 @@ impl Heat {
     /// It has taken so much of the worker's time by now, since the last time that this was said.
     pub fn took(&mut self, now: Now, ticket: &mut Ticket, ms: f64) {
         ticket.took_ms += ms;
-        self.took_ms += ms.max(0.0);
+        self.all_ms += ms;
+        self.took_ms = self.took_ms.max(self.all_ms);
         self.totals.add(now, [0.0, ms, 0.0, 0.0, 0.0, 0.0]);
         if let Some(end) = ticket.end {
             self.tree.charge(now, end, ms);
@@ -222,7 +225,7 @@ impl Heat {
         self.record.kept
     }
 
-    /// Time of the worker that all requests took so far, by the model, in milliseconds.
+    /// Time of the worker that all requests took so far, by the model, in milliseconds. It never falls.
     #[must_use]
     pub const fn took_ms(&self) -> f64 {
         self.took_ms

@@ -151,7 +151,8 @@ fn time_goes_to_the_families_of_the_request_that_took_it() {
     };
     assert!(family.takes.abs_diff(250) < 15, "{}", family.takes);
     assert_eq!(told.takes, family.takes);
-    assert!((heat.took_ms() - 60.0 * 260.0).abs() < 1e-6);
+    // The last correction is made up for by what comes next.
+    assert!((heat.took_ms() - 60.0 * 250.0 - 10.0).abs() < 1e-6);
 }
 
 #[test]
