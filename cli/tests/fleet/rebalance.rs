@@ -15,14 +15,14 @@ use crate::harness::{Fleet, forebay, post, within};
 /// What all conversations begin with, and what each asks, in bytes: about 7,500 and 1,500 tokens.
 const SHARED: usize = 30_000;
 const OWN: usize = 6_000;
-/// Requests a second: half of one worker's time.
-const RATE: f64 = 3.5;
+/// Requests a second: they take not quite half of one worker's time, so that the family needs one home.
+const RATE: f64 = 2.7;
 /// How long is looked at, before and after.
 const WINDOW: Duration = Duration::from_secs(75);
 /// Copies are made in this time.
 const SETTLES: Duration = Duration::from_secs(15);
 
-/// Conversations that begin alike, at random times.
+/// Conversations that begin alike, at irregular times.
 struct Crowd {
     stop: Arc<AtomicBool>,
     failed: Arc<AtomicU64>,
@@ -53,7 +53,8 @@ impl Crowd {
                     }
                 });
                 sent += 1;
-                let pause = -rng.random_range(f64::MIN_POSITIVE..1.0).ln() / RATE;
+                // The same load in each stretch: by chance it would differ by a tenth.
+                let pause = rng.random_range(0.5..1.5) / RATE;
                 std::thread::sleep(Duration::from_secs_f64(pause));
             }
             sent
@@ -129,7 +130,7 @@ fn a_plan_predicts_what_its_moves_do_and_goes_on_without_the_leader_that_began_i
     let written: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let moves = written["moves"].as_array().unwrap().len();
     let before = loads(&written["before"]);
-    assert!(most(&before) > 2.0 * mean(&before), "skewed: {before:?}");
+    assert!(most(&before) > 1.5 * mean(&before), "skewed: {before:?}");
     assert!(moves > 0, "{written}");
 
     let leader = fleet.wait_for_control(3);
@@ -181,9 +182,11 @@ fn a_plan_predicts_what_its_moves_do_and_goes_on_without_the_leader_that_began_i
     );
     assert_eq!(failed, 0);
     assert!((predicted_hits - measured_hits).abs() <= 0.05);
+    // Which worker gets how many of so few is a matter of chance: a part of its time is what can be held to.
     for (predicted, measured) in predicted.iter().zip(&measured) {
-        assert!((predicted - measured).abs() <= 0.15);
+        assert!((predicted - measured).abs() <= 0.1);
     }
+    assert!(most(&measured) < 0.7 * most(&before));
     let total = mean(&measured) / mean(&predicted);
     assert!((0.85..=1.15).contains(&total), "{total}");
 }
