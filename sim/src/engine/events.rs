@@ -12,6 +12,9 @@ struct Told {
     salt: String,
 }
 
+/// A batch's number, and what it says.
+pub(super) type Batch = (u64, Vec<u8>);
+
 /// Makes batches of what becomes of blocks.
 pub(super) struct Events {
     block_tokens: u32,
@@ -39,7 +42,7 @@ impl Events {
     }
 
     /// The next batch and its number; none when nothing changed. `at` is in seconds of Unix time.
-    pub(super) fn batch(&mut self, at: f64, changes: &[Change]) -> Option<(u64, Vec<u8>)> {
+    pub(super) fn batch(&mut self, at: f64, changes: &[Change]) -> Option<Batch> {
         if changes.is_empty() {
             return None;
         }
@@ -206,7 +209,7 @@ fn number(out: &mut Vec<u8>, number: u64) {
 mod tests {
     use super::super::text::Prompt;
     use super::*;
-    use forebay_worker_agent::core::kv::{Batch, Event, Place, Stored};
+    use forebay_worker_agent::core::kv::{Batch as Decoded, Event, Place, Stored};
 
     #[test]
     fn a_step_is_told_as_vllm_tells_it() {
@@ -227,7 +230,7 @@ mod tests {
         ];
         let (seq, payload) = events.batch(1.5, &changes).unwrap();
         assert_eq!(seq, 0);
-        let batch = Batch::decode(&payload).unwrap();
+        let batch = Decoded::decode(&payload).unwrap();
         assert_eq!(batch.at, 1.5);
         let place = Place {
             gpu: true,
@@ -248,7 +251,7 @@ mod tests {
         });
         assert_eq!(batch.events, [removed, stored]);
         let (seq, payload) = events.batch(2.0, &[filled(2, 12, Some(11))]).unwrap();
-        let batch = Batch::decode(&payload).unwrap();
+        let batch = Decoded::decode(&payload).unwrap();
         let [Event::Stored(stored)] = batch.events.as_slice() else {
             panic!("{batch:?}")
         };

@@ -1,6 +1,7 @@
 //! The sockets of the cache's events: what happened goes to whoever listens, and once more to whoever asks.
 #![allow(clippy::disallowed_methods)] // a rim: sockets
 
+use super::events::Batch;
 use super::{EngineError, KvEvents};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -46,7 +47,7 @@ impl Publisher {
     }
 
     /// Publishes what comes, until there is nobody left to say anything.
-    pub(super) async fn run(mut self, mut batches: mpsc::Receiver<(u64, Vec<u8>)>) {
+    pub(super) async fn run(mut self, mut batches: mpsc::Receiver<Batch>) {
         loop {
             let asked = async {
                 match &mut self.again {
@@ -113,7 +114,7 @@ impl Publisher {
 }
 
 fn frames<const N: usize>(frames: [Bytes; N]) -> ZmqMessage {
-    ZmqMessage::try_from(frames.to_vec()).expect("it has frames")
+    ZmqMessage::try_from(Vec::from(frames)).expect("it has frames")
 }
 
 fn number(number: u64) -> Bytes {

@@ -7,6 +7,7 @@
 
 use super::answer::{Form, embedding};
 use super::error::ApiError;
+use super::events::Batch;
 use super::publisher::{self, Publisher};
 use super::request::{Api, Served};
 use super::service::Service;
@@ -123,7 +124,7 @@ struct Engine {
 }
 
 impl Engine {
-    fn new(config: Config, publish: Option<mpsc::Sender<(u64, Vec<u8>)>>) -> Arc<Engine> {
+    fn new(config: Config, publish: Option<mpsc::Sender<Batch>>) -> Arc<Engine> {
         Arc::new(Engine {
             service: Service::new(config.settings(), publish),
             body_budget: Semaphore::new(BODY_BUDGET_KIB as usize),

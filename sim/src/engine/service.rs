@@ -8,7 +8,7 @@
 
 use super::answer::{DONE, Form};
 use super::error::ApiError;
-use super::events::Events;
+use super::events::{Batch, Events};
 use super::metrics::Reading;
 use super::request::Job;
 use super::text::Answer;
@@ -41,7 +41,7 @@ struct State {
     counted: Reading,
     events: Vec<Event>,
     /// What becomes of the cache's blocks, and whoever publishes it.
-    cache: Option<(Events, mpsc::Sender<(u64, Vec<u8>)>)>,
+    cache: Option<(Events, mpsc::Sender<Batch>)>,
 }
 
 /// What one request may say by now.
@@ -54,10 +54,7 @@ struct Said {
 
 impl Service {
     /// With `publish` it is told what becomes of the cache.
-    pub(super) fn new(
-        settings: Settings,
-        publish: Option<mpsc::Sender<(u64, Vec<u8>)>>,
-    ) -> Arc<Service> {
+    pub(super) fn new(settings: Settings, publish: Option<mpsc::Sender<Batch>>) -> Arc<Service> {
         let mut engine = Engine::new(settings);
         if publish.is_some() {
             engine.keep_journal();

@@ -151,7 +151,7 @@ impl Cache {
     /// What is believed of predictions before the first answer; later, answers tell.
     pub(super) fn expect(&mut self, first: Grade) {
         if self.check.expect(first) {
-            self.publisher.set_grade(first);
+            self.publisher.set_grade(self.grade());
         }
     }
 
@@ -161,6 +161,7 @@ impl Cache {
             self.shadow = Shadow::new(kv_tokens);
         }
         self.kv_tokens = kv_tokens;
+        self.events(|exact| exact.holds_tokens(kv_tokens));
     }
 
     /// From here on the engine's events are followed. What was kept is gone on with if this is before

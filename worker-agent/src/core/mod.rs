@@ -8,6 +8,8 @@
 mod admission;
 mod batch;
 mod cache;
+#[cfg(test)]
+mod cache_events_tests;
 mod cadence;
 mod heat;
 #[cfg(test)]

@@ -102,6 +102,11 @@ impl Exact {
         }
     }
 
+    /// The engine's cache holds so many tokens.
+    pub const fn holds_tokens(&mut self, kv_tokens: u64) {
+        self.kv_tokens = kv_tokens;
+    }
+
     /// Whether the map is to be believed rather than a shadow.
     #[must_use]
     pub const fn holds(&self) -> bool {
