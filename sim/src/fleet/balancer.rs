@@ -156,16 +156,20 @@ impl Balancer {
         count: usize,
     ) -> Vec<WorkerId> {
         self.look_up(job, &[]);
+        let conversation = self.conversation(job);
         let Self {
-            view,
-            index,
-            hits,
-            rng,
-            ..
+            view, hits, rng, ..
         } = self;
-        let conversation = index.index().conversation(&job.blocks, self.follows.len());
         let request = request(job, targets, hits, conversation, self.turn);
         view.best(now, &request, policy, count, rng)
+    }
+
+    /// What names a job's conversation: nothing of what its family shares.
+    fn conversation(&self, job: &Job) -> Option<u64> {
+        let shared = self.homes.of(&job.blocks);
+        let shared = shared.map_or(0, |family| family.chunks as usize);
+        let own = job.blocks.get(shared..).unwrap_or_default();
+        self.index.index().conversation(own, self.follows.len())
     }
 
     fn look_up(&mut self, job: &Job, answers: &[Answer]) {
@@ -192,8 +196,7 @@ impl Balancer {
     ) -> Result<(Choice, BookingId), NoChoice> {
         self.look_up(job, answers);
         let only: Vec<WorkerId> = answers.iter().map(|(worker, _)| *worker).collect();
-        let index = self.index.index();
-        let conversation = index.conversation(&job.blocks, self.follows.len());
+        let conversation = self.conversation(job);
         let family = self.homes.of(&job.blocks);
         let request = Request {
             only: &only,
