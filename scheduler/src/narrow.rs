@@ -106,6 +106,8 @@ impl View {
         // Whoever costs more is no tie however old the view of the best may be.
         let mut limit = f64::INFINITY;
         let context_tokens = self.context_tokens(request);
+        // Most requests are of no family.
+        let homes = request.homes.is_some() && policy.counts_homes();
         for place in self.serving(request) {
             let bound = &self.bounds[*place];
             if context_tokens > bound.longest {
@@ -119,9 +121,12 @@ impl View {
             }
             field.candidates += 1;
             let cached = held.by(bound.worker);
-            let home = held.as_home(bound.worker, policy);
-            // The most that it may be counted to hold.
-            let most = cached.max(home);
+            let (mut home, mut most) = (0.0, cached);
+            if homes {
+                home = held.as_home(bound.worker, policy);
+                // The most that it may be counted to hold.
+                most = cached.max(home);
+            }
             let tokens = request.prompt_tokens - most;
             let pairs = attention_pairs(most, tokens);
             let own = bound.own_ms(tokens, pairs);
@@ -135,7 +140,11 @@ impl View {
                 continue;
             }
             let standing = &self.standings[*place];
-            let counted = standing.counted(at, request, cached, home);
+            let counted = if homes {
+                standing.counted(at, request, cached, home)
+            } else {
+                cached
+            };
             let terms = standing.terms(at, request, counted);
             let score = rule(&terms, &request.targets);
             ranked.push(Ranked {
