@@ -1,3 +1,5 @@
+//! Tables of homes that follow from what workers say.
+
 use super::*;
 
 const POOL: &str = "p";

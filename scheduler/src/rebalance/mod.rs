@@ -5,6 +5,8 @@
 //! and once for each way to change them that looks promising, and keeps what makes the busiest worker less
 //! busy. Pure: the leader runs it, and so can a test.
 //!
+//! Of a large pool it looks at the busiest workers and at the least busy, so that it takes seconds whatever the size.
+//!
 //! What the replay leaves out: caches are as large as the record shows them to be (a turn of a conversation
 //! that stays finds what it found), engines take prefills in the order of their arrival, and reports are
 //! never late.

@@ -1,6 +1,7 @@
 //! One replay: every recorded request is placed anew by the rule, before workers that are models.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet::Desired;
@@ -172,6 +173,8 @@ struct Play<'a> {
     families: &'a BTreeMap<u64, Family>,
     view: View,
     engines: Vec<Engine>,
+    /// When engines change next, in microseconds, by their places: at most one for each change to come.
+    due: BinaryHeap<Reverse<(u64, usize)>>,
     holders: BTreeMap<u64, BTreeSet<WorkerId>>,
     talks: HashMap<u64, Talk>,
     hits: Vec<Hit>,
@@ -201,6 +204,7 @@ impl<'a> Play<'a> {
             families,
             view,
             engines,
+            due: BinaryHeap::new(),
             holders: stage.holders.clone(),
             talks: HashMap::new(),
             hits: Vec::new(),
@@ -268,6 +272,7 @@ impl<'a> Play<'a> {
         let work_ms = engine.profile.work_ms(cached, prompt - cached, output) / self.stage.slower;
         let load = engine.load(now_ms);
         self.view.report(at(now_ms), load);
+        self.watch(place_of);
         self.remember(one, worker);
         Some(Placed {
             worker,
@@ -279,13 +284,28 @@ impl<'a> Play<'a> {
 
     /// Engines do what they have to, and say so.
     fn advance(&mut self, now_ms: f64) {
-        for engine in &mut self.engines {
-            while engine.next_ms() <= now_ms {
-                let at_ms = engine.next_ms();
+        let now = micros(now_ms);
+        while let Some(&Reverse((due, place))) = self.due.peek()
+            && due <= now
+        {
+            self.due.pop();
+            let engine = &mut self.engines[place];
+            let at_ms = engine.next_ms();
+            // It may have changed since this was noted, and was noted anew then.
+            if micros(at_ms) == due {
                 engine.advance(at_ms);
                 let load = engine.load(at_ms);
                 self.view.report(at(at_ms), load);
+                self.watch(place);
             }
+        }
+    }
+
+    /// Looks at an engine again when something of it changes.
+    fn watch(&mut self, place: usize) {
+        let next_ms = self.engines[place].next_ms();
+        if next_ms.is_finite() {
+            self.due.push(Reverse((micros(next_ms), place)));
         }
     }
 
@@ -294,21 +314,20 @@ impl<'a> Play<'a> {
         let arrival = &one.arrival;
         self.hits.clear();
         let own = self.own(one);
-        let holders = self.holders.get(&arrival.family);
-        for worker in self.stage.workers() {
-            let family = holders.is_some_and(|holders| holders.contains(&worker));
-            let family = if family { arrival.family_tokens } else { 0 };
-            let own = own
-                .filter(|(at, _)| *at == worker)
-                .map_or(0, |(_, tokens)| tokens);
-            let tokens = own.max(family);
-            if tokens > 0 {
-                self.hits.push(Hit {
-                    worker,
-                    chunks: 0,
-                    tokens,
-                });
-            }
+        let hit = |worker: WorkerId, tokens: u32| Hit {
+            worker,
+            chunks: 0,
+            tokens,
+        };
+        let holders = self.holders.get(&arrival.family).into_iter().flatten();
+        let holders = holders.map(|worker| hit(*worker, arrival.family_tokens));
+        self.hits.extend(holders.filter(|hit| hit.tokens > 0));
+        let Some((worker, tokens)) = own.filter(|(_, tokens)| *tokens > 0) else {
+            return;
+        };
+        match self.hits.binary_search_by_key(&worker, |hit| hit.worker) {
+            Ok(held) => self.hits[held].tokens = self.hits[held].tokens.max(tokens),
+            Err(place) => self.hits.insert(place, hit(worker, tokens)),
         }
     }
 
@@ -375,6 +394,11 @@ impl<'a> Play<'a> {
             self.talks.insert(arrival.conversation, talk);
         }
     }
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
+const fn micros(ms: f64) -> u64 {
+    (ms * 1e3) as u64
 }
 
 fn known(incarnation: Incarnation) -> Known {

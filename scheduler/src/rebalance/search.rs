@@ -1,11 +1,13 @@
 //! Which moves to make: those that make the busiest worker less busy, one after the other.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use forebay_proto::wire::control::Arrival;
 use forebay_proto::{Family, Forecast, Move, WorkerId};
 
 use super::replay::{Played, Stage};
-use super::{MAX_ARRIVALS, Planned, Situation, imbalance};
+use super::{MAX_ARRIVALS, Planned, Record, Situation, imbalance};
 use crate::homes::MAX_HOMES;
 
 /// The busiest is busier than the mean by less than this: balanced.
@@ -19,15 +21,19 @@ const MOST_LOST: u32 = 30;
 /// Families of the busiest worker that are tried for each move, and workers that they are tried on.
 const FAMILIES: usize = 4;
 const TARGETS: usize = 2;
-/// Requests that all replays of a plan may place: some seconds of one core.
-const EFFORT: usize = 1_000_000;
+/// Requests that all replays of a plan may place: two or three seconds of one core, whatever the pool's size.
+const EFFORT: usize = 500_000;
+/// Of more workers than this the busiest and the least busy are looked at, as many of each: between those
+/// something can be moved, and a decision takes as long as there are workers.
+const MOST_WORKERS: usize = 64;
 
 /// The moves of a plan, at most so many, with what they are good for.
 #[must_use]
 pub fn plan(situation: &Situation<'_>, most_moves: usize) -> Planned {
     let tries = (most_moves.max(1) * FAMILIES * TARGETS).min(64) + 1;
     let most = (EFFORT / tries).clamp(1, MAX_ARRIVALS);
-    let stage = Stage::new(situation.records, situation.holders, situation.window, most);
+    let records = looked_at(situation.records);
+    let stage = Stage::new(&records, situation.holders, situation.window, most);
     let before = stage.play(situation.families);
     let mut table = situation.families.clone();
     let mut now = Played {
@@ -63,6 +69,31 @@ pub fn plan(situation: &Situation<'_>, most_moves: usize) -> Planned {
         before: before.forecast,
         after: now.forecast,
     }
+}
+
+/// The records of those between whom something is to be moved.
+fn looked_at(records: &[Record]) -> Cow<'_, [Record]> {
+    if records.len() <= MOST_WORKERS {
+        return Cow::Borrowed(records);
+    }
+    let work_ms = |record: &Record| {
+        let one = |arrival: &Arrival| {
+            let cached = f64::from(arrival.cached_tokens.min(arrival.prompt_tokens));
+            let uncached = f64::from(arrival.prompt_tokens) - cached;
+            let output = arrival.output_tokens.into();
+            record.profile.work_ms(cached, uncached, output)
+        };
+        let work_ms: f64 = record.arrivals.iter().map(one).sum();
+        work_ms * f64::from(record.one_in.max(1))
+    };
+    let mut by_work: Vec<(f64, &Record)> = records.iter().map(|one| (work_ms(one), one)).collect();
+    by_work.sort_by(|(one, first), (other, second)| {
+        one.total_cmp(other).then(first.worker.cmp(&second.worker))
+    });
+    let least = &by_work[..MOST_WORKERS / 2];
+    let busiest = &by_work[by_work.len() - MOST_WORKERS / 2..];
+    let both = least.iter().chain(busiest);
+    both.map(|(_, record)| (*record).clone()).collect()
 }
 
 /// Whether there is nothing that a move could make better.

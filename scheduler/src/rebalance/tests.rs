@@ -1,3 +1,5 @@
+//! Plans of made-up records: what moves, what is predicted of it, and what stays as it is.
+
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -140,6 +142,24 @@ fn a_sample_of_the_conversations_says_much_the_same() {
     println!("a fourth of the conversations: {ratio:.2} of the busiest load");
     assert!((0.8..1.25).contains(&ratio), "{ratio}");
     assert!(sample.before.hit_ratio.abs_diff(whole.before.hit_ratio) <= 20);
+}
+
+#[test]
+fn of_a_large_pool_the_busiest_and_the_least_busy_are_looked_at() {
+    let (mut families, mut records) = skewed(1);
+    for worker in 5..=1_000 {
+        let chunk = 100 + u64::from(worker);
+        families.extend([family(chunk, worker)]);
+        let some = arrivals(chunk, chunk, 0.05, 400);
+        records.push(record(worker, some));
+    }
+    let planned = planned(&families, &records);
+    assert_eq!(planned.before.workers.len(), 64);
+    let busiest = planned.before.workers.iter().max_by_key(|one| one.load);
+    assert_eq!(busiest.map(|one| one.worker), Some(WorkerId(1)));
+    let first = planned.moves.first().map(|one| one.chunk);
+    assert_eq!(first, Some(HOT));
+    assert!(imbalance(&planned.after) < imbalance(&planned.before));
 }
 
 #[test]

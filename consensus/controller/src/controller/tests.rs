@@ -1,3 +1,5 @@
+//! What the leader's loop proposes, step by step.
+
 use forebay_proto::wire::control;
 use forebay_proto::wire::fleet::Observed;
 use forebay_proto::{Identity, Role, WorkerId};
