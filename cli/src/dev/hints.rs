@@ -56,7 +56,7 @@ Kill some and watch; `{program} dev start --data-dir {dir}` starts the dead agai
 }
 
 /// The URL at which a client on this machine reaches a listener.
-fn base_url(at: SocketAddr) -> String {
+pub(super) fn base_url(at: SocketAddr) -> String {
     let mut at = at;
     if at.ip().is_unspecified() {
         let loopback = if at.is_ipv4() {

@@ -306,14 +306,18 @@ pub(crate) fn run(args: &DevArgs) -> Result<(), CliError> {
     // The children die with the thread that starts them: this one, which lives as long as we do.
     crate::roles::thread()?.block_on(async {
         let mut supervisor = Supervisor::new(&dir, plans, args.restart, &program)?;
-        let policy = args.policy.as_deref();
-        let up = come_up(&mut supervisor, &dir, &mut fleet, &listen, policy).await;
+        let up = come_up(&mut supervisor, &dir, &mut fleet, &listen, args).await;
         match up {
             Ok(Until::Done(())) => {
+                // Engines that ran before have names of their own.
+                let served = match args.engine.urls.is_empty() {
+                    true => None,
+                    false => start::served(&hints::base_url(listen[0])).await,
+                };
                 let hints = hints::Hints {
                     dir: &dir,
                     listen: &listen,
-                    model: &args.engine.model,
+                    model: served.as_deref().unwrap_or(&args.engine.model),
                     program: &program,
                 };
                 result(&hints.text());
@@ -337,7 +341,7 @@ async fn come_up(
     dir: &Path,
     fleet: &mut layout::Fleet,
     listen: &[SocketAddr],
-    policy: Option<&str>,
+    args: &DevArgs,
 ) -> Result<Until<()>, CliError> {
     say(&format!(
         "starting {}, {} and {} in {}",
@@ -357,7 +361,7 @@ async fn come_up(
         fleet.initialised = true;
         fleet.save(dir)?;
     }
-    if let Some(policy) = policy {
+    if let Some(policy) = &args.policy {
         let applying = start::policy(dir, policy, FOUNDING_TIME);
         if let Until::AskedToStop = supervisor.meanwhile(applying).await? {
             return Ok(Until::AskedToStop);
@@ -371,6 +375,7 @@ async fn come_up(
     let wanted = start::Wanted {
         balancers: fleet.balancer_admins(listen.len()),
         workers: fleet.worker_names(),
+        engines: args.engine.urls.clone(),
     };
     supervisor
         .meanwhile(start::ready(dir, wanted, READY_TIME))

@@ -23,6 +23,8 @@ pub(super) struct Wanted {
     pub(super) balancers: Vec<(String, SocketAddr)>,
     /// Names of workers.
     pub(super) workers: Vec<String>,
+    /// Engines that run already, of the first of them.
+    pub(super) engines: Vec<String>,
 }
 
 /// Founds the cluster on the nodes of the context, as soon as all of them answer.
@@ -140,6 +142,13 @@ pub(super) async fn ready(dir: &Path, wanted: Wanted, patience: Duration) -> Res
     }
 }
 
+/// The first model that a balancer lists.
+pub(super) async fn served(balancer: &str) -> Option<String> {
+    let answer = http::get(balancer, "/v1/models", ASK).await.ok()?;
+    let models: serde_json::Value = serde_json::from_slice(&answer.body).ok()?;
+    models["data"][0]["id"].as_str().map(str::to_owned)
+}
+
 /// Why the fleet is not ready yet; empty when it is.
 async fn missing(client: &ControlClient, wanted: &Wanted) -> Vec<String> {
     let mut reasons = vec![];
@@ -151,8 +160,14 @@ async fn missing(client: &ControlClient, wanted: &Wanted) -> Vec<String> {
                     worker.observed == Observed::Ready && !worker.lost && !worker.departed
                 })
             };
-            let absent = wanted.workers.iter().filter(|name| !serves(name));
-            reasons.extend(absent.map(|name| format!("worker {name} is not ready")));
+            let engines = wanted.engines.iter().map(Some);
+            let engines = engines.chain(std::iter::repeat(None));
+            let absent = wanted.workers.iter().zip(engines);
+            let absent = absent.filter(|(name, _)| !serves(name));
+            reasons.extend(absent.map(|(name, engine)| match engine {
+                Some(url) => format!("worker {name} is not ready: does an engine answer at {url}?"),
+                None => format!("worker {name} is not ready"),
+            }));
         }
     }
     for (name, admin) in &wanted.balancers {

@@ -64,6 +64,8 @@ struct Wanted {
 #[derive(Debug)]
 pub struct Core {
     pub(super) settings: Settings,
+    /// Slots as they were set up, whatever an engine ran since.
+    most_slots: u32,
     pub(super) incarnation: Incarnation,
     pub(super) models: Arc<[String]>,
     /// Where it is; empty: nobody said.
@@ -109,6 +111,7 @@ impl Core {
     /// `cache` names this life of the engine's cache; it is to be new for each start.
     pub fn new(settings: Settings, incarnation: Incarnation, cache: u64) -> Self {
         Self {
+            most_slots: settings.slots,
             settings,
             incarnation,
             models: Arc::default(),
@@ -387,10 +390,10 @@ impl Core {
         self.cache.holds(kv_tokens);
     }
 
-    /// The engine runs no more than so many at once: what is beyond would wait in it, where it has no order.
+    /// The engine that is there now runs no more than so many at once: what is beyond would wait in it, where it has no order.
     pub fn engine_runs(&mut self, slots: u32) {
         let before = self.shown();
-        self.settings.slots = self.settings.slots.min(slots.max(1));
+        self.settings.slots = self.most_slots.min(slots.max(1));
         self.note(before);
     }
 

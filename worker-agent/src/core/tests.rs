@@ -159,6 +159,16 @@ fn who_waits_starts_in_order_when_a_slot_is_free() {
 }
 
 #[test]
+fn slots_are_those_of_the_engine_that_is_there_and_no_more_than_were_set_up() {
+    let mut core = open();
+    let asked = core.slots();
+    for (engine, slots) in [(1, 1), (asked, asked), (asked + 7, asked), (0, 1)] {
+        core.engine_runs(engine);
+        assert_eq!(core.slots(), slots, "an engine that runs {engine}");
+    }
+}
+
+#[test]
 fn the_report_that_contains_a_change_is_told_with_it() {
     let mut core = open();
     let admitted = core.place(at(0), &offer()).unwrap();
