@@ -177,7 +177,7 @@ impl Exchange {
             stream: self.head.stream,
             max_tokens: self.head.max_tokens.map_or(0, saturated),
             cache_salt: self.prompt.salt.clone(),
-            chunks: self.prompt.chunks.clone(),
+            chunks: self.chunks_for(placement.choice.incarnation.worker),
             prompt_bytes: self.prompt.bytes,
             chunk_bytes: self.pool.chunk_bytes,
             key_epoch: self.prompt.key_epoch,

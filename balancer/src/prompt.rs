@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use forebay_proto::FingerprintKey;
 use forebay_proto::wire::work;
+use forebay_proto::{FingerprintKey, WorkerId};
 use forebay_scheduler::fingerprint::{
     Endpoint, Root, Settings, engine_salt, read as fingerprint, scope,
 };
@@ -82,7 +82,8 @@ fn read_by(
     facts: &Facts,
     key: &FingerprintKey,
 ) -> Fingerprinted {
-    let profile = facts.profile_of(&exchange.model);
+    let rendering = facts.rendering_of(&exchange.model);
+    let profile = rendering.and_then(|rendering| rendering.profile);
     let settings = Settings {
         key,
         root: Root {
@@ -103,7 +104,7 @@ fn read_by(
             ..by_size(exchange)
         },
         Ok(prompt) => Fingerprinted {
-            // Where workers render differently, nobody knows which prompts begin alike.
+            // Where nobody knows how it is rendered, nobody knows which prompts begin alike.
             chunks: profile.map_or_else(Vec::new, |_| prompt.chunks),
             bytes: prompt.bytes,
             makeup: prompt.makeup,
@@ -141,6 +142,7 @@ pub(crate) fn seek(exchange: &Exchange) -> Sought {
         // What is used is at least as new.
         index_version = index.version();
         index.hits(&prompt.chunks, &mut hits);
+        exchange.without_unlike(&mut hits);
         // What a family shares, no conversation of it is known by, however few hold it.
         let shared = family.as_ref().map_or(0, |family| family.chunks as usize);
         let own = prompt.chunks.get(shared..).unwrap_or_default();
@@ -189,6 +191,26 @@ impl Exchange {
             ttft_ms: (whole_ms - spent_ms).max(0.0),
             tpot_ms: self.pool.tpot_ms.into(),
         }
+    }
+
+    /// What a worker has under fingerprints of its pool from when it rendered as that does, it has no more.
+    fn without_unlike(&self, hits: &mut Vec<Hit>) {
+        let facts = self.shared.facts();
+        let rendering = facts
+            .as_ref()
+            .and_then(|facts| facts.rendering_of(&self.model));
+        if let Some(rendering) = rendering.filter(|rendering| !rendering.unlike.is_empty()) {
+            hits.retain(|hit| !rendering.is_unlike(hit.worker));
+        }
+    }
+
+    /// The chunks as the worker is told of them: none, if it renders prompts otherwise than its pool.
+    pub(crate) fn chunks_for(&self, worker: WorkerId) -> Vec<u64> {
+        let facts = self.shared.facts();
+        if facts.is_some_and(|facts| facts.is_unlike(&self.model, worker)) {
+            return Vec::new();
+        }
+        self.prompt.chunks.clone()
     }
 
     /// The longest family that the prompt begins with, of those with homes.

@@ -95,6 +95,7 @@ impl Exchange {
             tpot_target_ms: None,
             deadline_ms: u32::try_from(PATIENCE.as_millis()).unwrap_or(u32::MAX),
             shadow: true,
+            chunks: self.chunks_for(to.worker),
             ..self.header(placement, 0, true)
         };
         Frame::message(Kind::Place, &place)

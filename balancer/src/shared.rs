@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use dashmap::DashMap;
 use forebay_link::Link;
 use forebay_proto::{FingerprintKey, Millis, Now, Revision, WorkerId};
-use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
+use forebay_scheduler::fingerprint::{RENDER_PROFILE, Rendering};
 use forebay_scheduler::homes::table::Table;
 use forebay_scheduler::index::{IndexWriter, PrefixIndex};
 use forebay_scheduler::{BookingId, Choice};
@@ -75,8 +75,8 @@ pub(crate) struct Facts {
     /// Since when the newest fingerprint key is known beside an older one.
     rotated: Option<Instant>,
     pools: BTreeMap<Arc<str>, Arc<str>>,
-    /// By model; none where its workers' differ.
-    profiles: BTreeMap<Arc<str>, Option<RenderProfile>>,
+    /// By model.
+    renderings: BTreeMap<Arc<str>, Rendering>,
     homes: Table,
 }
 
@@ -87,9 +87,15 @@ impl Facts {
         Some((model.clone(), pool.clone()))
     }
 
-    /// How the model's prompts are rendered, if its workers agree on that.
-    pub(crate) fn profile_of(&self, model: &str) -> Option<RenderProfile> {
-        self.profiles.get(model).copied().flatten()
+    /// How the model's prompts are rendered.
+    pub(crate) fn rendering_of(&self, model: &str) -> Option<&Rendering> {
+        self.renderings.get(model)
+    }
+
+    /// Whether this worker renders the model's prompts otherwise than its pool.
+    pub(crate) fn is_unlike(&self, model: &str, worker: WorkerId) -> bool {
+        let rendering = self.rendering_of(model);
+        rendering.is_some_and(|rendering| rendering.is_unlike(worker))
     }
 
     /// Families of prompts, and who is to hold them.
@@ -147,19 +153,29 @@ impl Shared {
         self.facts.read().clone()
     }
 
-    /// Says which models have workers that begin to differ in how they render prompts.
-    fn tell_of_profiles(&self, facts: &Facts) {
+    /// Says how prompts are rendered, where that is new and not the same everywhere.
+    fn tell_of_renderings(&self, facts: &Facts) {
         let before = self.facts();
-        let differed = |model: &str| {
-            let before = before.as_ref().and_then(|facts| facts.profiles.get(model));
-            before.is_some_and(Option::is_none)
-        };
-        for (model, profile) in &facts.profiles {
-            if profile.is_none() && !differed(model) {
-                tracing::warn!(
+        for (model, rendering) in &facts.renderings {
+            let before = before.as_ref().and_then(|facts| facts.rendering_of(model));
+            if before == Some(rendering) {
+                continue;
+            }
+            let all = facts.fleet.workers.iter();
+            let unlike = all.filter(|known| rendering.is_unlike(known.incarnation.worker));
+            let unlike: Vec<&str> = unlike.map(|known| known.name.as_str()).collect();
+            match rendering.profile.map(|profile| profile.id()) {
+                None => tracing::warn!(
                     %model,
-                    "workers differ in their label {RENDER_PROFILE}: prompts are placed by load only"
-                );
+                    "most of its workers have a {RENDER_PROFILE} that this version does not know: prompts are placed by load only"
+                ),
+                Some(profile) if !unlike.is_empty() => tracing::warn!(
+                    %model,
+                    profile,
+                    ?unlike,
+                    "some workers render prompts otherwise than their pool: they count as holding nothing"
+                ),
+                Some(_) => {}
             }
         }
     }
@@ -182,19 +198,19 @@ impl Shared {
             _ => (fleet.keys.len() > 1).then(Instant::now),
         };
         let since = before.map_or_else(Instant::now, |facts| facts.since);
-        let profiles = fleet.profiles(&pools);
+        let renderings = fleet.renderings(&pools);
         let facts = Facts {
             fleet: fleet.clone(),
             since,
             rotated,
             pools,
-            profiles,
+            renderings,
             homes: Table::new(&fleet.families),
         };
         self.shadows.lock().facts(&facts.homes);
         let families = i64::try_from(facts.homes.len()).unwrap_or(i64::MAX);
         self.metrics.families.set(families);
-        self.tell_of_profiles(&facts);
+        self.tell_of_renderings(&facts);
         *self.facts.write() = Some(Arc::new(facts));
         let Revision(revision) = fleet.revision;
         let gauge = i64::try_from(revision).unwrap_or(i64::MAX);

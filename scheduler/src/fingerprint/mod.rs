@@ -30,6 +30,7 @@ mod chain;
 mod form;
 mod outline;
 mod profile;
+mod rendering;
 
 use std::hash::Hasher as _;
 
@@ -42,6 +43,7 @@ use chain::{Chain, finish, keyed, published};
 use form::Form;
 pub use outline::{Outline, outline};
 pub use profile::{LateSystem, RENDER_PROFILE, Reasoning, RenderProfile, ToolsOrder};
+pub use rendering::{Rendering, renderings};
 
 /// What kind of prompt a body has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
