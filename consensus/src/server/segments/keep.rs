@@ -125,6 +125,7 @@ impl Kept {
             Ok(control::AuditTail {
                 entries: records.iter().filter_map(Record::entry).collect(),
                 begins: Some(segments.begins()),
+                count: Some(segments.last()),
                 ..control::AuditTail::default()
             })
         };
