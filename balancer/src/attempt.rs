@@ -14,11 +14,12 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::core::error::{ApiError, Code};
 use crate::core::retry::Failure;
 use crate::exchange::{Event, Exchange, ReplyHead, died};
-use crate::shared::{Phase, Placement};
+use crate::shared::{BodyBudget, Phase, Placement};
 
 /// Bodies up to this size are sent at once, without waiting to be accepted.
 const EAGER_BYTES: usize = 64 << 10;
-/// Bytes of an answer that is not a stream that are held back, so that it can be retried whole.
+/// Bytes of an answer that is not a stream that are held back, so that it can be retried whole; fewer where
+/// memory is short.
 const HELD_BACK_BYTES: usize = 1 << 20;
 /// From the first byte to the last; the agent ends what takes longer.
 const LONGEST_ANSWER_MS: u32 = 3_600_000;
@@ -126,6 +127,7 @@ impl Exchange {
         let accepted = Notify::new();
         let place = self.place_frame(&placement, attempt, must_queue);
         let body = self.body.text.expose().clone();
+        let room = self.shared.hold_body();
         let mut answer = Answer {
             exchange: self,
             placement: &mut placement,
@@ -134,6 +136,7 @@ impl Exchange {
             attempt,
             head: None,
             held: BytesMut::new(),
+            room,
             passing: false,
             taken: false,
         };
@@ -237,6 +240,8 @@ struct Answer<'a> {
     attempt: u32,
     head: Option<work::Head>,
     held: BytesMut,
+    /// For what is held.
+    room: BodyBudget,
     /// Data go to the client as they come.
     passing: bool,
     taken: bool,
@@ -324,9 +329,11 @@ impl Answer<'_> {
             return self.sink.send(Event::Data(piece)).await;
         }
         self.held.extend_from_slice(&piece);
-        if self.held.len() > HELD_BACK_BYTES {
+        let fits = self.held.len() <= HELD_BACK_BYTES && self.room.take_spare(piece.len() as u64);
+        if !fits {
             self.begin(None).await?;
-            return self.flush().await;
+            self.flush().await?;
+            self.room = self.exchange.shared.hold_body();
         }
         Ok(())
     }

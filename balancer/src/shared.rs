@@ -33,7 +33,7 @@ use crate::tls::Tls;
 
 /// Requests at once.
 const MAX_REQUESTS: usize = 65_536;
-/// Bodies held at once, in bytes.
+/// Bodies held at once, in bytes, and answers that are held back.
 const BODY_BUDGET_BYTES: u64 = 512 << 20;
 const SHARDS: usize = 256;
 
@@ -208,6 +208,9 @@ impl Shared {
             homes: Table::new(&fleet.families),
         };
         self.shadows.lock().facts(&facts.homes);
+        self.lengths
+            .lock()
+            .follow(|model| facts.pools.contains_key(model));
         let families = i64::try_from(facts.homes.len()).unwrap_or(i64::MAX);
         self.metrics.families.set(families);
         self.tell_of_renderings(&facts);
@@ -466,8 +469,17 @@ pub(crate) struct BodyBudget {
 impl BodyBudget {
     /// Takes more. False: there is none left.
     pub(crate) fn take(&mut self, bytes: u64) -> bool {
+        self.take_within(BODY_BUDGET_BYTES, bytes)
+    }
+
+    /// Takes more for what can do without: no more than half is for that. False: others need it.
+    pub(crate) fn take_spare(&mut self, bytes: u64) -> bool {
+        self.take_within(BODY_BUDGET_BYTES / 2, bytes)
+    }
+
+    fn take_within(&mut self, most: u64, bytes: u64) -> bool {
         let before = self.shared.body_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before + bytes > BODY_BUDGET_BYTES {
+        if before + bytes > most {
             self.shared.body_bytes.fetch_sub(bytes, Ordering::Relaxed);
             return false;
         }
@@ -489,5 +501,30 @@ impl Drop for BodyBudget {
             .metrics
             .body_bytes
             .dec_by(i64::try_from(self.bytes).unwrap_or(i64::MAX));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_do_without_memory_leaves_half_of_it_to_requests() {
+        let settings = Settings::on(([127, 0, 0, 1], 0).into());
+        let shared = Shared::new(settings, Keys::anyone("t"), None);
+        let half = BODY_BUDGET_BYTES / 2;
+        let (mut answer, mut request) = (shared.hold_body(), shared.hold_body());
+        assert!(answer.take_spare(half));
+        assert!(!answer.take_spare(1), "half is taken");
+        assert!(request.take(half));
+        assert!(!request.take(1), "all is taken");
+        drop(answer);
+        assert!(
+            !shared.hold_body().take_spare(1),
+            "requests have their half"
+        );
+        drop(request);
+        assert!(shared.hold_body().take_spare(half));
+        assert_eq!(shared.metrics.body_bytes.get(), 0);
     }
 }

@@ -74,6 +74,29 @@ async fn an_answer_is_relayed_byte_for_byte() {
 }
 
 #[tokio::test]
+async fn a_balancer_that_leaves_links_behind_takes_no_other_balancers_place() {
+    let (_engine, agent) = world(1, 1).await;
+    let other = agent.balancer("b2").await;
+    let mut links = Vec::new();
+    for _ in 0..17 {
+        let balancer = agent.balancer("b1").await;
+        // Its first report: by now it is listed.
+        timeout(PATIENCE, balancer.link.read_datagram())
+            .await
+            .unwrap()
+            .unwrap();
+        links.push(balancer);
+    }
+    let closed = timeout(PATIENCE, links[0].link.closed()).await.unwrap();
+    assert!(closed.to_string().contains("too many links"), "{closed}");
+    for balancer in links[1..].iter().chain([&other]) {
+        assert!(balancer.link.close_reason().is_none());
+    }
+    let mut placed = other.place(&chat(false, 1)).await;
+    assert_eq!(placed.answer().await.end(), End::Complete);
+}
+
+#[tokio::test]
 async fn a_large_body_arrives_whole_also_after_a_wait() {
     let (_engine, agent) = world(1, 1).await;
     let balancer = agent.balancer("b1").await;

@@ -407,9 +407,9 @@ async fn accept_loop(endpoint: quinn::Endpoint, shared: Arc<Shared>, accepted: m
             };
             match welcomed {
                 Ok(Ok(link)) => {
-                    drop(permit);
-                    // The receiver lives as long as the endpoint.
+                    // The receiver lives as long as the endpoint. A link that nobody takes counts as a handshake.
                     let _ = accepted.send(link).await;
+                    drop(permit);
                 }
                 Ok(Err(NotWelcome::TurnedAway(problem))) => {
                     tracing::info!(%remote, problem, "turned a peer away");
