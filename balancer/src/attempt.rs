@@ -8,12 +8,13 @@ use forebay_link::{FrameReceiver, FrameSender, OpenError, SendError};
 use forebay_proto::Millis;
 use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
 use forebay_proto::wire::work;
-use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 
 use crate::core::error::{ApiError, Code};
 use crate::core::retry::Failure;
-use crate::exchange::{Event, Exchange, ReplyHead, died};
+use crate::events::{Event, ReplyHead, Sink};
+use crate::exchange::{Exchange, died};
 use crate::shared::{BodyBudget, Phase, Placement};
 
 /// Bodies up to this size are sent at once, without waiting to be accepted.
@@ -56,61 +57,6 @@ impl Ended {
     }
 }
 
-/// Where events go. Knows whether anything went.
-pub(crate) struct Sink {
-    events: mpsc::Sender<Event>,
-    /// How long the client may take no event.
-    patience: Duration,
-    begun: bool,
-    stalled: bool,
-}
-
-impl Sink {
-    pub(crate) const fn new(events: mpsc::Sender<Event>, patience: Duration) -> Self {
-        Self {
-            events,
-            patience,
-            begun: false,
-            stalled: false,
-        }
-    }
-
-    /// Whether the client has got the head of an engine's answer.
-    pub(crate) const fn begun(&self) -> bool {
-        self.begun
-    }
-
-    pub(crate) const fn stalled(&self) -> bool {
-        self.stalled
-    }
-
-    pub(crate) fn left(&self) -> bool {
-        !self.stalled && self.events.is_closed()
-    }
-
-    pub(crate) async fn end(&mut self) {
-        // Who left does not miss it.
-        let _ = self.send(Event::End).await;
-    }
-
-    pub(crate) async fn fail(&mut self, error: ApiError) {
-        // As above.
-        let _ = self.send(Event::Failed(error)).await;
-    }
-
-    async fn send(&mut self, event: Event) -> Result<(), Ended> {
-        self.begun |= matches!(event, Event::Head(_));
-        match timeout(self.patience, self.events.send(event)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Ended::Broken(died())),
-            Err(_) => {
-                self.stalled = true;
-                Err(Ended::Broken(died()))
-            }
-        }
-    }
-}
-
 impl Exchange {
     /// Carries the request to the worker that it is booked on, and the answer back.
     pub(crate) async fn attempt(
@@ -140,8 +86,8 @@ impl Exchange {
             passing: false,
             taken: false,
         };
-        let ended = {
-            let sending = send_request(&mut sender, &place, body, &accepted);
+        {
+            let sending = send_request(&mut sender, place, body, &accepted);
             let relaying = answer.relay(&mut receiver);
             tokio::pin!(sending, relaying);
             tokio::select! {
@@ -150,11 +96,7 @@ impl Exchange {
                 // What cannot be sent any more is told by the other direction.
                 _ = &mut sending => relaying.await,
             }
-        };
-        if matches!(ended, Ended::Complete) {
-            sender.finish();
         }
-        ended
     }
 
     fn place_frame(&self, placement: &Placement, attempt: u32, must_queue: bool) -> Frame {
@@ -214,21 +156,29 @@ const fn whole(ms: f64) -> u32 {
     ms as u32
 }
 
+/// Sends a request, and all that there will be: who gives it up from here on stops reading the answer.
 pub(crate) async fn send_request(
     sender: &mut FrameSender,
-    place: &Frame,
+    place: Frame,
     mut body: Bytes,
     accepted: &Notify,
 ) -> Result<(), SendError> {
-    sender.send(place).await?;
+    let end = Frame::new(Kind::BodyEnd, Bytes::new());
     if body.len() > EAGER_BYTES {
+        sender.send(&place).await?;
         accepted.notified().await;
+        while body.len() > MAX_TEXT_BYTES {
+            let piece = body.split_to(MAX_TEXT_BYTES);
+            sender.send(&Frame::new(Kind::Body, piece)).await?;
+        }
+        let last = Frame::new(Kind::Body, body);
+        sender.send_all(&[last, end]).await?;
+    } else {
+        let body = Frame::new(Kind::Body, body);
+        sender.send_all(&[place, body, end]).await?;
     }
-    while !body.is_empty() {
-        let piece = body.split_to(body.len().min(MAX_TEXT_BYTES));
-        sender.send(&Frame::new(Kind::Body, piece)).await?;
-    }
-    sender.send(&Frame::new(Kind::BodyEnd, Bytes::new())).await
+    sender.finish();
+    Ok(())
 }
 
 /// The answer to one placement, as far as it has come.

@@ -57,7 +57,7 @@ impl Exchange {
         let place = self.shadow_frame(placement, incarnation, copy.text.len());
         Some(Task::spawn(async move {
             let mut copying = copying;
-            let sent = timeout(PATIENCE, send(&copying.shared, &link, &place, copy)).await;
+            let sent = timeout(PATIENCE, send(&copying.shared, &link, place, copy)).await;
             copying.outcome = sent.unwrap_or(FAILED);
         }))
     }
@@ -124,25 +124,19 @@ impl Drop for Copying {
     }
 }
 
-async fn send(shared: &Arc<Shared>, link: &Link, place: &Frame, copy: Copy) -> &'static str {
+async fn send(shared: &Arc<Shared>, link: &Link, place: Frame, copy: Copy) -> &'static str {
     let Ok((mut sender, mut receiver)) = link.open() else {
         return FAILED;
     };
     let accepted = Notify::new();
-    let ended = {
-        let sending = send_request(&mut sender, place, copy.text.clone(), &accepted);
-        let hearing = hear(shared, copy.home, &mut receiver, &accepted);
-        tokio::pin!(sending, hearing);
-        tokio::select! {
-            biased;
-            ended = &mut hearing => ended,
-            _ = &mut sending => hearing.await,
-        }
-    };
-    if ended == COMPLETE {
-        sender.finish();
+    let sending = send_request(&mut sender, place, copy.text.clone(), &accepted);
+    let hearing = hear(shared, copy.home, &mut receiver, &accepted);
+    tokio::pin!(sending, hearing);
+    tokio::select! {
+        biased;
+        ended = &mut hearing => ended,
+        _ = &mut sending => hearing.await,
     }
-    ended
 }
 
 /// What became of it. Of the answer nothing is kept.
