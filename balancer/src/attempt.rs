@@ -198,6 +198,10 @@ impl Exchange {
             facts_revision: self.revision,
             zone: self.zone.as_deref().unwrap_or_default().into(),
             shadow: false,
+            suspect_key: if self.pool.quarantine { self.prompt.named } else { 0 },
+            suspect_epoch: self.prompt.named_epoch,
+            shape: self.prompt.shape.clone(),
+            suspected: self.verdict().suspected,
         }
     }
 }
@@ -383,6 +387,8 @@ impl Answer<'_> {
         self.hear(trailer.load.as_ref());
         let Placement { worker, choice, .. } = &*self.placement;
         self.exchange.learn(worker, trailer, choice.cached_tokens);
+        let died = choice.incarnation.worker;
+        self.exchange.died_under(died, trailer.share);
         match trailer.end() {
             work::End::Complete if self.head.is_some() => self.complete().await,
             work::End::NotStarted if !self.sink.begun() => Ended::Refused { for_good: true },
@@ -397,6 +403,7 @@ impl Answer<'_> {
     }
 
     async fn complete(&mut self) -> Ended {
+        self.exchange.ran_well();
         if self.passing {
             return Ended::Complete;
         }

@@ -223,7 +223,8 @@ proptest! {
             if guarded && !line.ends_with("override") && !line.ends_with("ignore") {
                 prop_assert!(served(fleet).is_superset(&served(&before)), "{}", line);
             }
-            let audited = u64::from(!line.starts_with("observe") && !line.starts_with("homes"));
+            let routine = ["observe", "homes", "clear"];
+            let audited = u64::from(!routine.iter().any(|verb| line.starts_with(verb)));
             prop_assert_eq!(fleet.audit_count(), before.audit_count() + audited);
             let (entries, head) = fleet.audit_tail(usize::MAX);
             prop_assert_eq!(audit::verify(&entries, &head), Ok(()));
@@ -234,6 +235,7 @@ proptest! {
                 prop_assert_eq!(fleet.facts().workers, before.facts().workers);
                 prop_assert_eq!(fleet.facts().families, before.facts().families);
                 prop_assert_eq!(fleet.facts().rebalances, before.facts().rebalances);
+                prop_assert_eq!(fleet.facts().suspects, before.facts().suspects);
                 prop_assert_eq!(fleet.revision(), before.revision());
             }
         }
