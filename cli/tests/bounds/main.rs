@@ -123,6 +123,7 @@ fn fields_of_structs_enums_and_statics_are_found() {
         ),
         [
             "NAMES",
+            "Named.aliased",
             "Named.last",
             "Named.one",
             "Named.turns",

@@ -54,12 +54,15 @@ const MADE: [(&str, &[&str]); 6] = [
 pub struct Sources {
     /// By path from the root of the tree.
     files: BTreeMap<String, Source>,
+    /// Aliases with parameters, which other files may name.
     aliases: BTreeSet<String>,
 }
 
 struct Source {
     code: String,
     fields: Vec<Declared>,
+    /// Of its own, without parameters: other files may have another type of that name.
+    aliases: BTreeSet<String>,
 }
 
 /// One field, or what one function makes.
@@ -100,7 +103,12 @@ impl Sources {
             };
             for_tests.extend(modules.iter().map(|module| format!("{folder}/{module}")));
             let fields = fields(&code);
-            files.insert(path, Source { code, fields });
+            let source = Source {
+                aliases: BTreeSet::new(),
+                code,
+                fields,
+            };
+            files.insert(path, source);
         }
         files.retain(|path, _| {
             let under = |module: &String| {
@@ -111,24 +119,31 @@ impl Sources {
             !by_name && !for_tests.iter().any(under)
         });
         let mut aliases = BTreeSet::new();
-        for Source { code, .. } in files.values() {
+        for source in files.values_mut() {
+            let Source { code, .. } = &*source;
+            let mut own = BTreeSet::new();
             for at in words(code, "type") {
                 let rest = &code[at + "type".len()..];
                 let line = rest.split(';').next().unwrap_or_default();
                 if let Some((name, of)) = line.split_once('=')
                     && CONTAINERS.iter().any(|container| of.contains(container))
                 {
-                    let name: String = identifier(name.trim_start()).into();
-                    aliases.insert(format!("{name}<"));
+                    let alias = identifier(name.trim_start());
+                    if name.contains('<') {
+                        aliases.insert(format!("{alias}<"));
+                    } else {
+                        own.insert(alias.to_owned());
+                    }
                 }
             }
+            source.aliases = own;
         }
         Self { files, aliases }
     }
 
     /// Whether a file declares this, or has a function with this variable (`function(): variable`).
     pub fn has(&self, path: &str, name: &str) -> bool {
-        let Some(Source { code, fields }) = self.files.get(path) else {
+        let Some(Source { code, fields, .. }) = self.files.get(path) else {
             return false;
         };
         match name.split_once("(): ") {
@@ -144,9 +159,20 @@ impl Sources {
     /// What has to have a row: the type, by path and name.
     pub fn containers(&self) -> BTreeMap<(String, String), String> {
         let mut found = BTreeMap::new();
-        for (path, Source { code, fields }) in &self.files {
+        for (path, source) in &self.files {
+            let Source {
+                code,
+                fields,
+                aliases,
+            } = source;
             let fields = fields.iter().cloned();
-            let grows = fields.filter(|declared| self.grows(&declared.kind));
+            let aliased = |kind: &str| {
+                aliases
+                    .iter()
+                    .any(|alias| words(kind, alias).next().is_some())
+            };
+            let grows =
+                fields.filter(|declared| self.grows(&declared.kind) || aliased(&declared.kind));
             for Declared { name, kind } in grows.chain(made(code)) {
                 found.entry((path.clone(), name)).or_insert(kind);
             }
