@@ -143,6 +143,14 @@ impl Exchange {
             facts_revision: self.revision,
             zone: self.zone.as_deref().unwrap_or_default().into(),
             shadow: false,
+            suspect_key: if self.pool.quarantine {
+                self.prompt.named
+            } else {
+                0
+            },
+            suspect_epoch: self.prompt.named_epoch,
+            shape: self.prompt.shape.clone(),
+            suspected: self.verdict().suspected,
         }
     }
 }
@@ -340,6 +348,8 @@ impl Answer<'_> {
         self.hear(trailer.load.as_ref());
         let Placement { worker, choice, .. } = &*self.placement;
         self.exchange.learn(worker, trailer, choice.cached_tokens);
+        let died = choice.incarnation.worker;
+        self.exchange.died_under(died, trailer.share);
         match trailer.end() {
             work::End::Complete if self.head.is_some() => self.complete().await,
             work::End::NotStarted if !self.sink.begun() => Ended::Refused { for_good: true },
@@ -354,6 +364,7 @@ impl Answer<'_> {
     }
 
     async fn complete(&mut self) -> Ended {
+        self.exchange.ran_well();
         if self.passing {
             return Ended::Complete;
         }

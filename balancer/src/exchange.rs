@@ -121,13 +121,17 @@ impl Exchange {
             sought: Arc::default(),
             answers: Vec::new(),
         };
+        self.refuse_quarantined()?;
         self.budget(|budget| budget.admit());
         let mut must_queue = false;
         loop {
             self.tracked.phase(Phase::Queued);
             let mut stale = false;
             line.sought = Arc::new(prompt::seek(self));
+            self.refuse_quarantined()?;
             let placement = self.place(&mut line).await?;
+            // It may have waited for long.
+            self.refuse_quarantined()?;
             let (worker, incarnation) = (placement.worker.clone(), placement.choice.incarnation);
             self.tracked.placed_on(&worker, attempts.number());
             self.tracked.phase(Phase::Prefill);
@@ -186,6 +190,15 @@ impl Exchange {
             };
             self.shared.metrics.retries.inc();
         }
+    }
+
+    /// Two engines died of it: no third one does.
+    fn refuse_quarantined(&self) -> Result<(), ApiError> {
+        if self.verdict().quarantined {
+            self.shared.metrics.quarantined.inc();
+            return Err(quarantined());
+        }
+        Ok(())
     }
 
     fn budget<T>(&self, change: impl FnOnce(&mut crate::core::retry::Budget) -> T) -> T {
@@ -359,6 +372,13 @@ fn full() -> ApiError {
     ApiError::new(
         Code::Overloaded,
         "every worker and the queue for this model are full: try again later",
+    )
+}
+
+fn quarantined() -> ApiError {
+    ApiError::new(
+        Code::Quarantined,
+        "engines died each time while they served this very request, so it is not sent to another: change the request, or ask the operators of this fleet, who can let it through again",
     )
 }
 

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use forebay_proto::config::{Config, Pool};
-use forebay_proto::{Family, FingerprintKey, Revision};
+use forebay_proto::suspect::Suspect;
+use forebay_proto::{Family, FingerprintKey, Millis, Revision};
 use forebay_scheduler::Known;
 use forebay_scheduler::fingerprint::{Rendering, renderings};
 
@@ -21,6 +22,10 @@ pub struct Fleet {
     pub keys: Vec<FingerprintKey>,
     /// Families of prompts, and who is to hold them.
     pub families: Vec<Family>,
+    /// Requests that engines died under.
+    pub suspects: Vec<Suspect>,
+    /// The newest time that the cell agreed on.
+    pub cell_time: Millis,
 }
 
 impl Fleet {

@@ -81,6 +81,9 @@ pub(crate) struct Metrics {
     questions: Counter,
     quotes: Counter,
     pub(crate) by_older_key: Counter,
+    pub(crate) deaths: Counter,
+    pub(crate) quarantined: Counter,
+    pub(crate) quarantine_active: Number,
     pub(crate) resident: Number,
     pub(crate) residency_pending: Number,
     pub(crate) residency_blind: Number,
@@ -186,6 +189,16 @@ impl Metrics {
                 "Requests that stayed with the fingerprint key before the newest, for what is cached under it",
                 &self.by_older_key,
             ),
+            (
+                "engine_deaths",
+                "Requests under which an engine died unexplained, by the word of its agent",
+                &self.deaths,
+            ),
+            (
+                "quarantine_refusals",
+                "Requests that were refused because engines died of them",
+                &self.quarantined,
+            ),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -215,6 +228,11 @@ impl Metrics {
                 "families",
                 "Families of prompts that have homes, in the facts in use",
                 &self.families,
+            ),
+            (
+                "quarantine_active",
+                "Requests that are refused because engines died of them, in the facts in use",
+                &self.quarantine_active,
             ),
             (
                 "facts_revision",

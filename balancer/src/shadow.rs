@@ -31,6 +31,10 @@ impl Exchange {
     /// Begins a copy of this request on a home that is to hold its family and does not, if one is due. It ends with
     /// what is returned.
     pub(crate) fn warm(&self, placement: &Placement) -> Option<Task> {
+        // What may kill one engine is not sent to two.
+        if self.verdict().suspected {
+            return None;
+        }
         let facts = self.shared.facts()?;
         let (table, path) = (facts.homes(), &self.prompt.chunks);
         if table.is_empty() || !table.all_of(path).any(|family| family.pinned) {

@@ -26,6 +26,7 @@ use crate::core::lengths::Lengths;
 use crate::core::receipts::{self, Kept, Receipts};
 use crate::core::retry::Budget;
 use crate::core::shadows::Shadows;
+use crate::core::suspects::Suspects;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
 use crate::residency::Caches;
@@ -61,6 +62,8 @@ pub(crate) struct Shared {
     pub(crate) questions: Questions,
     /// Homes that were warmed, or are.
     pub(crate) shadows: Mutex<Shadows>,
+    /// Requests that engines died under; locked alone.
+    pub(crate) suspects: RwLock<Suspects>,
     facts: RwLock<Option<Arc<Facts>>>,
     requests: DashMap<u64, Arc<About>>,
     next_request: AtomicU64,
@@ -137,6 +140,7 @@ impl Shared {
             lengths: Mutex::default(),
             questions: Questions::default(),
             shadows: Mutex::default(),
+            suspects: RwLock::default(),
             facts: RwLock::new(None),
             requests: DashMap::with_shard_amount(SHARDS),
             next_request: AtomicU64::new(0),
@@ -218,9 +222,31 @@ impl Shared {
         let Revision(revision) = fleet.revision;
         let gauge = i64::try_from(revision).unwrap_or(i64::MAX);
         self.metrics.facts_revision.set(gauge);
+        self.agree_on_suspects(fleet);
         let named = |pool: &str| fleet.config.pool(pool).is_some();
         self.budgets.lock().retain(|pool, _| named(pool));
         self.change(|dispatch, _| dispatch.facts(fleet))
+    }
+
+    /// Takes over which requests engines died under.
+    fn agree_on_suspects(&self, fleet: &Fleet) {
+        let (fresh, all) = {
+            let mut suspects = self.suspects.write();
+            let fresh = suspects.agree(self.now(), fleet.cell_time, &fleet.suspects);
+            (fresh, suspects.quarantined())
+        };
+        let all = i64::try_from(all).unwrap_or(i64::MAX);
+        self.metrics.quarantine_active.set(all);
+        for suspect in fresh {
+            tracing::warn!(
+                suspect = suspect.name(),
+                tenant = suspect.tenant,
+                model = suspect.model,
+                shape = suspect.shape,
+                engines = suspect.deaths.len(),
+                "engines died of this request: it is refused from here on"
+            );
+        }
     }
 
     /// Names of the workers in the facts.

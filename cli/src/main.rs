@@ -68,6 +68,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Drain(args) => verbs::operate::drain(&args),
         Verb::Rebalance(args) => verbs::operate::rebalance(&args),
         Verb::Homes(args) => verbs::operate::homes(&args),
+        Verb::Quarantine(args) => verbs::operate::quarantine(&args),
         Verb::Status(args) => verbs::status::run(&args),
         Verb::Check(args) => verbs::check::run(&args),
         Verb::Explain(args) => verbs::explain::run(&args),

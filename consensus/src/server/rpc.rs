@@ -315,6 +315,8 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         Action::Register(register) => return denied(format!("RegisterWorker {}", register.name)),
         Action::Observe(observe) => &observe.incarnation,
         Action::Goodbye(goodbye) => &goodbye.incarnation,
+        Action::AccuseRequests(accuse) => &accuse.incarnation,
+        Action::ClearRequests(clear) => &clear.incarnation,
         Action::SetDesired(_)
         | Action::SetDesiredOf(_)
         | Action::StartDrain(_)
@@ -325,6 +327,8 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         | Action::StepRebalance(_)
         | Action::StopRebalance(_)
         | Action::CancelRebalance(_)
+        | Action::LiftQuarantine(_)
+        | Action::ForgetSuspects(_)
         | Action::Remove(_)
         | Action::ApplyConfig(_)
         | Action::Expire(_)

@@ -64,6 +64,7 @@ pub(super) async fn carry(
                 engine_id,
                 at_end: false,
                 inside_a_frame: false,
+                share: 0,
             };
             let accepted = wire::accepted(&admitted);
             // Other streams may have used the connection's window up.
@@ -109,6 +110,8 @@ struct Carried {
     at_end: bool,
     /// A frame was begun and is not sent whole: no other may follow.
     inside_a_frame: bool,
+    /// What is held against it of the engine's death.
+    share: u32,
 }
 
 /// An answer as it passes.
@@ -197,7 +200,8 @@ impl Carried {
         let Some((end, ending)) = ticket.end(end) else {
             return;
         };
-        self.part(wire::trailer(end, &detail, &ending)).await;
+        let trailer = wire::trailer(end, &detail, &ending, self.share);
+        self.part(trailer).await;
     }
 
     /// The last frame and the end of the stream.
@@ -231,7 +235,10 @@ impl Carried {
                         shared.engine_down(&error.to_string());
                         End::NotStarted
                     }
-                    CallError::Failed(_) => End::EngineFailed,
+                    CallError::Failed(_) => {
+                        self.share = shared.post_mortem(ticket).await;
+                        End::EngineFailed
+                    }
                 };
                 return Ok(Outcome::Ended(end, error.to_string()));
             }
@@ -242,6 +249,12 @@ impl Carried {
             if let Some(why) = not_started(answer.status(), &document) {
                 shared.engine_refused(why);
                 return Ok(Outcome::Ended(End::NotStarted, why.detail().to_owned()));
+            }
+            // An engine that died has a process in front of it that says so, for a moment.
+            self.share = shared.post_mortem(ticket).await;
+            if self.share > 0 {
+                let detail = format!("the engine died: it answered {}", answer.status());
+                return Ok(Outcome::Ended(End::EngineFailed, detail));
             }
             early = Some(document);
         }
@@ -288,6 +301,7 @@ impl Carried {
                 Ok(None) => break,
                 Err(problem) => {
                     ticket.usage(reading.usage());
+                    self.share = shared.post_mortem(ticket).await;
                     let detail = format!("the engine broke off: {problem}");
                     return Ok(Outcome::Ended(End::EngineFailed, detail));
                 }
@@ -299,6 +313,7 @@ impl Carried {
         let rest: Bytes = [left, rest].concat().into();
         ticket.usage(usage);
         if verdict == Verdict::Broken {
+            self.share = shared.post_mortem(ticket).await;
             let detail = "the engine failed in the middle of its answer".to_owned();
             return Ok(Outcome::Ended(End::EngineFailed, detail));
         }
@@ -395,7 +410,7 @@ impl Carried {
                 call = &mut ticket.call, if !started => match call {
                     Ok(Call::Start) => started = true,
                     Ok(Call::Over(why, ending)) => {
-                        let trailer = wire::trailer(why.end(), why.detail(), &ending);
+                        let trailer = wire::trailer(why.end(), why.detail(), &ending, 0);
                         return Ok(Err(Outcome::Sent(trailer)));
                     }
                     // It is told before its sender goes.

@@ -76,6 +76,7 @@ fn facts(workers: impl IntoIterator<Item = (String, Arc<WorkerFact>)>) -> Facts 
         drains: BTreeMap::new(),
         families: BTreeMap::new(),
         rebalances: BTreeMap::new(),
+        suspects: BTreeMap::new(),
     }
 }
 

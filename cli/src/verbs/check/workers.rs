@@ -63,6 +63,17 @@ pub(super) fn check(seen: &Seen, report: &mut Report) {
         "wait, or look at its agent's log",
     );
     models(facts, report);
+    let refused = facts.suspects.values().filter(|one| one.is_quarantined());
+    let refused = refused.map(|one| {
+        let (name, shape) = (one.name(), &one.shape);
+        format!("{name} of tenant {} ({shape})", one.tenant)
+    });
+    report.warn(
+        "requests.quarantined",
+        &refused.collect::<Vec<_>>(),
+        "no request is refused because engines died of it",
+        "engines died of it: `forebay quarantine show` says which; update them, then `forebay quarantine lift`",
+    );
     let mut addresses = BTreeMap::<&str, Vec<&str>>::new();
     for worker in facts.workers.values().filter(|worker| !worker.departed) {
         let at = addresses.entry(&worker.spec.advertise).or_default();
@@ -189,7 +200,7 @@ fn profiles(facts: &Facts, report: &mut Report) {
     );
 }
 
-const IDS: [&str; 13] = [
+const IDS: [&str; 14] = [
     "config.policies",
     "config.pools",
     "fleet.alarms",
@@ -203,5 +214,6 @@ const IDS: [&str; 13] = [
     "models.ready",
     "models.profiles",
     "workers.addresses",
+    "requests.quarantined",
 ];
 const LONG_MINUTES: u64 = 10;

@@ -163,6 +163,10 @@ impl World {
                     shown.push(format!("stop r{}: {}", stop.id, stop.why));
                     self.facts.rebalances[0].ended_ms = 1_000_000 + ms;
                 }
+                Action::ForgetSuspects => {
+                    shown.push("forget".into());
+                    self.facts.suspects.clear();
+                }
             }
         }
         shown.join(", ")
