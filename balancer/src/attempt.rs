@@ -198,7 +198,11 @@ impl Exchange {
             facts_revision: self.revision,
             zone: self.zone.as_deref().unwrap_or_default().into(),
             shadow: false,
-            suspect_key: if self.pool.quarantine { self.prompt.named } else { 0 },
+            suspect_key: if self.pool.quarantine {
+                self.prompt.named
+            } else {
+                0
+            },
             suspect_epoch: self.prompt.named_epoch,
             shape: self.prompt.shape.clone(),
             suspected: self.verdict().suspected,

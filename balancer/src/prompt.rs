@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use forebay_proto::suspect::Suspect;
-use forebay_proto::{FingerprintKey, WorkerId};
 use forebay_proto::wire::work;
+use forebay_proto::{FingerprintKey, WorkerId};
 use forebay_scheduler::fingerprint::{
     Endpoint, Root, Settings, engine_salt, raw, read as fingerprint, scope,
 };

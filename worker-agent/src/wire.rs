@@ -11,7 +11,8 @@ use forebay_scheduler::model::{Profile, Targets};
 use forebay_scheduler::residency::Cursor;
 
 use crate::core::{
-    Admitted, End, Ending, EngineDeath, Named, Offer, Prompt, Question, Quote, Recorded, RefusalReason, Refused, Work,
+    Admitted, End, Ending, EngineDeath, Named, Offer, Prompt, Question, Quote, Recorded,
+    RefusalReason, Refused, Work,
 };
 
 /// What may be asked of an engine.
@@ -299,14 +300,17 @@ mod tests {
 
 /// A death of the engine, for the control plane.
 pub(crate) fn accusation(of: Incarnation, death: EngineDeath) -> fleet::AccuseRequests {
-    let accused = death.accused.into_iter().map(|(named, share)| fleet::Accused {
-        key: named.key,
-        key_epoch: named.key_epoch,
-        tenant: named.tenant,
-        model: named.model,
-        shape: named.shape,
-        share,
-    });
+    let accused = death
+        .accused
+        .into_iter()
+        .map(|(named, share)| fleet::Accused {
+            key: named.key,
+            key_epoch: named.key_epoch,
+            tenant: named.tenant,
+            model: named.model,
+            shape: named.shape,
+            share,
+        });
     fleet::AccuseRequests {
         incarnation: Some(of.to_wire()),
         accused: accused.collect(),

@@ -53,7 +53,10 @@ impl Suspects {
         }
         let was = |key: &u64| self.agreed.get(key).is_some_and(Suspect::is_quarantined);
         let fresh = next.values().filter(|suspect| suspect.is_quarantined());
-        let fresh = fresh.filter(|suspect| !was(&suspect.key)).cloned().collect();
+        let fresh = fresh
+            .filter(|suspect| !was(&suspect.key))
+            .cloned()
+            .collect();
         self.agreed = next;
         self.cell_time = cell_time;
         self.heard = now;
@@ -256,7 +259,12 @@ mod tests {
     fn what_was_seen_is_bounded_and_the_oldest_gives_way() {
         let mut suspects = Suspects::default();
         for key in 1..=MOST_SEEN as u64 + 5 {
-            suspects.saw(Now::at(Duration::from_millis(key)), &named(key), WorkerId(1), 1);
+            suspects.saw(
+                Now::at(Duration::from_millis(key)),
+                &named(key),
+                WorkerId(1),
+                1,
+            );
         }
         assert_eq!(suspects.seen.len(), MOST_SEEN);
         assert!(!suspects.seen.contains_key(&5) && suspects.seen.contains_key(&6));

@@ -56,9 +56,7 @@ use wire::command::Action;
 
 pub use drains::{MAX_DRAINS, MAX_NAMES};
 pub use homes::{MAX_FAMILIES, MAX_HOMES};
-pub use members::{
-    DRAINS_LEVEL, HOMES_LEVEL, MEMBERS_LEVEL, QUARANTINE_LEVEL, level_of, too_new,
-};
+pub use members::{DRAINS_LEVEL, HOMES_LEVEL, MEMBERS_LEVEL, QUARANTINE_LEVEL, level_of, too_new};
 pub use rebalances::{INTERVALS_MS, MAX_MOVES};
 pub use snapshot::RestoreError;
 pub use suspects::{MAX_ACCUSED, MAX_SUSPECTS};

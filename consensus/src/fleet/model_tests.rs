@@ -75,7 +75,11 @@ fn line() -> impl Strategy<Value = String> {
         (1..60u8, 0..3u8).prop_map(|(id, step)| format!("step r{id} {step}")),
         (1..60u8, word(&["stop", "call-rebalance-off"]))
             .prop_map(|(id, verb)| format!("{verb} r{id}")),
-        (1..4u8, 1..12u8, word(&["a:900 b:100", "a:1000", "b:500 c:500"]))
+        (
+            1..4u8,
+            1..12u8,
+            word(&["a:900 b:100", "a:1000", "b:500 c:500"])
+        )
             .prop_map(|(w, g, accused)| format!("accuse {w}.{g}.0 {accused}")),
         (1..4u8, 1..12u8, word(&["a", "b c"]))
             .prop_map(|(w, g, keys)| format!("clear {w}.{g}.0 {keys}")),

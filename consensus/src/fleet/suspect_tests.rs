@@ -135,7 +135,10 @@ fn suspects_are_bounded_and_a_quarantine_does_not_give_way_to_a_suspicion() {
     for round in 0..=(MAX_SUSPECTS / MAX_ACCUSED) {
         let many = (0..MAX_ACCUSED).map(|one| format!("{:x}:20", 0x1_0000 + round * 1_000 + one));
         let many: Vec<_> = many.collect();
-        assert_eq!(world.run(&format!("accuse 1.1.0 {}", many.join(" "))), "done");
+        assert_eq!(
+            world.run(&format!("accuse 1.1.0 {}", many.join(" "))),
+            "done"
+        );
     }
     assert_eq!(world.fleet.suspects().count(), MAX_SUSPECTS);
     assert!(shown(&world).starts_with("a1:2000!"));

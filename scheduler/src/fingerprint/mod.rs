@@ -41,9 +41,9 @@ use crate::json::{Kind, Scanner, Span, says, unescape};
 use crate::length::Makeup;
 use chain::{Chain, finish, keyed, published};
 use form::Form;
-use shape::Shaper;
 pub use outline::{Outline, outline};
 pub use profile::{LateSystem, RENDER_PROFILE, Reasoning, RenderProfile, ToolsOrder};
+use shape::Shaper;
 
 /// What kind of prompt a body has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,8 +154,8 @@ pub fn read(
     }
     let shape = std::mem::take(&mut fields.shaper).finish();
     // Several prompts in one, or a template of its own: the bytes are all that is known.
-    let opaque = fields.chat_template.is_some()
-        || matches!(&batch, Some(batch) if batch.prompts > 1);
+    let opaque =
+        fields.chat_template.is_some() || matches!(&batch, Some(batch) if batch.prompts > 1);
     let whole = if opaque {
         raw(body, settings, &shape)
     } else {

@@ -146,7 +146,10 @@ mod tests {
 
     #[test]
     fn parameters_count_by_being_there_and_by_class() {
-        check(r#"{"model":"m","messages":[],"stream":true,"user":"u"}"#, "");
+        check(
+            r#"{"model":"m","messages":[],"stream":true,"user":"u"}"#,
+            "",
+        );
         check(r#"{"seed":7,"model":"m"}"#, "seed");
         check(r#"{"seed":null}"#, "");
         check(r#"{"s\u0065ed":7}"#, "seed");
@@ -158,8 +161,14 @@ mod tests {
         check(r#"{"max_tokens":16}"#, "max_tokens<=16");
         check(r#"{"max_completion_tokens":17}"#, "max_tokens<=256");
         check(r#"{"max_tokens":100000}"#, "max_tokens");
-        check(r#"{"response_format":{"type":"json_schema","json_schema":{}}}"#, "response_format=json_schema");
-        check(r#"{"response_format":{"type":"json_object"}}"#, "response_format=json_object");
+        check(
+            r#"{"response_format":{"type":"json_schema","json_schema":{}}}"#,
+            "response_format=json_schema",
+        );
+        check(
+            r#"{"response_format":{"type":"json_object"}}"#,
+            "response_format=json_object",
+        );
         check(r#"{"guided_regex":"secret.*"}"#, "guided_regex");
     }
 
@@ -167,6 +176,9 @@ mod tests {
     fn names_and_values_of_clients_are_not_told() {
         check(r#"{"my secret":"text","another":{"seed":1}}"#, "other");
         check(r#"{"response_format":"my secret"}"#, "response_format");
-        check(r#"{"response_format":{"type":"my secret"}}"#, "response_format");
+        check(
+            r#"{"response_format":{"type":"my secret"}}"#,
+            "response_format",
+        );
     }
 }

@@ -107,7 +107,11 @@ impl Core {
         }
         let on_engine: Vec<OnEngine> = victims.values().map(|victim| victim.on_engine).collect();
         let shares = shares(&on_engine);
-        self.deaths.shares = victims.keys().copied().zip(shares.iter().copied()).collect();
+        self.deaths.shares = victims
+            .keys()
+            .copied()
+            .zip(shares.iter().copied())
+            .collect();
         self.deaths.count += 1;
         let named = victims.into_values().map(|victim| victim.named);
         let accused = named.zip(shares);

@@ -180,10 +180,13 @@ impl Core {
             return None;
         }
         let suspected = self.placements[&id].is_suspected();
-        let since = self.placements.values().filter_map(|other| match other.stage {
-            Stage::Dispatched { since } if suspected || other.is_suspected() => Some(since),
-            Stage::Dispatched { .. } | Stage::Queued | Stage::Streaming { .. } => None,
-        });
+        let since = self
+            .placements
+            .values()
+            .filter_map(|other| match other.stage {
+                Stage::Dispatched { since } if suspected || other.is_suspected() => Some(since),
+                Stage::Dispatched { .. } | Stage::Queued | Stage::Streaming { .. } => None,
+            });
         let until = since.max()? + APART;
         (self.now < until).then_some(Obstacle::Suspect(until))
     }

@@ -85,7 +85,9 @@ async fn accuse(client: &ControlClient, own: Incarnation, death: EngineDeath) {
                 tracing::info!(%refusal, "the death is not kept");
                 return;
             }
-            Err(error) => tracing::debug!(%error, "the control plane was not told of the death yet"),
+            Err(error) => {
+                tracing::debug!(%error, "the control plane was not told of the death yet")
+            }
         }
         tokio::time::sleep(PAUSE).await;
     }

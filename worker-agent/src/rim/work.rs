@@ -31,8 +31,8 @@ use super::tasks::OwnedTask;
 use super::{map, probe, reports};
 use crate::adapter::Adapter;
 use crate::core::{
-    Admitted, Continuity, Core, Effect, End, Ending, EngineDeath, EngineState, GradeChange, Offer, PlacementId,
-    Recorded, RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
+    Admitted, Continuity, Core, Effect, End, Ending, EngineDeath, EngineState, GradeChange, Offer,
+    PlacementId, Recorded, RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
 };
 use crate::wire;
 

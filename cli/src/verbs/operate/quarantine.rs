@@ -74,7 +74,9 @@ struct LiftArgs {
 fn key(text: &str) -> Result<u64, String> {
     let named = (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok());
     let named = named.flatten().filter(|key| *key != 0);
-    named.ok_or_else(|| "is no name of a request: 16 hexadecimal digits, as `list` shows them".into())
+    named.ok_or_else(|| {
+        "is no name of a request: 16 hexadecimal digits, as `list` shows them".into()
+    })
 }
 
 #[derive(Serialize)]
@@ -193,15 +195,20 @@ async fn lift(args: &LiftArgs) -> Result<(), CliError> {
         revision: done.revision,
         balancers: balancers(&asked, done.revision).await,
     };
-    change.output.print(&lifted, || match (lifted.dry_run, lifted.affected) {
-        (_, 0) => "none is refused".to_owned(),
-        (true, n) => format!("dry run: would let {n} through"),
-        (false, n) => {
-            let balancers = lifted.balancers.as_ref().map(Balancers::line);
-            let revision = lifted.revision;
-            format!("let {n} through as {revision}\n{}", balancers.unwrap_or_default())
-        }
-    });
+    change
+        .output
+        .print(&lifted, || match (lifted.dry_run, lifted.affected) {
+            (_, 0) => "none is refused".to_owned(),
+            (true, n) => format!("dry run: would let {n} through"),
+            (false, n) => {
+                let balancers = lifted.balancers.as_ref().map(Balancers::line);
+                let revision = lifted.revision;
+                format!(
+                    "let {n} through as {revision}\n{}",
+                    balancers.unwrap_or_default()
+                )
+            }
+        });
     if !lifted.dry_run && lifted.affected > 0 {
         say("what kills engines still is refused again once two more died of it");
     }
@@ -241,7 +248,12 @@ fn page(rows: &[Row], all: bool) -> String {
     let rows = rows.iter().map(|row| {
         [
             row.name.clone(),
-            if row.quarantined { "refused" } else { "suspected" }.to_owned(),
+            if row.quarantined {
+                "refused"
+            } else {
+                "suspected"
+            }
+            .to_owned(),
             format!("{:.2}", row.suspicion),
             row.deaths.len().to_string(),
             row.tenant.clone(),
@@ -251,14 +263,25 @@ fn page(rows: &[Row], all: bool) -> String {
         ]
     });
     let header = [
-        "REQUEST", "STATE", "SUSPICION", "ENGINES", "TENANT", "MODEL", "PARAMETERS", "UNTIL",
+        "REQUEST",
+        "STATE",
+        "SUSPICION",
+        "ENGINES",
+        "TENANT",
+        "MODEL",
+        "PARAMETERS",
+        "UNTIL",
     ];
     table(header, rows)
 }
 
 fn one(row: &Row) -> String {
     let state = match row.quarantined_ms {
-        Some(since) => format!("refused since {}, until {}", clock(since), clock(row.until_ms)),
+        Some(since) => format!(
+            "refused since {}, until {}",
+            clock(since),
+            clock(row.until_ms)
+        ),
         None => format!(
             "suspected until {}: not refused, which takes {:.1} from {QUARANTINE_WORKERS} workers",
             clock(row.until_ms),
@@ -290,7 +313,13 @@ mod tests {
     #[test]
     fn a_request_is_named_by_sixteen_digits() {
         assert_eq!(key("000000000000002a"), Ok(42));
-        for bad in ["", "2a", "0000000000000000", "zz00000000000000", "000000000000002a0"] {
+        for bad in [
+            "",
+            "2a",
+            "0000000000000000",
+            "zz00000000000000",
+            "000000000000002a0",
+        ] {
             assert!(key(bad).is_err(), "{bad}");
         }
     }
