@@ -1,10 +1,8 @@
 //! One engine's cache by its events, with the prompts that are on their way into it.
 //!
-//! A prompt that was taken is **promised**: whatever is taken later runs later, and finds it. That ends a
-//! moment after the request, when its blocks' events are in; what they do not confirm is withdrawn then.
+//! What will be found is what events say is there, and what [`Promises`] say is coming.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::time::Duration;
+use std::collections::{BTreeSet, HashSet, VecDeque};
 
 use forebay_proto::Now;
 use forebay_scheduler::residency::Change;
@@ -13,13 +11,11 @@ use super::align::Aligned;
 use super::blocks::{Blocks, Placed, Unfit};
 use super::event::{Batch, Event};
 use super::kept::KeptExact;
+use super::order::{Order, Turn};
+use super::promises::{Ahead, Promises};
 use super::seen::Seen;
 use super::stream::{Counts, Step, Stream};
 
-/// Events of a request come so long after its end, at most.
-const LINGER: Duration = Duration::from_millis(250);
-/// Requests whose promise outlasts them.
-const MAX_LINGERING: usize = 1_024;
 /// Prompts whose tokens are known before the size of a block is.
 const MAX_EARLY: usize = 64;
 const MAX_ADAPTERS: usize = 256;
@@ -54,12 +50,6 @@ pub struct Promise {
     mark: u64,
 }
 
-#[derive(Clone, Copy)]
-struct Promised {
-    users: u32,
-    tokens: u32,
-}
-
 /// See the module's page.
 pub struct Exact {
     blocks: Blocks,
@@ -73,8 +63,8 @@ pub struct Exact {
     unfit: Option<Unfit>,
     kv_tokens: u64,
     adapters: BTreeSet<String>,
-    promised: HashMap<u64, Promised>,
-    lingering: VecDeque<(Now, Vec<u64>)>,
+    promises: Promises,
+    order: Order,
     early: VecDeque<News>,
     seen: Seen,
     changes: Vec<Change>,
@@ -94,8 +84,8 @@ impl Exact {
             unfit: None,
             kv_tokens,
             adapters: BTreeSet::new(),
-            promised: HashMap::new(),
-            lingering: VecDeque::new(),
+            promises: Promises::default(),
+            order: Order::default(),
             early: VecDeque::new(),
             seen: Seen::default(),
             changes: Vec::new(),
@@ -197,10 +187,8 @@ impl Exact {
     /// Time passed.
     pub fn pass(&mut self, now: Now) {
         self.step(|stream, steps| stream.pass(now, steps));
-        while let Some((until, _)) = self.lingering.front()
-            && *until <= now
-        {
-            self.linger_no_more();
+        while let Some(chunks) = self.promises.expired(now) {
+            self.give_up(&chunks);
         }
     }
 
@@ -242,8 +230,19 @@ impl Exact {
                 self.blocks.forget();
                 return;
             }
-            // What is empty is known whole.
-            self.complete |= *event == Event::Cleared;
+            match event {
+                Event::Stored(stored) => {
+                    let blocks = u32::try_from(stored.hashes.len()).unwrap_or(u32::MAX);
+                    self.order
+                        .stored(blocks.saturating_mul(stored.block_tokens));
+                }
+                Event::Removed { .. } => self.order.set_full(true),
+                Event::Cleared => {
+                    self.order.set_full(false);
+                    // What is empty is known whole.
+                    self.complete = true;
+                }
+            }
         }
         if let Some(size) = self.blocks.block_tokens() {
             let tokens = self.blocks.copies() * u64::from(size);
@@ -291,25 +290,38 @@ impl Exact {
         let adapter = self.adapters.get(&news.model).map(String::as_str);
         self.blocks
             .align(&placed, &news.ids, news.scope.as_deref(), adapter);
+        // Of a block that is not full there will be no events.
+        for chunk in &news.chunks {
+            if !self.blocks.chunks().knows(*chunk) {
+                self.promising(*chunk, |promises| promises.settled(*chunk));
+            }
+        }
     }
 
-    /// What will be found of a prompt; `own`: it is promised itself, which does not count.
+    /// What will be found of a prompt.
     #[must_use]
-    pub fn hit(&self, chunks: &[u64], own: bool) -> Promise {
+    pub fn hit(&self, chunks: &[u64], ahead: Ahead) -> Promise {
+        self.hit_but(chunks, ahead, &HashSet::new())
+    }
+
+    /// What will be found of a prompt when these chunks are not.
+    fn hit_but(&self, chunks: &[u64], ahead: Ahead, doomed: &HashSet<u64>) -> Promise {
         let mut hit = Promise {
             settled: true,
             mark: self.blocks.chunks().mark(),
             ..Promise::default()
         };
         for (at, chunk) in chunks.iter().enumerate() {
-            let tokens = match self.blocks.chunks().tokens_to(*chunk) {
+            let resident = self.blocks.chunks().tokens_to(*chunk);
+            let tokens = match resident {
+                Some(_) if doomed.contains(chunk) => break,
                 Some(tokens) => tokens,
-                None => match self.promised.get(chunk) {
-                    Some(promised) if promised.users > u32::from(own) => {
+                None => match self.promises.tokens_to(*chunk, ahead) {
+                    Some(tokens) => {
                         hit.settled = false;
-                        promised.tokens
+                        tokens
                     }
-                    Some(_) | None => break,
+                    None => break,
                 },
             };
             hit.chunks = at + 1;
@@ -323,58 +335,91 @@ impl Exact {
     /// Tokens up to the end of this chunk, if it will be found.
     #[must_use]
     pub fn tokens_to(&self, chunk: u64) -> Option<u32> {
-        let promised = || self.promised.get(&chunk).map(|promised| promised.tokens);
+        let promised = || self.promises.tokens_to(chunk, Ahead::Taken);
         self.blocks.chunks().tokens_to(chunk).or_else(promised)
     }
 
     /// A prompt was taken: these of its chunks are on their way.
-    pub fn promise(&mut self, chunks: &[u64], tokens_to: impl Fn(u64) -> Option<u32>) {
+    pub fn taken(&mut self, chunks: &[u64], tokens_to: impl Fn(u64) -> Option<u32>) {
         for chunk in chunks.iter().copied() {
             let tokens = tokens_to(chunk).unwrap_or(0);
-            let promised = self
-                .promised
-                .entry(chunk)
-                .or_insert(Promised { users: 0, tokens });
-            promised.users += 1;
-            if promised.users == 1 && self.blocks.chunks().tokens_to(chunk).is_none() {
-                self.changes.push(Change::Stored { chunk, tokens });
-            }
+            self.promising(chunk, |promises| promises.taken(chunk, tokens));
         }
     }
 
-    /// A request is over: what its events do not confirm is withdrawn in a moment.
-    pub fn finished(&mut self, now: Now, chunks: &[u64]) {
-        if self.lingering.len() >= MAX_LINGERING {
-            self.linger_no_more();
-        }
-        self.lingering.push_back((now + LINGER, chunks.to_vec()));
+    /// The engine is given a prompt of about so many tokens, of which the `held` first chunks were taken.
+    /// Returns what it will find of it, and the request as it is to be named from here on.
+    pub fn begun(&mut self, chunks: &[u64], held: usize, tokens: u32) -> (Promise, Turn) {
+        let hit = self.hit_but(chunks, Ahead::Begun, &self.order.doomed());
+        let size = self.block_tokens().unwrap_or(1);
+        // Its answer begins in a block of its own, or the one after.
+        let needed = tokens.saturating_sub(hit.tokens) / size + 1;
+        let needed = needed.saturating_mul(size);
+        let chunks = &chunks[..held];
+        chunks.iter().for_each(|chunk| self.promises.begun(*chunk));
+        (hit, self.order.begun(chunks, needed))
     }
 
-    /// A request is over that was not prefilled.
-    pub fn withdraw(&mut self, chunks: &[u64]) {
+    /// The engine computed a prompt that it was given.
+    pub fn computed(&mut self, chunks: &[u64], turn: Turn) {
+        self.order.computed(turn);
         for chunk in chunks.iter().copied() {
-            let Some(promised) = self.promised.get_mut(&chunk) else {
-                continue;
-            };
-            promised.users -= 1;
-            if promised.users == 0 {
-                self.promised.remove(&chunk);
-                if self.blocks.chunks().tokens_to(chunk).is_none() {
-                    self.changes.push(Change::Removed { chunk });
-                }
-            }
+            let resident = self.blocks.chunks().tokens_to(chunk).is_some();
+            self.promises.computed(chunk, resident);
         }
     }
 
-    fn linger_no_more(&mut self) {
-        if let Some((_, chunks)) = self.lingering.pop_front() {
-            self.withdraw(&chunks);
+    /// A request is over whose prompt was computed, with its answer of so many tokens.
+    pub fn finished(&mut self, now: Now, chunks: &[u64], tokens: u32) {
+        self.left(chunks, tokens);
+        if let Some(chunks) = self.promises.finished(now, chunks) {
+            self.give_up(&chunks);
+        }
+    }
+
+    /// A request is over whose prompt, of so many tokens, was not computed; the engine may have been given it.
+    pub fn abandoned(&mut self, chunks: &[u64], turn: Option<Turn>, tokens: u32) {
+        if let Some(turn) = turn {
+            self.order.computed(turn);
+            self.left(chunks, tokens);
+        }
+        for chunk in chunks.iter().copied() {
+            self.promising(chunk, |promises| promises.abandoned(chunk, turn.is_some()));
+        }
+    }
+
+    /// The engine uses these for one request less.
+    fn left(&mut self, chunks: &[u64], tokens: u32) {
+        let ends = chunks.iter().map(|chunk| (*chunk, self.tokens_to(*chunk)));
+        let ends: Vec<_> = ends.collect();
+        self.order.over(&ends, tokens);
+    }
+
+    /// What events did not confirm.
+    fn give_up(&mut self, chunks: &[u64]) {
+        for chunk in chunks.iter().copied() {
+            self.promising(chunk, |promises| promises.over(chunk));
+        }
+    }
+
+    /// Changes what is promised of a chunk, and notes what follows where events do not say that it is there.
+    fn promising(&mut self, chunk: u64, change: impl FnOnce(&mut Promises)) {
+        let before = self.promises.tokens_to(chunk, Ahead::Taken);
+        change(&mut self.promises);
+        let after = self.promises.tokens_to(chunk, Ahead::Taken);
+        if self.blocks.chunks().tokens_to(chunk).is_some() {
+            return;
+        }
+        match (before, after) {
+            (None, Some(tokens)) => self.changes.push(Change::Stored { chunk, tokens }),
+            (Some(_), None) => self.changes.push(Change::Removed { chunk }),
+            (None, None) | (Some(_), Some(_)) => {}
         }
     }
 
     fn forget_requests(&mut self) {
-        self.promised.clear();
-        self.lingering.clear();
+        self.promises = Promises::default();
+        self.order = Order::default();
         self.early.clear();
         self.changes.clear();
         self.blocks.take_changes();
@@ -383,17 +428,21 @@ impl Exact {
     /// Takes over what became of chunks by events.
     fn note(&mut self) {
         for change in self.blocks.take_changes() {
-            let Change::Removed { chunk } = change else {
-                self.changes.push(change);
-                continue;
-            };
-            self.changes.push(match self.promised.get(&chunk) {
-                Some(Promised { tokens, .. }) => {
-                    let tokens = *tokens;
-                    Change::Stored { chunk, tokens }
+            if let Change::Removed { chunk } = change {
+                let resident = |chunk| self.blocks.chunks().tokens_to(chunk).is_some();
+                self.order.removed(chunk, resident);
+            }
+            let change = match change {
+                Change::Stored { chunk, .. } => {
+                    self.promises.settled(chunk);
+                    change
                 }
-                None => change,
-            });
+                Change::Removed { chunk } => match self.promises.tokens_to(chunk, Ahead::Taken) {
+                    Some(tokens) => Change::Stored { chunk, tokens },
+                    None => change,
+                },
+            };
+            self.changes.push(change);
         }
     }
 
@@ -404,15 +453,15 @@ impl Exact {
 
     /// Everything that will be found.
     pub fn resident(&self) -> impl Iterator<Item = (u64, u32)> {
-        let promised = self.promised.iter();
+        let promised = self.promises.all();
         let promised =
-            promised.filter(|(chunk, _)| self.blocks.chunks().tokens_to(**chunk).is_none());
+            promised.filter(|(chunk, _)| self.blocks.chunks().tokens_to(*chunk).is_none());
         let settled = self
             .blocks
             .chunks()
             .resident()
             .map(|at| (at.chunk, at.tokens));
-        settled.chain(promised.map(|(chunk, at)| (*chunk, at.tokens)))
+        settled.chain(promised)
     }
 
     /// Chunks in the cache, by events.
