@@ -2,7 +2,7 @@
 //!
 //! What will be found is what events say is there, and what [`Promises`] say is coming.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 use forebay_proto::Now;
 use forebay_scheduler::residency::Change;
@@ -11,7 +11,7 @@ use super::align::Aligned;
 use super::blocks::{Blocks, Placed, Unfit};
 use super::event::{Batch, Event};
 use super::kept::KeptExact;
-use super::order::{Order, Turn};
+use super::order::Order;
 use super::promises::{Ahead, Promises};
 use super::seen::Seen;
 use super::stream::{Counts, Step, Stream};
@@ -47,12 +47,12 @@ pub struct Promise {
     /// All of them are in the cache already, by its events.
     pub settled: bool,
     /// When that was, in the order of removals.
-    mark: u64,
+    pub(super) mark: u64,
 }
 
 /// See the module's page.
 pub struct Exact {
-    blocks: Blocks,
+    pub(super) blocks: Blocks,
     stream: Stream,
     /// Which process is spoken of is known.
     known: bool,
@@ -63,11 +63,11 @@ pub struct Exact {
     unfit: Option<Unfit>,
     kv_tokens: u64,
     adapters: BTreeSet<String>,
-    promises: Promises,
-    order: Order,
+    pub(super) promises: Promises,
+    pub(super) order: Order,
     early: VecDeque<News>,
     seen: Seen,
-    changes: Vec<Change>,
+    pub(super) changes: Vec<Change>,
 }
 
 impl Exact {
@@ -295,125 +295,6 @@ impl Exact {
             if !self.blocks.chunks().knows(*chunk) {
                 self.promising(*chunk, |promises| promises.settled(*chunk));
             }
-        }
-    }
-
-    /// What will be found of a prompt.
-    #[must_use]
-    pub fn hit(&self, chunks: &[u64], ahead: Ahead) -> Promise {
-        self.hit_but(chunks, ahead, &HashSet::new())
-    }
-
-    /// What will be found of a prompt when these chunks are not.
-    fn hit_but(&self, chunks: &[u64], ahead: Ahead, doomed: &HashSet<u64>) -> Promise {
-        let mut hit = Promise {
-            settled: true,
-            mark: self.blocks.chunks().mark(),
-            ..Promise::default()
-        };
-        for (at, chunk) in chunks.iter().enumerate() {
-            let resident = self.blocks.chunks().tokens_to(*chunk);
-            let tokens = match resident {
-                Some(_) if doomed.contains(chunk) => break,
-                Some(tokens) => tokens,
-                None => match self.promises.tokens_to(*chunk, ahead) {
-                    Some(tokens) => {
-                        hit.settled = false;
-                        tokens
-                    }
-                    None => break,
-                },
-            };
-            hit.chunks = at + 1;
-            hit.tokens = hit.tokens.max(tokens);
-        }
-        let size = self.blocks.block_tokens().unwrap_or(1);
-        hit.tokens -= hit.tokens % size;
-        hit
-    }
-
-    /// Tokens up to the end of this chunk, if it will be found.
-    #[must_use]
-    pub fn tokens_to(&self, chunk: u64) -> Option<u32> {
-        let promised = || self.promises.tokens_to(chunk, Ahead::Taken);
-        self.blocks.chunks().tokens_to(chunk).or_else(promised)
-    }
-
-    /// A prompt was taken: these of its chunks are on their way.
-    pub fn taken(&mut self, chunks: &[u64], tokens_to: impl Fn(u64) -> Option<u32>) {
-        for chunk in chunks.iter().copied() {
-            let tokens = tokens_to(chunk).unwrap_or(0);
-            self.promising(chunk, |promises| promises.taken(chunk, tokens));
-        }
-    }
-
-    /// The engine is given a prompt of about so many tokens, of which the `held` first chunks were taken.
-    /// Returns what it will find of it, and the request as it is to be named from here on.
-    pub fn begun(&mut self, chunks: &[u64], held: usize, tokens: u32) -> (Promise, Turn) {
-        let hit = self.hit_but(chunks, Ahead::Begun, &self.order.doomed());
-        let size = self.block_tokens().unwrap_or(1);
-        // Its answer begins in a block of its own, or the one after.
-        let needed = tokens.saturating_sub(hit.tokens) / size + 1;
-        let needed = needed.saturating_mul(size);
-        let chunks = &chunks[..held];
-        chunks.iter().for_each(|chunk| self.promises.begun(*chunk));
-        (hit, self.order.begun(chunks, needed))
-    }
-
-    /// The engine computed a prompt that it was given.
-    pub fn computed(&mut self, chunks: &[u64], turn: Turn) {
-        self.order.computed(turn);
-        for chunk in chunks.iter().copied() {
-            let resident = self.blocks.chunks().tokens_to(chunk).is_some();
-            self.promises.computed(chunk, resident);
-        }
-    }
-
-    /// A request is over whose prompt was computed, with its answer of so many tokens.
-    pub fn finished(&mut self, now: Now, chunks: &[u64], tokens: u32) {
-        self.left(chunks, tokens);
-        if let Some(chunks) = self.promises.finished(now, chunks) {
-            self.give_up(&chunks);
-        }
-    }
-
-    /// A request is over whose prompt, of so many tokens, was not computed; the engine may have been given it.
-    pub fn abandoned(&mut self, chunks: &[u64], turn: Option<Turn>, tokens: u32) {
-        if let Some(turn) = turn {
-            self.order.computed(turn);
-            self.left(chunks, tokens);
-        }
-        for chunk in chunks.iter().copied() {
-            self.promising(chunk, |promises| promises.abandoned(chunk, turn.is_some()));
-        }
-    }
-
-    /// The engine uses these for one request less.
-    fn left(&mut self, chunks: &[u64], tokens: u32) {
-        let ends = chunks.iter().map(|chunk| (*chunk, self.tokens_to(*chunk)));
-        let ends: Vec<_> = ends.collect();
-        self.order.over(&ends, tokens);
-    }
-
-    /// What events did not confirm.
-    fn give_up(&mut self, chunks: &[u64]) {
-        for chunk in chunks.iter().copied() {
-            self.promising(chunk, |promises| promises.over(chunk));
-        }
-    }
-
-    /// Changes what is promised of a chunk, and notes what follows where events do not say that it is there.
-    fn promising(&mut self, chunk: u64, change: impl FnOnce(&mut Promises)) {
-        let before = self.promises.tokens_to(chunk, Ahead::Taken);
-        change(&mut self.promises);
-        let after = self.promises.tokens_to(chunk, Ahead::Taken);
-        if self.blocks.chunks().tokens_to(chunk).is_some() {
-            return;
-        }
-        match (before, after) {
-            (None, Some(tokens)) => self.changes.push(Change::Stored { chunk, tokens }),
-            (Some(_), None) => self.changes.push(Change::Removed { chunk }),
-            (None, None) | (Some(_), Some(_)) => {}
         }
     }
 

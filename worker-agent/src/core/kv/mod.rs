@@ -9,6 +9,7 @@ mod blocks;
 mod chunks;
 mod event;
 mod exact;
+mod found;
 mod kept;
 mod msgpack;
 mod order;

@@ -5,7 +5,7 @@
 //! others, to which it has not come, will not find what those evict: the chunks that stood unused for longest.
 //! Only requests that came through this agent are known here; what others use is not foretold.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use forebay_scheduler::residency::MAX_CHUNKS;
 
@@ -21,6 +21,10 @@ enum Idle {
 /// One request as the engine was given it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turn(u64);
+
+/// A place in the order of what nobody uses.
+#[derive(Clone, Copy)]
+pub(super) struct Horizon(u64);
 
 /// See the module's page.
 #[derive(Default)]
@@ -121,31 +125,29 @@ impl Order {
         }
     }
 
-    /// The chunks that are evicted before the engine comes to what it is given next.
-    pub(super) fn doomed(&self) -> HashSet<u64> {
-        let needed: u64 = self
-            .ahead
-            .iter()
-            .map(|(_, tokens)| u64::from(*tokens))
-            .sum();
-        let mut doomed = HashSet::new();
-        let mut taken = 0;
+    /// How far evictions reach before the engine comes to what it is given next; `None`: there are none.
+    pub(super) fn horizon(&self) -> Option<Horizon> {
+        let ahead = self.ahead.iter().map(|(_, tokens)| u64::from(*tokens));
+        let mut needed: u64 = ahead.sum();
+        let mut horizon = None;
         if !self.full {
-            return doomed;
+            return None;
         }
-        for idle in self.idle.values() {
-            if taken >= needed {
+        for (stamp, idle) in &self.idle {
+            if needed == 0 {
                 break;
             }
-            taken += u64::from(match *idle {
-                Idle::Tokens(tokens) => tokens,
-                Idle::Chunk(chunk, own) => {
-                    doomed.insert(chunk);
-                    own
-                }
-            });
+            horizon = Some(Horizon(*stamp));
+            let (Idle::Chunk(_, tokens) | Idle::Tokens(tokens)) = *idle;
+            needed = needed.saturating_sub(tokens.into());
         }
-        doomed
+        horizon
+    }
+
+    /// Whether a chunk is evicted up to there.
+    pub(super) fn goes(&self, chunk: u64, upto: Horizon) -> bool {
+        let stamp = self.stamps.get(&chunk);
+        stamp.is_some_and(|stamp| *stamp <= upto.0)
     }
 
     fn tick(&mut self) -> u64 {
