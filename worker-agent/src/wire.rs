@@ -250,6 +250,26 @@ pub(crate) fn load(load: &Load) -> Frame {
     Frame::message(Kind::Load, &load.to_wire())
 }
 
+/// A death of the engine, for the control plane.
+pub(crate) fn accusation(of: Incarnation, death: EngineDeath) -> fleet::AccuseRequests {
+    let accused = death
+        .accused
+        .into_iter()
+        .map(|(named, share)| fleet::Accused {
+            key: named.key,
+            key_epoch: named.key_epoch,
+            tenant: named.tenant,
+            model: named.model,
+            shape: named.shape,
+            share,
+        });
+    fleet::AccuseRequests {
+        incarnation: Some(of.to_wire()),
+        accused: accused.collect(),
+        in_flight: death.in_flight,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -295,25 +315,5 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = offer(&Frame::new(Kind::Place, bytes.into()));
         }
-    }
-}
-
-/// A death of the engine, for the control plane.
-pub(crate) fn accusation(of: Incarnation, death: EngineDeath) -> fleet::AccuseRequests {
-    let accused = death
-        .accused
-        .into_iter()
-        .map(|(named, share)| fleet::Accused {
-            key: named.key,
-            key_epoch: named.key_epoch,
-            tenant: named.tenant,
-            model: named.model,
-            shape: named.shape,
-            share,
-        });
-    fleet::AccuseRequests {
-        incarnation: Some(of.to_wire()),
-        accused: accused.collect(),
-        in_flight: death.in_flight,
     }
 }

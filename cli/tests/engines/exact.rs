@@ -2,89 +2,18 @@
 
 use std::time::Duration;
 
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
+use super::chats::{Chats, Predictions, Shape, words};
+use super::client::{ask, chat};
 use super::harness::{Fleet, metric, post, within};
-use super::real::{Real, have};
+use super::real::{Real, cut_finer, have};
 
-/// Blocks of 32 tokens; one is reserved.
+/// Room for ten requests.
 const BLOCKS: u64 = 401;
 const SOON: Duration = Duration::from_secs(60);
-
-const WORDS: [&str; 16] = [
-    "the",
-    "cache",
-    "block",
-    "token",
-    "prefix",
-    "chat",
-    "turn",
-    "system",
-    "user",
-    "answer",
-    "careful",
-    "assistant",
-    "counts",
-    "bytes",
-    "engine",
-    "worker",
-];
-
-fn words(rng: &mut StdRng, count: usize) -> String {
-    let word = |rng: &mut StdRng| WORDS[rng.random_range(0..WORDS.len())];
-    (0..count).map(|_| word(rng)).collect::<Vec<_>>().join(" ")
-}
-
-struct Chats {
-    rng: StdRng,
-    beginnings: Vec<String>,
-    open: Vec<Vec<serde_json::Value>>,
-}
-
-impl Chats {
-    fn new(seed: u64, open: usize) -> Self {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let beginnings = (0..4).map(|_| words(&mut rng, 300)).collect();
-        let mut chats = Self {
-            rng,
-            beginnings,
-            open: vec![Vec::new(); open],
-        };
-        (0..open).for_each(|at| chats.begin(at));
-        chats
-    }
-
-    fn begin(&mut self, at: usize) {
-        let beginning = self.rng.random_range(0..self.beginnings.len());
-        let question = words(&mut self.rng, 60);
-        self.open[at] = vec![
-            serde_json::json!({"role": "system", "content": self.beginnings[beginning]}),
-            serde_json::json!({"role": "user", "content": question}),
-        ];
-    }
-
-    fn turn(&mut self, url: &str) {
-        let at = self.rng.random_range(0..self.open.len());
-        let stream: bool = self.rng.random();
-        let body = serde_json::json!({
-            "model": "tiny", "max_tokens": self.rng.random_range(1..8), "temperature": 0,
-            "stream": stream, "messages": self.open[at],
-        });
-        let (status, answer) = post(&format!("{url}/v1/chat/completions"), &body.to_string());
-        assert_eq!(status, 200, "{answer}");
-        assert!(
-            !answer.contains("token_ids\":["),
-            "ids were asked for by nobody else: {answer}"
-        );
-        if self.open[at].len() >= 10 {
-            return self.begin(at);
-        }
-        let (said, next) = (words(&mut self.rng, 8), words(&mut self.rng, 25));
-        self.open[at].push(serde_json::json!({"role": "assistant", "content": said}));
-        self.open[at].push(serde_json::json!({"role": "user", "content": next}));
-    }
-}
+const MODEL: &str = "tiny";
 
 /// A worker whose engine publishes its cache's events.
 struct World {
@@ -102,7 +31,9 @@ fn a_real_vllm_has_what_its_events_say() {
     let mut world = World::start();
     world.until_exact("grade exact");
     world.turns(350);
-    assert!(world.report("a first agent") >= 300.0);
+    assert!(world.report("one client", Predictions::default(), 0.95) >= 300.0);
+    world.several_at_once(2);
+    world.several_at_once(4);
     assert!(
         world.seen("kv_absent_chunks") > 100.0,
         "there were evictions"
@@ -114,28 +45,15 @@ fn a_real_vllm_has_what_its_events_say() {
 impl World {
     fn start() -> Self {
         let sockets = tempfile::tempdir().unwrap();
-        let directory = sockets.path().display();
-        let events = format!(
-            r#"{{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"ipc://{directory}/kv","replay_endpoint":"ipc://{directory}/again"}}"#
-        );
-        let blocks = ("KV_BLOCKS", BLOCKS.to_string());
-        let mut engine = Real::spawn("vllm", &[blocks], &["--kv-events-config", &events]);
+        let mut engine = Real::spawn_telling(BLOCKS, sockets.path(), &[]);
         engine.until_healthy();
-        let fleet = Fleet::start(&["--model", "tiny", "--engine", &engine.url()]);
-        let shown = fleet.run(&["config", "show"]);
-        let shown = String::from_utf8(shown.stdout).unwrap();
-        // A token of this model has 1.4 bytes: 128 of them are as many tokens as 256 elsewhere.
-        let changed = shown.replace("chunk_bytes = 256", "chunk_bytes = 128");
-        assert_ne!(changed, shown);
-        let document = fleet.data().join("chunks.toml");
-        std::fs::write(&document, changed).unwrap();
-        let applied = fleet.run(&["config", "apply", document.to_str().unwrap()]);
-        assert!(applied.status.success());
+        let fleet = Fleet::start(&["--model", MODEL, "--engine", &engine.url()]);
+        cut_finer(&fleet);
         Self {
             fleet,
             engine,
-            // 50 conversations of about 850 tokens: three times the cache.
-            chats: Chats::new(5, 50),
+            // With 350 tokens and more of their own each: three times the cache.
+            chats: Chats::new(5, &Shape::new(MODEL, 300, 8), 100),
             _sockets: sockets,
         }
     }
@@ -154,10 +72,8 @@ impl World {
     fn until_exact(&self, what: &str) {
         within(SOON, what, || self.is_exact().then_some(()));
         within(SOON, "served", || {
-            let body =
-                r#"{"model":"tiny","max_tokens":1,"messages":[{"role":"user","content":"a"}]}"#;
-            let (status, _) = post(&format!("{}/v1/chat/completions", self.fleet.url), body);
-            (status == 200).then_some(())
+            let answer = ask(&self.fleet.url, &chat(MODEL, "a", false, 1));
+            answer.is_complete().then_some(())
         });
     }
 
@@ -165,30 +81,36 @@ impl World {
         (0..count).for_each(|_| self.chats.turn(&self.fleet.url));
     }
 
-    /// Says how predictions held, which they did. Returns the answers that told.
-    fn report(&self, when: &str) -> f64 {
-        let [answers, over, predicted, reported] =
-            ["answers", "over", "predicted_tokens", "reported_tokens"].map(|what| {
-                ["settled", "promised"].map(|how| self.seen(&format!("kv_{how}_{what}")))
-            });
-        let all = |both: [f64; 2]| both.iter().sum::<f64>();
-        eprintln!(
-            "{when}: {} answers whose events were in, {} over by more than a block, predicted / reported {:.4}; \
-             {} others, {} over; in all {:.4}; alignment error {:.2} tokens a chunk, {} evicted chunks known",
-            answers[0],
-            over[0],
-            predicted[0] / reported[0],
-            answers[1],
-            over[1],
-            all(predicted) / all(reported),
-            self.seen("alignment_error_tokens") / self.seen("aligned_chunks"),
-            self.seen("kv_absent_chunks"),
-        );
-        assert!(all(predicted) >= 0.95 * all(reported));
-        assert!(over[0] <= 0.001 * answers[0]);
+    fn predictions(&self) -> Predictions {
+        Predictions::of(&[self.fleet.admin("w1")])
+    }
+
+    /// Says how predictions held since then, which they did: of what was found at least this share was predicted.
+    /// Returns the answers that told.
+    fn report(&self, when: &str, before: Predictions, least: f64) -> f64 {
+        let since = self.predictions().since(before);
+        since.hold(when, least);
         let missed = self.seen("kv_gaps") + self.seen("kv_losses");
         assert_eq!(missed + self.seen("unaligned_prompts"), 0.0);
-        all(answers)
+        since.answers()
+    }
+
+    /// Evictions are under way while requests begin.
+    fn several_at_once(&self, clients: u64) {
+        let before = self.predictions();
+        std::thread::scope(|scope| {
+            for client in 0..clients {
+                let url = &self.fleet.url;
+                scope.spawn(move || {
+                    let open = 100 / usize::try_from(clients).unwrap();
+                    let shape = Shape::new(MODEL, 300, 8);
+                    let mut chats = Chats::new(20 + client, &shape, open);
+                    (0..500 / clients).for_each(|_| chats.turn(url));
+                });
+            }
+        });
+        let answers = self.report(&format!("{clients} clients"), before, 0.9);
+        assert!(answers >= 450.0, "{answers}");
     }
 
     /// What the engine did while the agent was away is told again.
@@ -211,7 +133,7 @@ impl World {
             "only what was missed"
         );
         self.turns(150);
-        assert!(self.report("its second start") >= 100.0);
+        assert!(self.report("its second start", Predictions::default(), 0.95) >= 100.0);
     }
 
     /// Nothing is said to be in the cache of what comes next.
@@ -220,11 +142,10 @@ impl World {
         within(SOON, "the engine is missed", || {
             (!self.is_exact()).then_some(())
         });
-        let body = r#"{"model":"tiny","messages":[{"role":"user","content":"a"}]}"#;
-        let (status, answer) = post(&format!("{}/v1/chat/completions", self.fleet.url), body);
+        let answer = ask(&self.fleet.url, &chat(MODEL, "a", false, 1));
         assert!(
-            status >= 500 && answer.contains("\"type\":"),
-            "{status} {answer}"
+            answer.status >= 500 && answer.is_typed_error(),
+            "{answer:?}"
         );
         self.engine.spawn_again();
         self.engine.until_healthy();

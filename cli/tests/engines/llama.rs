@@ -6,30 +6,14 @@ use rustix::process::Signal;
 
 use super::client::{Asked, CHAT, ask, chat};
 use super::harness::{Fleet, metric, within};
-use super::real::{Real, have};
+use super::real::{self, Real, have};
 
 const SOON: Duration = Duration::from_secs(30);
 const MODEL: &str = "tiny-llama";
 
 /// Two balancers before these engines; a hanging one is given up after two seconds.
 fn before(engines: &[&Real]) -> (Fleet, [String; 2]) {
-    let urls: Vec<String> = engines
-        .iter()
-        .flat_map(|engine| ["--engine".into(), engine.url()])
-        .collect();
-    let mut args = vec![
-        "--balancers",
-        "2",
-        "--model",
-        MODEL,
-        "--engine-stall-ms",
-        "2000",
-    ];
-    args.extend(urls.iter().map(String::as_str));
-    let fleet = Fleet::start(&args);
-    let balancers =
-        ["b1", "b2"].map(|name| format!("http://{}", fleet.process(name).addresses["http"]));
-    (fleet, balancers)
+    real::before(engines, MODEL, &["--engine-stall-ms", "2000"])
 }
 
 fn started(count: usize) -> Vec<Real> {

@@ -10,11 +10,14 @@
     unreachable_pub
 )]
 
+mod chats;
 mod client;
 mod exact;
+mod exact_faults;
 #[path = "../fleet/harness.rs"]
 #[allow(dead_code)] // what other tests use of it
 mod harness;
 mod llama;
 mod real;
+mod together;
 mod vllm;

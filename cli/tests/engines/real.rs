@@ -1,13 +1,14 @@
 //! A real engine as a process group of its own, which ends with its value.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
-use super::harness::{get, within};
+use super::client::Asked;
+use super::harness::{Fleet, get, within};
 
 /// vLLM imports for half a minute, or for three on a busy machine.
 const START: Duration = Duration::from_secs(420);
@@ -56,6 +57,17 @@ impl Real {
             log,
             _dir: dir,
         }
+    }
+
+    /// Starts a vLLM with so many blocks of 32 tokens, one of which is reserved, that publishes its cache's
+    /// events; its sockets are in this directory.
+    pub fn spawn_telling(blocks: u64, sockets: &Path, flags: &[&str]) -> Self {
+        let directory = sockets.display();
+        let events = format!(
+            r#"{{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"ipc://{directory}/kv","replay_endpoint":"ipc://{directory}/again"}}"#
+        );
+        let flags = [flags, &["--kv-events-config", &events]].concat();
+        Self::spawn("vllm", &[("KV_BLOCKS", blocks.to_string())], &flags)
     }
 
     pub fn url(&self) -> String {
@@ -135,11 +147,46 @@ impl Real {
         Some(value as u64)
     }
 
+    /// From a client's leaving to where none of these runs anything, by their own count, and at most a look
+    /// at each longer.
+    pub fn left(engines: &[Self], asked: Asked) -> Duration {
+        let left = Instant::now();
+        drop(asked);
+        while engines.iter().any(|engine| engine.running() != Some(0)) {
+            assert!(left.elapsed() < START, "it runs on");
+        }
+        left.elapsed()
+    }
+
     fn log(&self) -> String {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
+}
+
+/// A fleet before these engines, with two balancers, and where those take requests.
+pub fn before(engines: &[&Real], model: &str, args: &[&str]) -> (Fleet, [String; 2]) {
+    let urls: Vec<String> = engines.iter().map(|engine| engine.url()).collect();
+    let engines = urls.iter().flat_map(|url| ["--engine", url]);
+    let all = ["--balancers", "2", "--model", model];
+    let all: Vec<&str> = all.into_iter().chain(engines).collect();
+    let fleet = Fleet::start(&[&all[..], args].concat());
+    let urls = ["b1", "b2"].map(|name| format!("http://{}", fleet.process(name).addresses["http"]));
+    (fleet, urls)
+}
+
+/// Has the fleet cut prompts finer: a token of the tests' model has 1.4 bytes, so that 128 of them are as
+/// many tokens as 256 elsewhere.
+pub fn cut_finer(fleet: &Fleet) {
+    let shown = fleet.run(&["config", "show"]);
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let changed = shown.replace("chunk_bytes = 256", "chunk_bytes = 128");
+    assert_ne!(changed, shown);
+    let document = fleet.data().join("chunks.toml");
+    std::fs::write(&document, changed).unwrap();
+    let applied = fleet.run(&["config", "apply", document.to_str().unwrap()]);
+    assert!(applied.status.success());
 }
 
 impl Drop for Real {

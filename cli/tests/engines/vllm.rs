@@ -8,7 +8,7 @@ use rustix::process::Signal;
 
 use super::client::{Asked, CHAT, Whole, ask, chat};
 use super::harness::{Fleet, get, metric, post, within};
-use super::real::{Real, have};
+use super::real::{Real, before, have};
 
 const SOON: Duration = Duration::from_secs(60);
 const MODEL: &str = "tiny";
@@ -56,20 +56,9 @@ impl World {
         for engine in &mut engines {
             engine.until_healthy();
         }
-        let mut args = vec![
-            "--balancers".to_owned(),
-            "2".into(),
-            "--model".into(),
-            MODEL.into(),
-        ];
-        args.extend(["--engine-stall-ms".into(), "4000".into()]);
-        for engine in [&engines[0], &engines[1], &llama] {
-            args.extend(["--engine".into(), engine.url()]);
-        }
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let fleet = Fleet::start(&args);
-        let urls =
-            ["b1", "b2"].map(|name| format!("http://{}", fleet.process(name).addresses["http"]));
+        let [first, second] = &engines;
+        let stall = ["--engine-stall-ms", "4000"];
+        let (fleet, urls) = before(&[first, second, &llama], MODEL, &stall);
         Self {
             fleet,
             urls,
@@ -186,10 +175,7 @@ impl World {
             );
             asked.until_events(3);
             within(SOON, "it runs", || (self.running() == 1).then_some(()));
-            let left = Instant::now();
-            drop(asked);
-            within(SOON, "nothing runs", || (self.running() == 0).then_some(()));
-            took.push(left.elapsed());
+            took.push(Real::left(&self.engines, asked));
         }
         took.sort();
         eprintln!(

@@ -5,7 +5,7 @@ use std::time::Duration;
 use forebay_proto::{Incarnation, Now};
 use forebay_scheduler::residency::{Grade, Kept, Publisher, SelfCheck, Shadow, Spread, Verdict};
 
-use super::kv::{Exact, Promise, Seen};
+use super::kv::{Ahead, Exact, Promise, Seen, Turn};
 use super::map::Map;
 use super::placement::Usage;
 
@@ -57,6 +57,8 @@ pub(super) struct Held {
     /// Those that its shadow has in the cache, and their tokens.
     cached: usize,
     tokens: u32,
+    /// As the engine was given it, where its events are followed.
+    turn: Option<Turn>,
     /// Of which life of the engine's cache.
     life: u64,
 }
@@ -265,16 +267,18 @@ impl Cache {
     /// Tokens of the prompt that are believed to be resident; the last one never is.
     pub(super) fn hit(&self, prompt: &Prompt) -> u32 {
         if let Some(exact) = self.told_exact() {
-            return exact.hit(&prompt.chunks, false).tokens;
+            return exact.hit(&prompt.chunks, Ahead::Taken).tokens;
         }
         let (_, tokens) = self.shadow.hit(&prompt.chunks);
         tokens.min(prompt.tokens.saturating_sub(1))
     }
 
-    /// What the engine will find of a prompt that it is given now, by its events.
-    pub(super) fn foresee(&self, prompt: &Prompt) -> Option<Promise> {
-        let exact = self.exact.as_ref().filter(|exact| exact.holds())?;
-        Some(exact.hit(&prompt.chunks, true))
+    /// The engine is given a prompt that was taken. Returns what it will find of it, by its events.
+    pub(super) fn begun(&mut self, prompt: &Prompt, held: &mut Held) -> Option<Promise> {
+        let exact = self.exact.as_mut().filter(|_| held.life == self.life)?;
+        let (foreseen, turn) = exact.begun(&prompt.chunks, held.chunks, prompt.tokens);
+        held.turn = Some(turn);
+        exact.holds().then_some(foreseen)
     }
 
     /// Tokens up to the end of the last of these chunks that is resident; what is before one of a prompt is
@@ -302,7 +306,7 @@ impl Cache {
         let spread = prompt.spread(self.estimate(prompt, cached, tokens));
         let chunks = self.shadow.taken(&prompt.chunks, &spread);
         if let Some(exact) = &mut self.exact {
-            exact.promise(&prompt.chunks[..chunks], |chunk| {
+            exact.taken(&prompt.chunks[..chunks], |chunk| {
                 self.shadow.tokens_to(chunk)
             });
         }
@@ -311,6 +315,7 @@ impl Cache {
             chunks,
             cached,
             tokens: tokens.min(prompt.tokens.saturating_sub(1)),
+            turn: None,
             life: self.life,
         }
     }
@@ -341,8 +346,14 @@ impl Cache {
     }
 
     /// The prompt is prefilled.
-    pub(super) fn prefilled(&mut self, prompt: &Prompt) {
+    pub(super) fn prefilled(&mut self, prompt: &Prompt, held: Held) {
         self.shadow.prefilled(&prompt.chunks);
+        if let (Some(exact), Some(turn)) = (&mut self.exact, held.turn)
+            && held.life == self.life
+        {
+            exact.computed(&prompt.chunks[..held.chunks], turn);
+            self.note();
+        }
     }
 
     /// The request is over and was not prefilled.
@@ -350,7 +361,7 @@ impl Cache {
         if held.life == self.life {
             self.shadow.abandoned(&prompt.chunks, held.chunks);
             if let Some(exact) = &mut self.exact {
-                exact.withdraw(&prompt.chunks[..held.chunks]);
+                exact.abandoned(&prompt.chunks[..held.chunks], held.turn, prompt.tokens);
             }
             self.note();
         }
@@ -361,17 +372,20 @@ impl Cache {
         if held.life != self.life {
             return;
         }
-        if let Some(exact) = &mut self.exact {
-            exact.finished(now, &prompt.chunks[..held.chunks]);
-        }
         let tokens = usage.prompt_tokens.unwrap_or(prompt.tokens);
+        let answer = usage.completion_tokens.unwrap_or(0);
+        if let Some(exact) = &mut self.exact
+            && held.turn.is_some()
+        {
+            let chunks = &prompt.chunks[..held.chunks];
+            exact.finished(now, chunks, tokens.saturating_add(answer));
+        }
         if let Some(counted) = usage.prompt_tokens {
             self.learn(prompt, counted);
             self.shadow.counted(&prompt.chunks, &prompt.spread(counted));
         }
         let (_, resident) = self.shadow.hit(&prompt.chunks);
         let beyond = tokens.saturating_sub(resident);
-        let answer = usage.completion_tokens.unwrap_or(0);
         self.shadow
             .finished(&prompt.chunks, held.chunks, beyond.saturating_add(answer));
         self.note();
@@ -568,7 +582,7 @@ mod tests {
             tokens: 200,
         };
         let held = cache.taken(&prompt);
-        cache.prefilled(&prompt);
+        cache.prefilled(&prompt, held);
         cache.finished(Now::default(), &prompt, held, Usage::default());
         cache
     }
@@ -652,7 +666,7 @@ mod tests {
                 ..long.clone()
             };
             let held = cache.taken(&prompt);
-            cache.prefilled(&prompt);
+            cache.prefilled(&prompt, held);
             cache.finished(Now::default(), &prompt, held, Usage::default());
         }
         assert!(cache.resident_chunks() <= 2, "{}", cache.resident_chunks());

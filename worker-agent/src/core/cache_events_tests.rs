@@ -72,8 +72,8 @@ fn stored() -> Vec<Event> {
 /// A request runs from its beginning to its end, by which the engine told its blocks and its tokens.
 fn served(cache: &mut Cache, seq: u64, cached: u32) {
     let prompt = prompt();
-    let held = cache.taken(&prompt);
-    let foreseen = cache.foresee(&prompt);
+    let mut held = cache.taken(&prompt);
+    let foreseen = cache.begun(&prompt, &mut held);
     told(cache, seq, if seq == 0 { stored() } else { Vec::new() });
     let news = News {
         chunks: prompt.chunks.clone(),
@@ -85,7 +85,7 @@ fn served(cache: &mut Cache, seq: u64, cached: u32) {
         ..News::default()
     };
     cache.events(|exact| exact.aligned(news));
-    cache.prefilled(&prompt);
+    cache.prefilled(&prompt, held);
     let usage = Usage {
         prompt_tokens: Some(65),
         cached_tokens: Some(cached),

@@ -153,7 +153,7 @@ impl Core {
         let placement = placement.expect("who waits is in the table");
         self.queue.remove(&placement.waiting(id));
         placement.stage = Stage::Dispatched { since: self.now };
-        placement.foreseen = self.cache.foresee(&placement.prompt);
+        placement.foreseen = self.cache.begun(&placement.prompt, &mut placement.held);
         let (tokens, pairs) = placement.prefill();
         let prefill = Prefill {
             id,

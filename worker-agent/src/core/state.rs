@@ -450,7 +450,7 @@ impl Core {
             if let Stage::Dispatched { since } = placement.stage {
                 let first_byte = now;
                 placement.stage = Stage::Streaming { since, first_byte };
-                self.cache.prefilled(&placement.prompt);
+                self.cache.prefilled(&placement.prompt, placement.held);
                 self.first_bytes += 1;
                 let profile = self.fit.as_ref().map(Fit::profile);
                 let spell = self.batch.first_token(id, profile);

@@ -9,7 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::work::Shared;
 use crate::core::Offer;
-use crate::core::kv::{News, Vocabulary, align};
+use crate::core::kv::{Ahead, News, Vocabulary, align};
 
 /// Prompts that wait for their turn; of more, nothing is learnt.
 const MAX_WAITING: usize = 256;
@@ -68,7 +68,7 @@ impl Aligner {
         // What is known of it already is not asked for again.
         let wanted = shared.with(|core, _| {
             core.events(|exact| {
-                let hit = exact.hit(&offer.prompt.chunks, true);
+                let hit = exact.hit(&offer.prompt.chunks, Ahead::Begun);
                 !(hit.settled && hit.chunks == offer.prompt.chunks.len())
             })
         });

@@ -86,7 +86,7 @@ async fn accuse(client: &ControlClient, own: Incarnation, death: EngineDeath) {
                 return;
             }
             Err(error) => {
-                tracing::debug!(%error, "the control plane was not told of the death yet")
+                tracing::debug!(%error, "the control plane was not told of the death yet");
             }
         }
         tokio::time::sleep(PAUSE).await;

@@ -74,6 +74,11 @@ impl Chunks {
         self.chunks.get(&chunk)?.resident
     }
 
+    /// Whether it is known which blocks a chunk touches.
+    pub(super) fn knows(&self, chunk: u64) -> bool {
+        self.chunks.contains_key(&chunk)
+    }
+
     /// Chunks that are resident.
     pub(super) fn resident(&self) -> impl Iterator<Item = Placed> {
         self.chunks.iter().filter_map(|(chunk, at)| {

@@ -1,10 +1,8 @@
 //! One engine's cache by its events, with the prompts that are on their way into it.
 //!
-//! A prompt that was taken is **promised**: whatever is taken later runs later, and finds it. That ends a
-//! moment after the request, when its blocks' events are in; what they do not confirm is withdrawn then.
+//! What will be found is what events say is there, and what [`Promises`] say is coming.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::time::Duration;
+use std::collections::{BTreeSet, VecDeque};
 
 use forebay_proto::Now;
 use forebay_scheduler::residency::Change;
@@ -13,13 +11,11 @@ use super::align::Aligned;
 use super::blocks::{Blocks, Placed, Unfit};
 use super::event::{Batch, Event};
 use super::kept::KeptExact;
+use super::order::Order;
+use super::promises::{Ahead, Promises};
 use super::seen::Seen;
 use super::stream::{Counts, Step, Stream};
 
-/// Events of a request come so long after its end, at most.
-const LINGER: Duration = Duration::from_millis(250);
-/// Requests whose promise outlasts them.
-const MAX_LINGERING: usize = 1_024;
 /// Prompts whose tokens are known before the size of a block is.
 const MAX_EARLY: usize = 64;
 const MAX_ADAPTERS: usize = 256;
@@ -51,18 +47,12 @@ pub struct Promise {
     /// All of them are in the cache already, by its events.
     pub settled: bool,
     /// When that was, in the order of removals.
-    mark: u64,
-}
-
-#[derive(Clone, Copy)]
-struct Promised {
-    users: u32,
-    tokens: u32,
+    pub(super) mark: u64,
 }
 
 /// See the module's page.
 pub struct Exact {
-    blocks: Blocks,
+    pub(super) blocks: Blocks,
     stream: Stream,
     /// Which process is spoken of is known.
     known: bool,
@@ -73,11 +63,11 @@ pub struct Exact {
     unfit: Option<Unfit>,
     kv_tokens: u64,
     adapters: BTreeSet<String>,
-    promised: HashMap<u64, Promised>,
-    lingering: VecDeque<(Now, Vec<u64>)>,
+    pub(super) promises: Promises,
+    pub(super) order: Order,
     early: VecDeque<News>,
     seen: Seen,
-    changes: Vec<Change>,
+    pub(super) changes: Vec<Change>,
 }
 
 impl Exact {
@@ -94,8 +84,8 @@ impl Exact {
             unfit: None,
             kv_tokens,
             adapters: BTreeSet::new(),
-            promised: HashMap::new(),
-            lingering: VecDeque::new(),
+            promises: Promises::default(),
+            order: Order::default(),
             early: VecDeque::new(),
             seen: Seen::default(),
             changes: Vec::new(),
@@ -197,10 +187,8 @@ impl Exact {
     /// Time passed.
     pub fn pass(&mut self, now: Now) {
         self.step(|stream, steps| stream.pass(now, steps));
-        while let Some((until, _)) = self.lingering.front()
-            && *until <= now
-        {
-            self.linger_no_more();
+        while let Some(chunks) = self.promises.expired(now) {
+            self.give_up(&chunks);
         }
     }
 
@@ -242,8 +230,19 @@ impl Exact {
                 self.blocks.forget();
                 return;
             }
-            // What is empty is known whole.
-            self.complete |= *event == Event::Cleared;
+            match event {
+                Event::Stored(stored) => {
+                    let blocks = u32::try_from(stored.hashes.len()).unwrap_or(u32::MAX);
+                    self.order
+                        .stored(blocks.saturating_mul(stored.block_tokens));
+                }
+                Event::Removed { .. } => self.order.set_full(true),
+                Event::Cleared => {
+                    self.order.set_full(false);
+                    // What is empty is known whole.
+                    self.complete = true;
+                }
+            }
         }
         if let Some(size) = self.blocks.block_tokens() {
             let tokens = self.blocks.copies() * u64::from(size);
@@ -291,90 +290,17 @@ impl Exact {
         let adapter = self.adapters.get(&news.model).map(String::as_str);
         self.blocks
             .align(&placed, &news.ids, news.scope.as_deref(), adapter);
-    }
-
-    /// What will be found of a prompt; `own`: it is promised itself, which does not count.
-    #[must_use]
-    pub fn hit(&self, chunks: &[u64], own: bool) -> Promise {
-        let mut hit = Promise {
-            settled: true,
-            mark: self.blocks.chunks().mark(),
-            ..Promise::default()
-        };
-        for (at, chunk) in chunks.iter().enumerate() {
-            let tokens = match self.blocks.chunks().tokens_to(*chunk) {
-                Some(tokens) => tokens,
-                None => match self.promised.get(chunk) {
-                    Some(promised) if promised.users > u32::from(own) => {
-                        hit.settled = false;
-                        promised.tokens
-                    }
-                    Some(_) | None => break,
-                },
-            };
-            hit.chunks = at + 1;
-            hit.tokens = hit.tokens.max(tokens);
-        }
-        let size = self.blocks.block_tokens().unwrap_or(1);
-        hit.tokens -= hit.tokens % size;
-        hit
-    }
-
-    /// Tokens up to the end of this chunk, if it will be found.
-    #[must_use]
-    pub fn tokens_to(&self, chunk: u64) -> Option<u32> {
-        let promised = || self.promised.get(&chunk).map(|promised| promised.tokens);
-        self.blocks.chunks().tokens_to(chunk).or_else(promised)
-    }
-
-    /// A prompt was taken: these of its chunks are on their way.
-    pub fn promise(&mut self, chunks: &[u64], tokens_to: impl Fn(u64) -> Option<u32>) {
-        for chunk in chunks.iter().copied() {
-            let tokens = tokens_to(chunk).unwrap_or(0);
-            let promised = self
-                .promised
-                .entry(chunk)
-                .or_insert(Promised { users: 0, tokens });
-            promised.users += 1;
-            if promised.users == 1 && self.blocks.chunks().tokens_to(chunk).is_none() {
-                self.changes.push(Change::Stored { chunk, tokens });
+        // Of a block that is not full there will be no events.
+        for chunk in &news.chunks {
+            if !self.blocks.chunks().knows(*chunk) {
+                self.promising(*chunk, |promises| promises.settled(*chunk));
             }
-        }
-    }
-
-    /// A request is over: what its events do not confirm is withdrawn in a moment.
-    pub fn finished(&mut self, now: Now, chunks: &[u64]) {
-        if self.lingering.len() >= MAX_LINGERING {
-            self.linger_no_more();
-        }
-        self.lingering.push_back((now + LINGER, chunks.to_vec()));
-    }
-
-    /// A request is over that was not prefilled.
-    pub fn withdraw(&mut self, chunks: &[u64]) {
-        for chunk in chunks.iter().copied() {
-            let Some(promised) = self.promised.get_mut(&chunk) else {
-                continue;
-            };
-            promised.users -= 1;
-            if promised.users == 0 {
-                self.promised.remove(&chunk);
-                if self.blocks.chunks().tokens_to(chunk).is_none() {
-                    self.changes.push(Change::Removed { chunk });
-                }
-            }
-        }
-    }
-
-    fn linger_no_more(&mut self) {
-        if let Some((_, chunks)) = self.lingering.pop_front() {
-            self.withdraw(&chunks);
         }
     }
 
     fn forget_requests(&mut self) {
-        self.promised.clear();
-        self.lingering.clear();
+        self.promises = Promises::default();
+        self.order = Order::default();
         self.early.clear();
         self.changes.clear();
         self.blocks.take_changes();
@@ -383,17 +309,21 @@ impl Exact {
     /// Takes over what became of chunks by events.
     fn note(&mut self) {
         for change in self.blocks.take_changes() {
-            let Change::Removed { chunk } = change else {
-                self.changes.push(change);
-                continue;
-            };
-            self.changes.push(match self.promised.get(&chunk) {
-                Some(Promised { tokens, .. }) => {
-                    let tokens = *tokens;
-                    Change::Stored { chunk, tokens }
+            if let Change::Removed { chunk } = change {
+                let resident = |chunk| self.blocks.chunks().tokens_to(chunk).is_some();
+                self.order.removed(chunk, resident);
+            }
+            let change = match change {
+                Change::Stored { chunk, .. } => {
+                    self.promises.settled(chunk);
+                    change
                 }
-                None => change,
-            });
+                Change::Removed { chunk } => match self.promises.tokens_to(chunk, Ahead::Taken) {
+                    Some(tokens) => Change::Stored { chunk, tokens },
+                    None => change,
+                },
+            };
+            self.changes.push(change);
         }
     }
 
@@ -404,15 +334,15 @@ impl Exact {
 
     /// Everything that will be found.
     pub fn resident(&self) -> impl Iterator<Item = (u64, u32)> {
-        let promised = self.promised.iter();
+        let promised = self.promises.all();
         let promised =
-            promised.filter(|(chunk, _)| self.blocks.chunks().tokens_to(**chunk).is_none());
+            promised.filter(|(chunk, _)| self.blocks.chunks().tokens_to(*chunk).is_none());
         let settled = self
             .blocks
             .chunks()
             .resident()
             .map(|at| (at.chunk, at.tokens));
-        settled.chain(promised.map(|(chunk, at)| (*chunk, at.tokens)))
+        settled.chain(promised)
     }
 
     /// Chunks in the cache, by events.

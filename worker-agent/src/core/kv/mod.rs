@@ -9,8 +9,13 @@ mod blocks;
 mod chunks;
 mod event;
 mod exact;
+mod found;
 mod kept;
 mod msgpack;
+mod order;
+#[cfg(test)]
+mod order_tests;
+mod promises;
 mod seen;
 mod stream;
 #[cfg(test)]
@@ -25,6 +30,8 @@ pub use event::{Batch, Event, MAX_BATCH_BYTES, Place, Stored};
 pub use exact::{Exact, News, Promise};
 pub use kept::KeptExact;
 pub use msgpack::Unreadable;
+pub use order::Turn;
+pub use promises::Ahead;
 pub use seen::{Judged, Seen};
 pub use stream::Counts;
 pub use vocabulary::{MAX_TOKENIZER_BYTES, Vocabulary, VocabularyError};

@@ -117,7 +117,7 @@ fn check(text: &str, least_requests: usize) {
         let Some(cached) = request.cached.filter(|_| !request.note.contains("burst")) else {
             return;
         };
-        let hit = exact.hit(&request.news().chunks, false);
+        let hit = exact.hit(&request.news().chunks, Ahead::Taken);
         assert!(hit.settled && exact.is_whole());
         if request.note == "first request after reset" {
             // An engine that is told to forget says so with its next step.
@@ -315,7 +315,7 @@ impl World {
         }
         for prompt in &self.prompts {
             let request = &session.requests[*prompt];
-            let predicted = self.exact.hit(&request.news().chunks, false).tokens;
+            let predicted = self.exact.hit(&request.news().chunks, Ahead::Taken).tokens;
             let cached = self.oracle.cached(request);
             assert!(
                 predicted <= cached,
@@ -417,26 +417,98 @@ fn a_prompt_on_its_way_is_found_by_the_next_and_confirmed_or_withdrawn() {
     let mut exact = exact(true);
     let _ = exact.ask(at(0));
     exact.replay_end();
-    exact.promise(&news.chunks, |_| Some(BLOCK as u32 * 2));
-    let hit = exact.hit(&news.chunks, false);
+    exact.taken(&news.chunks, |_| Some(BLOCK as u32 * 2));
+    let found = |exact: &Exact, ahead| exact.hit(&news.chunks, ahead).chunks;
+    let hit = exact.hit(&news.chunks, Ahead::Taken);
     assert_eq!(
         (hit.chunks, hit.tokens, hit.settled),
         (news.chunks.len(), 64, false)
     );
-    assert_eq!(exact.hit(&news.chunks, true).chunks, 0, "not by itself");
-    exact.finished(at(100), &news.chunks);
+    assert_eq!(
+        found(&exact, Ahead::Begun),
+        0,
+        "the engine does not have it"
+    );
+    let (own, turn) = exact.begun(&news.chunks, news.chunks.len(), 260);
+    assert_eq!((own.chunks, own.tokens), (0, 0), "not by itself");
+    assert_eq!(found(&exact, Ahead::Begun), news.chunks.len());
+    exact.computed(&news.chunks, turn);
+    exact.finished(at(100), &news.chunks, 261);
     exact.pass(at(200));
-    assert_eq!(exact.hit(&news.chunks, false).chunks, news.chunks.len());
+    assert_eq!(found(&exact, Ahead::Begun), news.chunks.len());
     exact.pass(at(351));
-    assert_eq!(exact.hit(&news.chunks, false).chunks, 0);
+    assert_eq!(found(&exact, Ahead::Taken), 0);
     assert!(exact.is_empty() && exact.resident().count() == 0);
+    // What is given up before it was computed is not to come, whether the engine had it or not.
+    for begun in [false, true] {
+        exact.taken(&news.chunks, |_| Some(64));
+        let turn = begun.then(|| exact.begun(&news.chunks, news.chunks.len(), 260).1);
+        exact.abandoned(&news.chunks, turn, 260);
+        assert_eq!(found(&exact, Ahead::Taken), 0);
+    }
     // With its events it stays.
-    exact.promise(&news.chunks, |_| Some(64));
+    exact.taken(&news.chunks, |_| Some(64));
+    let (_, turn) = exact.begun(&news.chunks, news.chunks.len(), 260);
     exact.aligned(news.clone());
     exact.live(0, session.batches[0].2.clone());
-    exact.withdraw(&news.chunks);
-    let hit = exact.hit(&news.chunks, false);
+    exact.computed(&news.chunks, turn);
+    let hit = exact.hit(&news.chunks, Ahead::Taken);
     assert!(hit.settled && hit.tokens == 256 - 32, "{hit:?}");
+}
+
+#[test]
+fn what_was_computed_and_is_removed_is_gone_at_once_and_what_is_to_be_computed_is_not() {
+    let session = session(U64);
+    let news = session.requests[0].news();
+    let mut exact = exact(true);
+    let _ = exact.ask(at(0));
+    exact.replay_end();
+    let stored = session.batches[0].2.clone();
+    let cleared = Batch {
+        at: 0.0,
+        events: vec![Event::Cleared],
+    };
+    exact.live(0, stored.clone());
+    exact.aligned(news.clone());
+    let whole = exact.hit(&news.chunks, Ahead::Taken);
+    // It is evicted before the engine comes to it: it will be computed again.
+    exact.taken(&news.chunks, |_| Some(64));
+    let (_, turn) = exact.begun(&news.chunks, news.chunks.len(), 260);
+    exact.live(1, cleared.clone());
+    let hit = exact.hit(&news.chunks, Ahead::Begun);
+    assert!(!hit.settled && hit.chunks == news.chunks.len(), "{hit:?}");
+    // Its first token comes a moment before the events of its blocks.
+    exact.computed(&news.chunks, turn);
+    assert_eq!(exact.hit(&news.chunks, Ahead::Begun), hit);
+    exact.live(2, stored);
+    let hit = exact.hit(&news.chunks, Ahead::Begun);
+    assert!(hit.settled, "{hit:?}");
+    assert_eq!((hit.chunks, hit.tokens), (whole.chunks, whole.tokens));
+    // And its end a moment before they are evicted again: nothing brings them back.
+    exact.finished(at(0), &news.chunks, 261);
+    exact.live(3, cleared);
+    assert_eq!(exact.hit(&news.chunks, Ahead::Taken).chunks, 0);
+}
+
+#[test]
+fn of_a_block_that_is_not_full_nothing_is_waited_for() {
+    let session = session(U64);
+    let news = session.requests[0].news();
+    let mut exact = exact(true);
+    let _ = exact.ask(at(0));
+    exact.replay_end();
+    // The last chunk of it ends in its last block.
+    exact.taken(&news.chunks, |_| Some(256));
+    let (_, turn) = exact.begun(&news.chunks, news.chunks.len(), 260);
+    exact.computed(&news.chunks, turn);
+    exact.live(0, session.batches[0].2.clone());
+    let before = exact.hit(&news.chunks, Ahead::Begun);
+    assert!(!before.settled && before.chunks == news.chunks.len());
+    exact.aligned(news.clone());
+    let hit = exact.hit(&news.chunks, Ahead::Begun);
+    assert!(hit.settled && hit.tokens == 256 - 32, "{hit:?}");
+    let resident: BTreeSet<_> = exact.resident().collect();
+    assert_eq!(resident.len(), exact.len());
 }
 
 #[test]
@@ -448,7 +520,7 @@ fn what_went_before_a_request_began_is_no_fault_of_the_map() {
     exact.replay_end();
     exact.live(0, session.batches[0].2.clone());
     exact.aligned(news.clone());
-    let foreseen = exact.hit(&news.chunks, false);
+    let foreseen = exact.hit(&news.chunks, Ahead::Taken);
     assert!(exact.judge(&news.chunks, foreseen, foreseen.tokens));
     // It is told that they are gone while the request runs, which found nothing of them.
     exact.live(
@@ -464,7 +536,7 @@ fn what_went_before_a_request_began_is_no_fault_of_the_map() {
     assert_eq!((seen.promised.answers, seen.promised.over), (1, 1));
     // One that was in all events, and was not there all the same, is.
     exact.live(2, session.batches[0].2.clone());
-    let foreseen = exact.hit(&news.chunks, false);
+    let foreseen = exact.hit(&news.chunks, Ahead::Taken);
     assert!(exact.judge(&news.chunks, foreseen, 0));
     assert_eq!(exact.seen().settled.over, 1);
 }
@@ -505,7 +577,7 @@ fn salts_and_adapters_are_caches_of_their_own() {
             scope: scope.map(str::to_owned),
             model: model.into(),
         });
-        let hit = exact.hit(&[7, 8, 9], false);
+        let hit = exact.hit(&[7, 8, 9], Ahead::Taken);
         assert_eq!(hit.chunks, if found { 3 } else { 0 });
     };
     check(&[], None, "m", true);
