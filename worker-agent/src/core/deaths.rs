@@ -18,6 +18,8 @@ use super::state::Core;
 
 /// What broke longer ago has nothing to do with a death.
 const LATELY: Duration = Duration::from_secs(10);
+/// What broke so lately and is kept beside what is on the engine. One that fails at once fails thousands a second.
+const MOST_VICTIMS: usize = 4_096;
 /// Requests that are named of one death, those with the largest share: as many as one command has room for.
 const MOST_ACCUSED: usize = 256;
 /// Deaths and runs that are waiting to be told; more are forgotten, the oldest first.
@@ -60,7 +62,7 @@ struct Victim {
 /// What was noted.
 #[derive(Debug, Default)]
 pub(super) struct Deaths {
-    /// Of the present engine; as bounded as what runs on it in [`LATELY`].
+    /// Of the present engine, noted in [`LATELY`]: at most [`MOST_VICTIMS`], and what was on it at once.
     victims: BTreeMap<PlacementId, Victim>,
     /// Of the last death.
     shares: BTreeMap<PlacementId, u32>,
@@ -79,6 +81,10 @@ impl Core {
         }
         let victims = &mut self.deaths.victims;
         victims.retain(|_, victim| now.since(victim.noted) < LATELY);
+        if victims.len() > MOST_VICTIMS {
+            // What is on it is to blame rather than what was.
+            victims.clear();
+        }
         for (id, placement) in &self.placements {
             let prefilling = match placement.stage {
                 Stage::Queued => continue,

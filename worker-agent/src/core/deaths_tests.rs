@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use forebay_proto::wire::fleet::Desired;
 use forebay_proto::{Now, Revision};
 
+use super::MOST_VICTIMS;
 use crate::core::tests::{SETTINGS, at, ms, offer, open_with};
 use crate::core::*;
 
@@ -183,4 +184,16 @@ fn a_suspect_whose_first_token_is_not_seen_holds_the_others_up_for_two_seconds()
 #[test]
 fn who_was_alone_and_suspected_has_more_than_the_whole_death() {
     check("a+ a. B+ B! X", "2: b1500 a333");
+}
+
+#[test]
+fn an_engine_that_fails_at_once_again_and_again_fills_nothing() {
+    let mut story = Story::new();
+    for _ in 0..2 * MOST_VICTIMS {
+        story.tell("a+ a! a-");
+        assert!(story.core.deaths.victims.len() <= MOST_VICTIMS + 8);
+    }
+    story.tell("b+ b! X");
+    assert_eq!(story.core.engine_deaths(), 1);
+    assert!(story.core.share_of(story.ids[&'b']).is_some());
 }
