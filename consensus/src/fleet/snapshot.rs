@@ -163,6 +163,11 @@ impl Fleet {
         {
             facts.rebalances.clear();
         }
+        if on(Bug::SnapshotLosesSuspects)
+            && let Some(facts) = &mut body.facts
+        {
+            facts.suspects.clear();
+        }
         body
     }
 
