@@ -340,7 +340,7 @@ fn suspects_are_kept_apart_while_there_is_anywhere_else() {
     let receipt = second.receipt.unwrap();
     assert_eq!(receipt.asked.apart, [WorkerId(first.link)]);
     assert_eq!(receipt.filtered.apart, 1);
-    assert_eq!(receipt.replay(), Some(receipt.outcome.clone()));
+    assert_eq!(receipt.replay(), Some(receipt.outcome));
     assert_eq!(
         receipt.packed().receipt().unwrap().asked.apart,
         receipt.asked.apart
