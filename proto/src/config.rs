@@ -423,6 +423,14 @@ mod tests {
         let bytes = config.to_wire();
         assert_eq!(Config::level_of(&bytes), TARGETS_LEVEL);
         assert_eq!(Config::from_wire_at(&bytes, 1), Ok(Config::default()));
+        let mut config = Config::default();
+        config.pools[0].quarantine = false;
+        let bytes = config.to_wire();
+        assert_eq!(Config::level_of(&bytes), QUARANTINE_LEVEL);
+        let before = Config::from_wire_at(&bytes, QUARANTINE_LEVEL - 1);
+        assert_eq!(before, Ok(Config::default()));
+        assert_eq!(Config::from_wire(&bytes), Ok(config.clone()));
+        assert_eq!(Config::from_toml(&config.to_toml()), Ok(config));
         assert_eq!(Config::level_of(&Config::default().to_wire()), 1);
     }
 

@@ -319,3 +319,37 @@ fn unless_it_is_asked_for_no_receipt_is_made() {
     world.dispatch.explains = false;
     assert!(world.place("m").unwrap().receipt.is_none());
 }
+
+#[test]
+fn suspects_are_kept_apart_while_there_is_anywhere_else() {
+    let mut world = World::new(&["m", "m", "m"]);
+    let suspect = |world: &mut World| {
+        let ask = Ask {
+            sought: Arc::new(Sought {
+                suspected: true,
+                ..Sought::default()
+            }),
+            ..world.ask("m", &[])
+        };
+        world.dispatch.place(NOW, &ask).unwrap()
+    };
+    // One slot each, and reports that say nothing of bookings: who is left out is left out by the rule.
+    let first = suspect(&mut world);
+    let second = suspect(&mut world);
+    assert_ne!(first.link, second.link);
+    let receipt = second.receipt.unwrap();
+    assert_eq!(receipt.asked.apart, [WorkerId(first.link)]);
+    assert_eq!(receipt.filtered.apart, 1);
+    assert_eq!(receipt.replay(), Some(receipt.outcome));
+    assert_eq!(
+        receipt.packed().receipt().unwrap().asked.apart,
+        receipt.asked.apart
+    );
+    // What nothing is held against goes anywhere.
+    let other = world.place("m").unwrap().receipt.unwrap();
+    assert!(other.asked.apart.is_empty());
+    // Once they are over nobody is avoided for them.
+    world.dispatch.released(first.booking, None);
+    world.dispatch.released(second.booking, None);
+    assert!(world.dispatch.suspects.is_empty());
+}

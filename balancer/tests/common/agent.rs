@@ -32,6 +32,8 @@ pub enum Act {
     Refuse(work::RefusalReason),
     /// Accepts, then ends like this without an answer.
     End(work::End),
+    /// Accepts, then its engine dies, of which so much is held against the request.
+    Dies(u32),
     /// Accepts, then the stream breaks.
     Break,
     /// Sends the first part of its answer, then the stream breaks.
@@ -236,6 +238,10 @@ impl Inside {
         self.tell(Saw::Body(body.len()));
         let streaming = body.windows(13).any(|part| part == b"\"stream\":true");
         let stopped = send.stopped();
+        let share = match act {
+            Act::Dies(share) => share,
+            _ => 0,
+        };
         let acting = self.act(act, streaming, &mut send);
         let cancelled = async {
             // Behind the body is the end: who gives up stops reading, and resets what is not at its end.
@@ -260,6 +266,7 @@ impl Inside {
                 load: Some(load),
                 prompt_tokens: counts.map(|(prompt, _)| prompt),
                 cached_tokens: counts.and_then(|(_, cached)| cached),
+                share,
                 ..work::Trailer::default()
             };
             let _ = send.send(&Frame::message(Kind::Trailer, &trailer)).await;
@@ -317,6 +324,7 @@ impl Inside {
         match act {
             Act::Refuse(_) => unreachable!("answered before"),
             Act::End(end) => return Some(end),
+            Act::Dies(_) => return Some(work::End::EngineFailed),
             Act::Break => return None,
             Act::Hang => std::future::pending().await,
             Act::Slow(wait) => tokio::time::sleep(wait).await,

@@ -337,11 +337,18 @@ impl World {
         }
         eprintln!("vLLM: {died} of two engines died of it");
         assert!(died > 0, "this request kills no engine: {end:?}");
+        if died == 2 {
+            assert_eq!(end.status, 422, "{end:?}");
+        }
         for engine in &mut self.engines {
             engine.until_healthy();
         }
         self.until_both_serve();
         let answer = self.ask("and now it is well");
         assert!(answer.is_complete(), "{answer:?}");
+        if died == 2 {
+            let again = ask(&self.urls[1], &poison.to_string());
+            assert_eq!(again.status, 422, "two engines died of it: {again:?}");
+        }
     }
 }
