@@ -22,22 +22,29 @@ use crate::shared::Shared;
 #[derive(Default)]
 pub(crate) struct Questions {
     newest: AtomicU64,
-    open: Mutex<HashMap<u64, mpsc::UnboundedSender<Answer>>>,
+    open: Mutex<HashMap<u64, Awaited>>,
+}
+
+/// Whose answers one question waits for: each is heard once.
+struct Awaited {
+    from: Vec<WorkerId>,
+    tell: mpsc::Sender<Answer>,
 }
 
 /// One question, closed when dropped.
 struct Open<'a> {
     questions: &'a Questions,
     id: u64,
-    /// As many answers as were asked for, at most one a worker.
-    answers: mpsc::UnboundedReceiver<Answer>,
+    /// Room for one of each that was asked.
+    answers: mpsc::Receiver<Answer>,
 }
 
 impl Questions {
-    fn open(&self) -> Open<'_> {
+    fn open(&self, asked: impl IntoIterator<Item = WorkerId>) -> Open<'_> {
         let id = self.newest.fetch_add(1, Ordering::Relaxed) + 1;
-        let (sender, answers) = mpsc::unbounded_channel();
-        self.open.lock().insert(id, sender);
+        let from: Vec<WorkerId> = asked.into_iter().collect();
+        let (tell, answers) = mpsc::channel(from.len().max(1));
+        self.open.lock().insert(id, Awaited { from, tell });
         Open {
             questions: self,
             id,
@@ -45,10 +52,16 @@ impl Questions {
         }
     }
 
+    /// Passes on what an asked worker says first; what others say, or it says again, is nobody's.
     fn answered(&self, id: u64, answer: Answer) {
-        if let Some(waiting) = self.open.lock().get(&id) {
+        let mut open = self.open.lock();
+        let Some(Awaited { from, tell }) = open.get_mut(&id) else {
+            return;
+        };
+        if let Some(at) = from.iter().position(|worker| *worker == answer.0) {
+            from.swap_remove(at);
             // Whoever waited may have left just now.
-            let _ = waiting.send(answer);
+            let _ = tell.try_send(answer);
         }
     }
 }
@@ -78,7 +91,10 @@ impl Exchange {
         if best.is_empty() {
             return Vec::new();
         }
-        let mut open = self.shared.questions.open();
+        let mut open = self
+            .shared
+            .questions
+            .open(best.iter().map(|(worker, _)| *worker));
         let question = work::Question {
             id: open.id,
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it saturates
@@ -94,13 +110,7 @@ impl Exchange {
         let mut answers: Vec<Answer> = Vec::with_capacity(best.len());
         while answers.len() < best.len() {
             match timeout_at(until, open.answers.recv()).await {
-                Ok(Some(answer)) => {
-                    let asked = best.iter().any(|(worker, _)| *worker == answer.0);
-                    let twice = answers.iter().any(|(worker, _)| *worker == answer.0);
-                    if asked && !twice {
-                        answers.push(answer);
-                    }
-                }
+                Ok(Some(answer)) => answers.push(answer),
                 Ok(None) | Err(_) => break,
             }
         }
@@ -116,7 +126,8 @@ mod tests {
     #[test]
     fn a_question_that_is_given_up_is_forgotten_and_its_late_answers_are_nobodys() {
         let questions = Questions::default();
-        let (first, mut second) = (questions.open(), questions.open());
+        let asked = [WorkerId(1), WorkerId(2)];
+        let (first, mut second) = (questions.open(asked), questions.open(asked));
         let late = first.id;
         questions.answered(late, (WorkerId(1), 5));
         drop(first);
@@ -127,5 +138,20 @@ mod tests {
         assert_eq!(second.answers.try_recv(), Ok((WorkerId(2), 7)));
         drop(second);
         assert!(questions.open.lock().is_empty());
+    }
+
+    #[test]
+    fn each_worker_that_was_asked_is_heard_once_and_nobody_else() {
+        let questions = Questions::default();
+        let mut open = questions.open([WorkerId(1), WorkerId(2)]);
+        for tokens in 0..1_000 {
+            questions.answered(open.id, (WorkerId(1), tokens));
+            questions.answered(open.id, (WorkerId(3), tokens));
+        }
+        assert_eq!(open.answers.len(), 1);
+        questions.answered(open.id, (WorkerId(2), 7));
+        assert_eq!(open.answers.try_recv(), Ok((WorkerId(1), 0)));
+        assert_eq!(open.answers.try_recv(), Ok((WorkerId(2), 7)));
+        assert!(open.answers.try_recv().is_err());
     }
 }

@@ -8,17 +8,19 @@ use forebay_link::{FrameReceiver, FrameSender, OpenError, SendError};
 use forebay_proto::Millis;
 use forebay_proto::frame::{Frame, Kind, MAX_TEXT_BYTES};
 use forebay_proto::wire::work;
-use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 
 use crate::core::error::{ApiError, Code};
 use crate::core::retry::Failure;
-use crate::exchange::{Event, Exchange, ReplyHead, died};
-use crate::shared::{Phase, Placement};
+use crate::events::{Event, ReplyHead, Sink};
+use crate::exchange::{Exchange, died};
+use crate::shared::{BodyBudget, Phase, Placement};
 
 /// Bodies up to this size are sent at once, without waiting to be accepted.
 const EAGER_BYTES: usize = 64 << 10;
-/// Bytes of an answer that is not a stream that are held back, so that it can be retried whole.
+/// Bytes of an answer that is not a stream that are held back, so that it can be retried whole; fewer where
+/// memory is short.
 const HELD_BACK_BYTES: usize = 1 << 20;
 /// From the first byte to the last; the agent ends what takes longer.
 const LONGEST_ANSWER_MS: u32 = 3_600_000;
@@ -55,61 +57,6 @@ impl Ended {
     }
 }
 
-/// Where events go. Knows whether anything went.
-pub(crate) struct Sink {
-    events: mpsc::Sender<Event>,
-    /// How long the client may take no event.
-    patience: Duration,
-    begun: bool,
-    stalled: bool,
-}
-
-impl Sink {
-    pub(crate) const fn new(events: mpsc::Sender<Event>, patience: Duration) -> Self {
-        Self {
-            events,
-            patience,
-            begun: false,
-            stalled: false,
-        }
-    }
-
-    /// Whether the client has got the head of an engine's answer.
-    pub(crate) const fn begun(&self) -> bool {
-        self.begun
-    }
-
-    pub(crate) const fn stalled(&self) -> bool {
-        self.stalled
-    }
-
-    pub(crate) fn left(&self) -> bool {
-        !self.stalled && self.events.is_closed()
-    }
-
-    pub(crate) async fn end(&mut self) {
-        // Who left does not miss it.
-        let _ = self.send(Event::End).await;
-    }
-
-    pub(crate) async fn fail(&mut self, error: ApiError) {
-        // As above.
-        let _ = self.send(Event::Failed(error)).await;
-    }
-
-    async fn send(&mut self, event: Event) -> Result<(), Ended> {
-        self.begun |= matches!(event, Event::Head(_));
-        match timeout(self.patience, self.events.send(event)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Ended::Broken(died())),
-            Err(_) => {
-                self.stalled = true;
-                Err(Ended::Broken(died()))
-            }
-        }
-    }
-}
-
 impl Exchange {
     /// Carries the request to the worker that it is booked on, and the answer back.
     pub(crate) async fn attempt(
@@ -126,6 +73,7 @@ impl Exchange {
         let accepted = Notify::new();
         let place = self.place_frame(&placement, attempt, must_queue);
         let body = self.body.text.expose().clone();
+        let room = self.shared.hold_body();
         let mut answer = Answer {
             exchange: self,
             placement: &mut placement,
@@ -134,11 +82,12 @@ impl Exchange {
             attempt,
             head: None,
             held: BytesMut::new(),
+            room,
             passing: false,
             taken: false,
         };
-        let ended = {
-            let sending = send_request(&mut sender, &place, body, &accepted);
+        {
+            let sending = send_request(&mut sender, place, body, &accepted);
             let relaying = answer.relay(&mut receiver);
             tokio::pin!(sending, relaying);
             tokio::select! {
@@ -147,11 +96,7 @@ impl Exchange {
                 // What cannot be sent any more is told by the other direction.
                 _ = &mut sending => relaying.await,
             }
-        };
-        if matches!(ended, Ended::Complete) {
-            sender.finish();
         }
-        ended
     }
 
     fn place_frame(&self, placement: &Placement, attempt: u32, must_queue: bool) -> Frame {
@@ -177,7 +122,7 @@ impl Exchange {
             stream: self.head.stream,
             max_tokens: self.head.max_tokens.map_or(0, saturated),
             cache_salt: self.prompt.salt.clone(),
-            chunks: self.prompt.chunks.clone(),
+            chunks: self.chunks_for(placement.choice.incarnation.worker),
             prompt_bytes: self.prompt.bytes,
             chunk_bytes: self.pool.chunk_bytes,
             key_epoch: self.prompt.key_epoch,
@@ -198,6 +143,14 @@ impl Exchange {
             facts_revision: self.revision,
             zone: self.zone.as_deref().unwrap_or_default().into(),
             shadow: false,
+            suspect_key: if self.pool.quarantine {
+                self.prompt.named
+            } else {
+                0
+            },
+            suspect_epoch: self.prompt.named_epoch,
+            shape: self.prompt.shape.clone(),
+            suspected: self.verdict().suspected,
         }
     }
 }
@@ -211,21 +164,29 @@ const fn whole(ms: f64) -> u32 {
     ms as u32
 }
 
+/// Sends a request, and all that there will be: who gives it up from here on stops reading the answer.
 pub(crate) async fn send_request(
     sender: &mut FrameSender,
-    place: &Frame,
+    place: Frame,
     mut body: Bytes,
     accepted: &Notify,
 ) -> Result<(), SendError> {
-    sender.send(place).await?;
+    let end = Frame::new(Kind::BodyEnd, Bytes::new());
     if body.len() > EAGER_BYTES {
+        sender.send(&place).await?;
         accepted.notified().await;
+        while body.len() > MAX_TEXT_BYTES {
+            let piece = body.split_to(MAX_TEXT_BYTES);
+            sender.send(&Frame::new(Kind::Body, piece)).await?;
+        }
+        let last = Frame::new(Kind::Body, body);
+        sender.send_all(&[last, end]).await?;
+    } else {
+        let body = Frame::new(Kind::Body, body);
+        sender.send_all(&[place, body, end]).await?;
     }
-    while !body.is_empty() {
-        let piece = body.split_to(body.len().min(MAX_TEXT_BYTES));
-        sender.send(&Frame::new(Kind::Body, piece)).await?;
-    }
-    sender.send(&Frame::new(Kind::BodyEnd, Bytes::new())).await
+    sender.finish();
+    Ok(())
 }
 
 /// The answer to one placement, as far as it has come.
@@ -237,6 +198,8 @@ struct Answer<'a> {
     attempt: u32,
     head: Option<work::Head>,
     held: BytesMut,
+    /// For what is held.
+    room: BodyBudget,
     /// Data go to the client as they come.
     passing: bool,
     taken: bool,
@@ -324,9 +287,11 @@ impl Answer<'_> {
             return self.sink.send(Event::Data(piece)).await;
         }
         self.held.extend_from_slice(&piece);
-        if self.held.len() > HELD_BACK_BYTES {
+        let fits = self.held.len() <= HELD_BACK_BYTES && self.room.take_spare(piece.len() as u64);
+        if !fits {
             self.begin(None).await?;
-            return self.flush().await;
+            self.flush().await?;
+            self.room = self.exchange.shared.hold_body();
         }
         Ok(())
     }
@@ -383,6 +348,8 @@ impl Answer<'_> {
         self.hear(trailer.load.as_ref());
         let Placement { worker, choice, .. } = &*self.placement;
         self.exchange.learn(worker, trailer, choice.cached_tokens);
+        let died = choice.incarnation.worker;
+        self.exchange.died_under(died, trailer.share);
         match trailer.end() {
             work::End::Complete if self.head.is_some() => self.complete().await,
             work::End::NotStarted if !self.sink.begun() => Ended::Refused { for_good: true },
@@ -397,6 +364,7 @@ impl Answer<'_> {
     }
 
     async fn complete(&mut self) -> Ended {
+        self.exchange.ran_well();
         if self.passing {
             return Ended::Complete;
         }

@@ -79,5 +79,7 @@ fn fleet(facts: &Facts) -> Fleet {
         config: (*facts.config).clone(),
         keys: facts.keys.clone(),
         families: facts.families.values().cloned().collect(),
+        suspects: facts.suspects.values().cloned().collect(),
+        cell_time: facts.cell_time,
     }
 }

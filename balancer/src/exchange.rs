@@ -1,21 +1,20 @@
 //! One request from its placement to the last byte of its answer, failures before the first included.
 //!
-//! [`Exchange::run`] is a task whose events a [`crate::reply::Reply`] passes on; when the client
-//! leaves, the task is dropped, and with it the stream to the agent and every guard.
+//! [`Exchange::run`] says events that a [`crate::reply::Reply`] passes on; when the client leaves, the exchange is
+//! dropped, and with it the stream to the agent and every guard.
 #![allow(clippy::disallowed_methods)] // the rim: this is where time passes
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use forebay_proto::Incarnation;
 use forebay_proto::config::Pool;
 use forebay_scheduler::NoChoice;
 use forebay_scheduler::policy::Request;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
-use crate::attempt::{Ended, Sink};
+use crate::attempt::Ended;
 use crate::body::Read;
 use crate::core::dispatch::{Answer, Ask, Sought, Ticket};
 use crate::core::error::{ApiError, Code};
@@ -23,32 +22,11 @@ use crate::core::head::Head;
 use crate::core::limits::Running;
 use crate::core::receipts;
 use crate::core::retry::{Attempts, Failure, Next};
+use crate::events::{Sink, Way};
 use crate::metrics::Outcome;
 use crate::prompt::{self, Fingerprinted};
 use crate::shared::{Phase, Placement, Shared, Tracked, wall_clock};
 
-/// What a reply is made of, in order: a head, data, an end; or an error instead, or in between.
-pub(crate) enum Event {
-    Head(ReplyHead),
-    Data(Bytes),
-    End,
-    /// What to tell the client: as the answer, or as an event in a stream that has begun.
-    Failed(ApiError),
-}
-
-pub(crate) struct ReplyHead {
-    pub(crate) status: u16,
-    pub(crate) content_type: String,
-    pub(crate) retry_after: Option<String>,
-    pub(crate) streaming: bool,
-    pub(crate) worker: Arc<str>,
-    pub(crate) attempts: u32,
-    /// The answer, where it is complete already.
-    pub(crate) whole: Option<Bytes>,
-}
-
-/// Events on their way to the client; more wait in QUIC's window.
-pub(crate) const EVENTS_AHEAD: usize = 8;
 /// How long a model without any reachable worker is waited for.
 const GRACE: Duration = Duration::from_secs(2);
 /// Until those that refused are asked once more.
@@ -80,10 +58,10 @@ pub(crate) struct Exchange {
 
 impl Exchange {
     /// Serves the request. Its events end with `End` or `Failed` unless nobody listens.
-    pub(crate) async fn run(mut self, events: mpsc::Sender<Event>) {
-        let mut sink = Sink::new(events, self.shared.settings.limits.stall);
+    pub(crate) async fn run(mut self, way: Way) {
+        let mut sink = Sink::new(way, self.shared.settings.limits.stall);
         let served = self.serve(&mut sink).await;
-        // Before the last event: once that is taken, this task may be dropped.
+        // Before the last event: once that is taken, this may be dropped.
         let outcome = match &served {
             Ok(()) => Some(Outcome::Complete),
             Err(_) if sink.stalled() => Some(Outcome::Stalled),
@@ -143,13 +121,17 @@ impl Exchange {
             sought: Arc::default(),
             answers: Vec::new(),
         };
+        self.refuse_quarantined()?;
         self.budget(|budget| budget.admit());
         let mut must_queue = false;
         loop {
             self.tracked.phase(Phase::Queued);
             let mut stale = false;
             line.sought = Arc::new(prompt::seek(self));
+            self.refuse_quarantined()?;
             let placement = self.place(&mut line).await?;
+            // It may have waited for long.
+            self.refuse_quarantined()?;
             let (worker, incarnation) = (placement.worker.clone(), placement.choice.incarnation);
             self.tracked.placed_on(&worker, attempts.number());
             self.tracked.phase(Phase::Prefill);
@@ -208,6 +190,15 @@ impl Exchange {
             };
             self.shared.metrics.retries.inc();
         }
+    }
+
+    /// Two engines died of it: no third one does.
+    fn refuse_quarantined(&self) -> Result<(), ApiError> {
+        if self.verdict().quarantined {
+            self.shared.metrics.quarantined.inc();
+            return Err(quarantined());
+        }
+        Ok(())
     }
 
     fn budget<T>(&self, change: impl FnOnce(&mut crate::core::retry::Budget) -> T) -> T {
@@ -381,6 +372,13 @@ fn full() -> ApiError {
     ApiError::new(
         Code::Overloaded,
         "every worker and the queue for this model are full: try again later",
+    )
+}
+
+fn quarantined() -> ApiError {
+    ApiError::new(
+        Code::Quarantined,
+        "engines died each time while they served this very request, so it is not sent to another: change the request, or ask the operators of this fleet, who can let it through again",
     )
 }
 

@@ -15,16 +15,15 @@ use hyper::header::{
 use hyper::{Method, Request, Response, StatusCode, Version};
 use rand::Rng;
 use serde_json::json;
-use tokio::sync::mpsc;
 
 use crate::body::{self, Unread};
 use crate::core::auth::Principal;
 use crate::core::error::{ApiError, Code};
 use crate::core::limits::{Exceeded, Left, written};
 use crate::core::{head, request_id};
-use crate::exchange::{EVENTS_AHEAD, Event, Exchange, ReplyHead, died, nobody, unknown_model};
+use crate::events::{Event, Events, ReplyHead};
+use crate::exchange::{Exchange, died, nobody, unknown_model};
 use crate::fleet::Fleet;
-use crate::links::Task;
 use crate::metrics::Outcome;
 use crate::prompt::Fingerprinted;
 use crate::reply::{Relayed, Reply};
@@ -220,6 +219,7 @@ async fn place(
             "x-forebay-what-if is for keys with `debug = true` in the keys file: leave it out";
         return Err(ApiError::new(Code::DebugKeyRequired, message));
     }
+    let version = request.version();
     let asked = principal.meter.ask(shared.now());
     *left = asked.1;
     let running = asked.0.map_err(exceeded)?;
@@ -272,19 +272,22 @@ async fn place(
         return Ok(whole(StatusCode::OK, &exchange.what_if()));
     }
     let streaming = exchange.head.stream;
-    let (sender, mut events) = mpsc::channel(EVENTS_AHEAD);
-    let task = Task::spawn(exchange.run(sender));
+    let mut events = if version < Version::HTTP_2 {
+        Events::here(exchange)
+    } else {
+        Events::aside(exchange)
+    };
     let hold = Duration::from_millis(shared.settings.hold_headers_ms);
     let first = if streaming {
-        match tokio::time::timeout(hold, events.recv()).await {
+        match tokio::time::timeout(hold, events.next()).await {
             Ok(first) => first,
-            Err(_) => return Ok(early(events, task)),
+            Err(_) => return Ok(early(events)),
         }
     } else {
-        events.recv().await
+        events.next().await
     };
     match first {
-        Some(Event::Head(head)) => Ok(relay(head, principal.debug, events, task)),
+        Some(Event::Head(head)) => Ok(relay(head, principal.debug, events)),
         Some(Event::Failed(error)) => Err(error),
         Some(Event::Data(_) | Event::End) | None => Err(died()),
     }
@@ -307,16 +310,11 @@ async fn parsed(body: body::Read) -> Result<(body::Read, head::Head), ApiError> 
 }
 
 /// The answer once the engine's first byte is there.
-fn relay(
-    head: ReplyHead,
-    debug: bool,
-    events: mpsc::Receiver<Event>,
-    task: Task,
-) -> Response<Reply> {
+fn relay(head: ReplyHead, debug: bool, events: Events) -> Response<Reply> {
     let mut response = Response::new(match head.whole {
         Some(whole) => Reply::Whole(Some(whole)),
         None => {
-            let relayed = Relayed::new(events, task, head.streaming, false);
+            let relayed = Relayed::new(events, head.streaming, false);
             Reply::Relayed(Box::new(relayed))
         }
     });
@@ -340,8 +338,8 @@ fn relay(
 }
 
 /// The answer when the first byte takes too long to hold the status line back.
-fn early(events: mpsc::Receiver<Event>, task: Task) -> Response<Reply> {
-    let relayed = Relayed::new(events, task, true, true);
+fn early(events: Events) -> Response<Reply> {
+    let relayed = Relayed::new(events, true, true);
     let mut response = Response::new(Reply::Relayed(Box::new(relayed)));
     stream_headers(response.headers_mut());
     response

@@ -14,6 +14,7 @@ mod body;
 mod connection;
 mod control;
 pub mod core;
+mod events;
 mod exchange;
 mod fleet;
 mod http;

@@ -70,18 +70,12 @@ impl Links {
 
     /// Takes new facts over: dials who is new, forgets who is gone.
     pub(crate) fn follow(&mut self, fleet: &Fleet) {
+        let named: BTreeSet<&str> = fleet.workers.iter().map(|w| w.name.as_str()).collect();
+        self.shared.metrics.follow(named.iter().copied());
         for link in self.shared.set_facts(fleet) {
             link.close(Code::Superseded, "the facts name a later start");
         }
-        let named: BTreeSet<&str> = fleet.workers.iter().map(|w| w.name.as_str()).collect();
-        let shared = self.shared.clone();
-        self.keepers.retain(|name, _| {
-            let stays = named.contains(name.as_str());
-            if !stays {
-                shared.metrics.forget(name);
-            }
-            stays
-        });
+        self.keepers.retain(|name, _| named.contains(name.as_str()));
         self.shared
             .tried
             .lock()

@@ -1,10 +1,12 @@
 //! What a scrape sees. No label comes from a request but for names that the facts have.
 
+use std::collections::HashSet;
 use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use forebay_admin::Histogram;
 use forebay_proto::wire::work;
+use parking_lot::RwLock;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -60,6 +62,8 @@ type Number = Gauge<i64, AtomicI64>;
 
 #[derive(Default)]
 pub(crate) struct Metrics {
+    /// Workers in the facts: nobody else has rows.
+    workers: RwLock<HashSet<String>>,
     requests: Family<Labels<1>, Counter>,
     placements: Family<Labels<2>, Counter>,
     shadows: Family<[(&'static str, &'static str); 1], Counter>,
@@ -77,6 +81,9 @@ pub(crate) struct Metrics {
     questions: Counter,
     quotes: Counter,
     pub(crate) by_older_key: Counter,
+    pub(crate) deaths: Counter,
+    pub(crate) quarantined: Counter,
+    pub(crate) quarantine_active: Number,
     pub(crate) resident: Number,
     pub(crate) residency_pending: Number,
     pub(crate) residency_blind: Number,
@@ -182,6 +189,16 @@ impl Metrics {
                 "Requests that stayed with the fingerprint key before the newest, for what is cached under it",
                 &self.by_older_key,
             ),
+            (
+                "engine_deaths",
+                "Requests under which an engine died unexplained, by the word of its agent",
+                &self.deaths,
+            ),
+            (
+                "quarantine_refusals",
+                "Requests that were refused because engines died of them",
+                &self.quarantined,
+            ),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -213,6 +230,11 @@ impl Metrics {
                 &self.families,
             ),
             (
+                "quarantine_active",
+                "Requests that are refused because engines died of them, in the facts in use",
+                &self.quarantine_active,
+            ),
+            (
                 "facts_revision",
                 "Revision of the facts in use",
                 &self.facts_revision,
@@ -241,12 +263,19 @@ impl Metrics {
     }
 
     pub(crate) fn placed(&self, worker: &str, outcome: Outcome) {
-        self.placements.get_or_create(&of(worker, outcome)).inc();
+        // Held meanwhile, so that what ends after its worker was removed makes no row again.
+        let workers = self.workers.read();
+        if workers.contains(worker) {
+            self.placements.get_or_create(&of(worker, outcome)).inc();
+        }
     }
 
     /// What an engine counted, and what was predicted. A count that is absent is not zero.
     pub(crate) fn counted(&self, worker: &str, trailer: &work::Trailer, predicted: u32) {
-        if let (Some(prompt), Some(cached)) = (trailer.prompt_tokens, trailer.cached_tokens) {
+        let workers = self.workers.read();
+        if let (Some(prompt), Some(cached)) = (trailer.prompt_tokens, trailer.cached_tokens)
+            && workers.contains(worker)
+        {
             let on = [("worker", worker.to_owned())];
             self.prompt_tokens_on
                 .get_or_create(&on)
@@ -255,6 +284,7 @@ impl Metrics {
                 .get_or_create(&on)
                 .inc_by(cached.into());
         }
+        drop(workers);
         if let Some(tokens) = trailer.prompt_tokens {
             self.prompt_tokens.inc_by(tokens.into());
         }
@@ -282,14 +312,19 @@ impl Metrics {
         self.placement.record(took);
     }
 
-    /// A worker is gone from the facts: so are its rows.
-    pub(crate) fn forget(&self, worker: &str) {
-        let on = [("worker", worker.to_owned())];
-        self.prompt_tokens_on.remove(&on);
-        self.cached_tokens_on.remove(&on);
-        for outcome in Outcome::OF_PLACEMENTS {
-            self.placements.remove(&of(worker, outcome));
+    /// These are the workers in the facts; the rows of those that are gone go, too.
+    pub(crate) fn follow<'a>(&self, named: impl IntoIterator<Item = &'a str>) {
+        let named: HashSet<String> = named.into_iter().map(str::to_owned).collect();
+        let mut workers = self.workers.write();
+        for worker in workers.difference(&named) {
+            let on = [("worker", worker.clone())];
+            self.prompt_tokens_on.remove(&on);
+            self.cached_tokens_on.remove(&on);
+            for outcome in Outcome::OF_PLACEMENTS {
+                self.placements.remove(&of(worker, outcome));
+            }
         }
+        *workers = named;
     }
 }
 
@@ -298,4 +333,46 @@ fn of(worker: &str, outcome: Outcome) -> Labels<2> {
         ("worker", worker.to_owned()),
         ("outcome", outcome.label().to_owned()),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scraped(metrics: &Metrics) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &metrics.registry()).unwrap();
+        text
+    }
+
+    #[test]
+    fn a_worker_that_was_removed_has_no_rows_also_when_its_last_requests_end_later() {
+        let metrics = Metrics::default();
+        let counted = work::Trailer {
+            prompt_tokens: Some(10),
+            cached_tokens: Some(5),
+            ..work::Trailer::default()
+        };
+        metrics.follow(["w1", "w2"]);
+        for worker in ["w1", "w2", "nobody"] {
+            metrics.placed(worker, Outcome::Complete);
+            metrics.counted(worker, &counted, 5);
+        }
+        let text = scraped(&metrics);
+        assert!(text.contains(r#"placements_total{worker="w1",outcome="complete"} 1"#));
+        assert!(text.contains(r#"worker_cached_tokens_total{worker="w2"} 5"#));
+        assert!(!text.contains("nobody"), "{text}");
+
+        metrics.follow(["w2"]);
+        metrics.placed("w1", Outcome::Failed);
+        metrics.counted("w1", &counted, 5);
+        let text = scraped(&metrics);
+        assert!(!text.contains("w1"), "{text}");
+        assert!(text.contains(r#"placements_total{worker="w2",outcome="complete"} 1"#));
+        // What is not by worker counts all of them.
+        assert!(
+            text.contains("forebay_balancer_prompt_tokens_total 40"),
+            "{text}"
+        );
+    }
 }

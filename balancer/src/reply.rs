@@ -7,12 +7,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
-use tokio::sync::mpsc;
-use tokio::time::{Instant, Sleep};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::core::error::ApiError;
-use crate::exchange::{Event, died};
-use crate::links::Task;
+use crate::events::{Event, Events};
+use crate::exchange::died;
 
 /// A stream that says nothing for this long says `: ping`.
 pub(crate) const PING_INTERVAL: Duration = Duration::from_secs(15);
@@ -30,34 +29,49 @@ pub(crate) struct BrokeOff;
 
 /// Passes an exchange's events on. The exchange ends with it.
 pub(crate) struct Relayed {
-    events: mpsc::Receiver<Event>,
-    _exchange: Task,
+    events: Events,
     /// The client reads events: it can be told of failures, and be pinged.
     streaming: bool,
     at: Place,
     /// The client has got the head of a 200 before the engine's own came.
     early: bool,
+    /// When the client was told something; and at the latest then it is looked whether it has to be again.
+    said: Instant,
     ping: Pin<Box<Sleep>>,
     over: bool,
 }
 
 impl Relayed {
-    pub(crate) fn new(
-        events: mpsc::Receiver<Event>,
-        exchange: Task,
-        streaming: bool,
-        early: bool,
-    ) -> Self {
-        let first = if early { Duration::ZERO } else { PING_INTERVAL };
+    pub(crate) fn new(events: Events, streaming: bool, early: bool) -> Self {
+        let now = Instant::now();
+        let said = if early {
+            now.checked_sub(PING_INTERVAL).unwrap_or(now)
+        } else {
+            now
+        };
         Self {
             events,
-            _exchange: exchange,
             streaming,
             at: Place::default(),
             early,
-            ping: Box::pin(tokio::time::sleep(first)),
+            said,
+            ping: Box::pin(sleep_until(said + PING_INTERVAL)),
             over: false,
         }
+    }
+
+    /// Whether nothing was said for so long that a ping is due. Setting the alarm anew for each event would cost
+    /// more than the look at a clock.
+    fn poll_ping(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        while self.ping.as_mut().poll(context).is_ready() {
+            let (due, now) = (self.said + PING_INTERVAL, Instant::now());
+            if due <= now {
+                self.said = now;
+                return Poll::Ready(());
+            }
+            self.ping.as_mut().reset(due);
+        }
+        Poll::Pending
     }
 
     fn take(&mut self, event: Option<Event>) -> Option<Result<Bytes, BrokeOff>> {
@@ -72,7 +86,7 @@ impl Relayed {
             Some(Event::Head(_)) => None,
             Some(Event::Data(piece)) => {
                 self.at.advance(&piece);
-                self.ping.as_mut().reset(Instant::now() + PING_INTERVAL);
+                self.said = Instant::now();
                 Some(Ok(piece))
             }
             Some(Event::End) => {
@@ -142,7 +156,7 @@ impl Body for Reply {
             Self::Relayed(relayed) => relayed,
         };
         while !relayed.over {
-            match relayed.events.poll_recv(context) {
+            match relayed.events.poll_next(context) {
                 Poll::Ready(event) => {
                     if let Some(piece) = relayed.take(event) {
                         return Poll::Ready(Some(piece.map(Frame::data)));
@@ -151,10 +165,8 @@ impl Body for Reply {
                 Poll::Pending => {
                     if relayed.streaming
                         && relayed.at.between_events()
-                        && relayed.ping.as_mut().poll(context).is_ready()
+                        && relayed.poll_ping(context).is_ready()
                     {
-                        let next = Instant::now() + PING_INTERVAL;
-                        relayed.ping.as_mut().reset(next);
                         return Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(
                             b": ping\n\n",
                         )))));

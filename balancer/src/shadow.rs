@@ -31,6 +31,10 @@ impl Exchange {
     /// Begins a copy of this request on a home that is to hold its family and does not, if one is due. It ends with
     /// what is returned.
     pub(crate) fn warm(&self, placement: &Placement) -> Option<Task> {
+        // What may kill one engine is not sent to two.
+        if self.verdict().suspected {
+            return None;
+        }
         let facts = self.shared.facts()?;
         let (table, path) = (facts.homes(), &self.prompt.chunks);
         if table.is_empty() || !table.all_of(path).any(|family| family.pinned) {
@@ -57,7 +61,7 @@ impl Exchange {
         let place = self.shadow_frame(placement, incarnation, copy.text.len());
         Some(Task::spawn(async move {
             let mut copying = copying;
-            let sent = timeout(PATIENCE, send(&copying.shared, &link, &place, copy)).await;
+            let sent = timeout(PATIENCE, send(&copying.shared, &link, place, copy)).await;
             copying.outcome = sent.unwrap_or(FAILED);
         }))
     }
@@ -95,6 +99,7 @@ impl Exchange {
             tpot_target_ms: None,
             deadline_ms: u32::try_from(PATIENCE.as_millis()).unwrap_or(u32::MAX),
             shadow: true,
+            chunks: self.chunks_for(to.worker),
             ..self.header(placement, 0, true)
         };
         Frame::message(Kind::Place, &place)
@@ -123,25 +128,19 @@ impl Drop for Copying {
     }
 }
 
-async fn send(shared: &Arc<Shared>, link: &Link, place: &Frame, copy: Copy) -> &'static str {
+async fn send(shared: &Arc<Shared>, link: &Link, place: Frame, copy: Copy) -> &'static str {
     let Ok((mut sender, mut receiver)) = link.open() else {
         return FAILED;
     };
     let accepted = Notify::new();
-    let ended = {
-        let sending = send_request(&mut sender, place, copy.text.clone(), &accepted);
-        let hearing = hear(shared, copy.home, &mut receiver, &accepted);
-        tokio::pin!(sending, hearing);
-        tokio::select! {
-            biased;
-            ended = &mut hearing => ended,
-            _ = &mut sending => hearing.await,
-        }
-    };
-    if ended == COMPLETE {
-        sender.finish();
+    let sending = send_request(&mut sender, place, copy.text.clone(), &accepted);
+    let hearing = hear(shared, copy.home, &mut receiver, &accepted);
+    tokio::pin!(sending, hearing);
+    tokio::select! {
+        biased;
+        ended = &mut hearing => ended,
+        _ = &mut sending => hearing.await,
     }
-    ended
 }
 
 /// What became of it. Of the answer nothing is kept.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use dashmap::DashMap;
 use forebay_link::Link;
 use forebay_proto::{FingerprintKey, Millis, Now, Revision, WorkerId};
-use forebay_scheduler::fingerprint::{RENDER_PROFILE, RenderProfile};
+use forebay_scheduler::fingerprint::{RENDER_PROFILE, Rendering};
 use forebay_scheduler::homes::table::Table;
 use forebay_scheduler::index::{IndexWriter, PrefixIndex};
 use forebay_scheduler::{BookingId, Choice};
@@ -26,6 +26,7 @@ use crate::core::lengths::Lengths;
 use crate::core::receipts::{self, Kept, Receipts};
 use crate::core::retry::Budget;
 use crate::core::shadows::Shadows;
+use crate::core::suspects::Suspects;
 use crate::fleet::Fleet;
 use crate::metrics::{Metrics, Outcome};
 use crate::residency::Caches;
@@ -33,7 +34,7 @@ use crate::tls::Tls;
 
 /// Requests at once.
 const MAX_REQUESTS: usize = 65_536;
-/// Bodies held at once, in bytes.
+/// Bodies held at once, in bytes, and answers that are held back.
 const BODY_BUDGET_BYTES: u64 = 512 << 20;
 const SHARDS: usize = 256;
 
@@ -61,6 +62,8 @@ pub(crate) struct Shared {
     pub(crate) questions: Questions,
     /// Homes that were warmed, or are.
     pub(crate) shadows: Mutex<Shadows>,
+    /// Requests that engines died under; locked alone.
+    pub(crate) suspects: RwLock<Suspects>,
     facts: RwLock<Option<Arc<Facts>>>,
     requests: DashMap<u64, Arc<About>>,
     next_request: AtomicU64,
@@ -75,8 +78,8 @@ pub(crate) struct Facts {
     /// Since when the newest fingerprint key is known beside an older one.
     rotated: Option<Instant>,
     pools: BTreeMap<Arc<str>, Arc<str>>,
-    /// By model; none where its workers' differ.
-    profiles: BTreeMap<Arc<str>, Option<RenderProfile>>,
+    /// By model.
+    renderings: BTreeMap<Arc<str>, Rendering>,
     homes: Table,
 }
 
@@ -87,9 +90,15 @@ impl Facts {
         Some((model.clone(), pool.clone()))
     }
 
-    /// How the model's prompts are rendered, if its workers agree on that.
-    pub(crate) fn profile_of(&self, model: &str) -> Option<RenderProfile> {
-        self.profiles.get(model).copied().flatten()
+    /// How the model's prompts are rendered.
+    pub(crate) fn rendering_of(&self, model: &str) -> Option<&Rendering> {
+        self.renderings.get(model)
+    }
+
+    /// Whether this worker renders the model's prompts otherwise than its pool.
+    pub(crate) fn is_unlike(&self, model: &str, worker: WorkerId) -> bool {
+        let rendering = self.rendering_of(model);
+        rendering.is_some_and(|rendering| rendering.is_unlike(worker))
     }
 
     /// Families of prompts, and who is to hold them.
@@ -131,6 +140,7 @@ impl Shared {
             lengths: Mutex::default(),
             questions: Questions::default(),
             shadows: Mutex::default(),
+            suspects: RwLock::default(),
             facts: RwLock::new(None),
             requests: DashMap::with_shard_amount(SHARDS),
             next_request: AtomicU64::new(0),
@@ -147,19 +157,29 @@ impl Shared {
         self.facts.read().clone()
     }
 
-    /// Says which models have workers that begin to differ in how they render prompts.
-    fn tell_of_profiles(&self, facts: &Facts) {
+    /// Says how prompts are rendered, where that is new and not the same everywhere.
+    fn tell_of_renderings(&self, facts: &Facts) {
         let before = self.facts();
-        let differed = |model: &str| {
-            let before = before.as_ref().and_then(|facts| facts.profiles.get(model));
-            before.is_some_and(Option::is_none)
-        };
-        for (model, profile) in &facts.profiles {
-            if profile.is_none() && !differed(model) {
-                tracing::warn!(
+        for (model, rendering) in &facts.renderings {
+            let before = before.as_ref().and_then(|facts| facts.rendering_of(model));
+            if before == Some(rendering) {
+                continue;
+            }
+            let all = facts.fleet.workers.iter();
+            let unlike = all.filter(|known| rendering.is_unlike(known.incarnation.worker));
+            let unlike: Vec<&str> = unlike.map(|known| known.name.as_str()).collect();
+            match rendering.profile.map(|profile| profile.id()) {
+                None => tracing::warn!(
                     %model,
-                    "workers differ in their label {RENDER_PROFILE}: prompts are placed by load only"
-                );
+                    "most of its workers have a {RENDER_PROFILE} that this version does not know: prompts are placed by load only"
+                ),
+                Some(profile) if !unlike.is_empty() => tracing::warn!(
+                    %model,
+                    profile,
+                    ?unlike,
+                    "some workers render prompts otherwise than their pool: they count as holding nothing"
+                ),
+                Some(_) => {}
             }
         }
     }
@@ -182,26 +202,51 @@ impl Shared {
             _ => (fleet.keys.len() > 1).then(Instant::now),
         };
         let since = before.map_or_else(Instant::now, |facts| facts.since);
-        let profiles = fleet.profiles(&pools);
+        let renderings = fleet.renderings(&pools);
         let facts = Facts {
             fleet: fleet.clone(),
             since,
             rotated,
             pools,
-            profiles,
+            renderings,
             homes: Table::new(&fleet.families),
         };
         self.shadows.lock().facts(&facts.homes);
+        self.lengths
+            .lock()
+            .follow(|model| facts.pools.contains_key(model));
         let families = i64::try_from(facts.homes.len()).unwrap_or(i64::MAX);
         self.metrics.families.set(families);
-        self.tell_of_profiles(&facts);
+        self.tell_of_renderings(&facts);
         *self.facts.write() = Some(Arc::new(facts));
         let Revision(revision) = fleet.revision;
         let gauge = i64::try_from(revision).unwrap_or(i64::MAX);
         self.metrics.facts_revision.set(gauge);
+        self.agree_on_suspects(fleet);
         let named = |pool: &str| fleet.config.pool(pool).is_some();
         self.budgets.lock().retain(|pool, _| named(pool));
         self.change(|dispatch, _| dispatch.facts(fleet))
+    }
+
+    /// Takes over which requests engines died under.
+    fn agree_on_suspects(&self, fleet: &Fleet) {
+        let (fresh, all) = {
+            let mut suspects = self.suspects.write();
+            let fresh = suspects.agree(self.now(), fleet.cell_time, &fleet.suspects);
+            (fresh, suspects.quarantined())
+        };
+        let all = i64::try_from(all).unwrap_or(i64::MAX);
+        self.metrics.quarantine_active.set(all);
+        for suspect in fresh {
+            tracing::warn!(
+                suspect = suspect.name(),
+                tenant = suspect.tenant,
+                model = suspect.model,
+                shape = suspect.shape,
+                engines = suspect.deaths.len(),
+                "engines died of this request: it is refused from here on"
+            );
+        }
     }
 
     /// Names of the workers in the facts.
@@ -450,8 +495,17 @@ pub(crate) struct BodyBudget {
 impl BodyBudget {
     /// Takes more. False: there is none left.
     pub(crate) fn take(&mut self, bytes: u64) -> bool {
+        self.take_within(BODY_BUDGET_BYTES, bytes)
+    }
+
+    /// Takes more for what can do without: no more than half is for that. False: others need it.
+    pub(crate) fn take_spare(&mut self, bytes: u64) -> bool {
+        self.take_within(BODY_BUDGET_BYTES / 2, bytes)
+    }
+
+    fn take_within(&mut self, most: u64, bytes: u64) -> bool {
         let before = self.shared.body_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before + bytes > BODY_BUDGET_BYTES {
+        if before + bytes > most {
             self.shared.body_bytes.fetch_sub(bytes, Ordering::Relaxed);
             return false;
         }
@@ -473,5 +527,30 @@ impl Drop for BodyBudget {
             .metrics
             .body_bytes
             .dec_by(i64::try_from(self.bytes).unwrap_or(i64::MAX));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_do_without_memory_leaves_half_of_it_to_requests() {
+        let settings = Settings::on(([127, 0, 0, 1], 0).into());
+        let shared = Shared::new(settings, Keys::anyone("t"), None);
+        let half = BODY_BUDGET_BYTES / 2;
+        let (mut answer, mut request) = (shared.hold_body(), shared.hold_body());
+        assert!(answer.take_spare(half));
+        assert!(!answer.take_spare(1), "half is taken");
+        assert!(request.take(half));
+        assert!(!request.take(1), "all is taken");
+        drop(answer);
+        assert!(
+            !shared.hold_body().take_spare(1),
+            "requests have their half"
+        );
+        drop(request);
+        assert!(shared.hold_body().take_spare(half));
+        assert_eq!(shared.metrics.body_bytes.get(), 0);
     }
 }

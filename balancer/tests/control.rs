@@ -54,6 +54,7 @@ async fn every_change_of_the_facts_arrives_and_the_last_ones_outlive_the_control
         listen: loopback(),
         credentials: paths(Role::Control, "c1"),
         replica: Default::default(),
+        audit_bytes: 1 << 20,
     });
     let node = node.await.unwrap();
     let control = vec![node.local_addr().unwrap().to_string()];

@@ -65,10 +65,14 @@ async fn post(world: &World, path: &str, key: &str, body: &Value) {
     assert_eq!(answer.status, 200, "{}", answer.body);
 }
 
-/// What the only agent was told of one request.
+/// What the agent was told that got this request, and that had none before.
 async fn place(world: &World, path: &str, key: &str, body: &Value) -> Place {
     post(world, path, key, body).await;
-    world.agents[0].placed.lock().pop().unwrap()
+    let mut placed = world
+        .agents
+        .iter()
+        .filter_map(|agent| agent.placed.lock().pop());
+    placed.next().unwrap()
 }
 
 async fn told(world: &World, body: &Value) -> Place {
@@ -176,30 +180,62 @@ async fn told_of(world: &World, change: impl FnOnce(&mut Fleet)) {
 }
 
 #[tokio::test]
-async fn prompts_are_read_as_all_workers_of_their_pool_render_them_or_placed_by_load() {
-    let world = World::new(setup(1)).await;
+async fn prompts_are_read_as_most_workers_of_their_pool_render_them() {
+    let world = World::new(setup(2)).await;
     let body = chat(&[&text(1, 3_000)]);
     let usual = told(&world, &body).await;
+    let label = |fleet: &mut Fleet, at: usize, profile: &str| {
+        let labels = &mut fleet.workers[at].spec.labels;
+        labels.insert("render-profile".into(), profile.into());
+    };
     told_of(&world, |fleet| {
-        let labels = &mut fleet.workers[0].spec.labels;
-        labels.insert("render-profile".into(), "tools_first+names".into());
+        label(fleet, 0, "tools_first+names");
+        label(fleet, 1, "tools_first+names");
     })
     .await;
     let other = told(&world, &body).await;
     assert_eq!(other.chunks.len(), usual.chunks.len());
     assert_ne!(other.chunks[0], usual.chunks[0]);
     told_of(&world, |fleet| {
-        let mut second = fleet.workers[0].clone();
-        second.name = "w2".into();
-        second.incarnation.worker.0 += 1;
-        second.spec.labels.clear();
-        fleet.workers.push(second);
+        label(fleet, 0, "of_the_future");
+        label(fleet, 1, "of_the_future");
     })
     .await;
-    let differ = told(&world, &body).await;
-    assert_eq!(differ.chunks, [0; 0]);
-    assert_eq!(differ.prompt_bytes, usual.prompt_bytes);
-    assert_eq!(differ.cache_salt, usual.cache_salt);
+    let unknown = told(&world, &body).await;
+    assert_eq!(unknown.chunks, [0; 0], "placed by load only");
+    assert_eq!(unknown.prompt_bytes, usual.prompt_bytes);
+    assert_eq!(unknown.cache_salt, usual.cache_salt);
+}
+
+#[tokio::test]
+async fn who_renders_otherwise_serves_and_counts_as_holding_nothing() {
+    let world = World::new(setup(2)).await;
+    let body = chat(&[&text(1, 3_000)]);
+    let chunks = told(&world, &body).await.chunks;
+    let held: Vec<_> = (1..).zip(&chunks).map(|(n, c)| (*c, n * 70)).collect();
+    world.agents[1].holds(&held);
+    let line = format!("\nforebay_balancer_residency_chunks {}\n", held.len());
+    world
+        .until("/metrics", |_, text| text.contains(&line))
+        .await;
+    let whole = held.len() as u32 * 70;
+    assert_eq!(told(&world, &body).await.expected_cached_tokens, whole);
+    told_of(&world, |fleet| {
+        let labels = &mut fleet.workers[1].spec.labels;
+        labels.insert("render-profile".into(), "tools_first".into());
+    })
+    .await;
+    assert_eq!(told(&world, &body).await.expected_cached_tokens, 0);
+    for seed in 0..40 {
+        spread(&world, 1, &chat(&[&text(seed, 3_000)])).await;
+    }
+    let [alike, unlike] = &world.agents[..] else {
+        panic!("two agents");
+    };
+    let (alike, unlike) = (alike.placed.lock(), unlike.placed.lock());
+    assert!(alike.len() >= 5 && unlike.len() >= 5, "both serve");
+    assert!(alike.iter().all(|place| place.chunks.len() == chunks.len()));
+    assert!(unlike.iter().all(|place| place.chunks.is_empty()));
 }
 
 #[tokio::test]

@@ -143,6 +143,8 @@ async fn standing() -> Standing {
         },
         keys: Vec::new(),
         families: Vec::new(),
+        suspects: Vec::new(),
+        cell_time: forebay_proto::Millis(0),
     };
     let (_fleet, facts) = watch::channel(Some(Arc::new(fleet)));
     let balancer = Endpoint::client(&load(Role::Balancer, "b1")).unwrap();

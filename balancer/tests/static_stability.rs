@@ -55,6 +55,7 @@ async fn facts_on_disk_are_enough_to_serve_and_to_serve_again() {
         drains: Default::default(),
         families: Default::default(),
         rebalances: Default::default(),
+        suspects: Default::default(),
     };
     let data_dir = dir.path().join("data");
     std::fs::create_dir(&data_dir).unwrap();

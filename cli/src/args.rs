@@ -70,6 +70,8 @@ pub(crate) enum Verb {
     Rebalance(verbs::operate::RebalanceArgs),
     /// Show what many conversations share, and which workers are to hold it.
     Homes(verbs::operate::HomesArgs),
+    /// Show requests that engines died of and that are refused, and let them through again.
+    Quarantine(verbs::operate::QuarantineArgs),
     /// Show the fleet on one page, and what is wrong with it.
     Status(verbs::status::StatusArgs),
     /// Watch the fleet live in the terminal.

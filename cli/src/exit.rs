@@ -186,7 +186,8 @@ fn of_refusal(refusal: &Refusal) -> Exit {
         Refusal::UnknownWorker { .. }
         | Refusal::UnknownPool { .. }
         | Refusal::UnknownDrain { .. }
-        | Refusal::UnknownRebalance { .. } => Exit::NotFound,
+        | Refusal::UnknownRebalance { .. }
+        | Refusal::UnknownSuspect { .. } => Exit::NotFound,
         Refusal::RevisionConflict { .. }
         | Refusal::Superseded { .. }
         | Refusal::StillLive { .. }

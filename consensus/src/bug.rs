@@ -67,6 +67,8 @@ pub enum Bug {
     DrainedByAnOldWord,
     /// A snapshot forgets the rebalances.
     SnapshotLosesRebalances,
+    /// A snapshot forgets which requests killed engines.
+    SnapshotLosesSuspects,
     /// Homes stay on workers that take nothing any more.
     HomesStay,
     /// A rebalance takes the place of one that goes on.
@@ -75,7 +77,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::AckBeforeSync,
         Self::FailedSyncPassedOver,
         Self::VoteNotPersisted,
@@ -106,6 +108,7 @@ impl Bug {
         Self::CapacityGuardOff,
         Self::DrainedByAnOldWord,
         Self::SnapshotLosesRebalances,
+        Self::SnapshotLosesSuspects,
         Self::HomesStay,
         Self::RebalanceTakesOver,
     ];

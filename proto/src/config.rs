@@ -56,10 +56,17 @@ pub struct Pool {
     /// than hold it.
     #[serde(default = "defaults::tpot_ms")]
     pub tpot_ms: u32,
+    /// Whether requests that killed engines are told apart and refused. The switch for the day on which that
+    /// does harm.
+    #[serde(default = "defaults::quarantine")]
+    pub quarantine: bool,
 }
 
 /// The feature level at which a document may name any of [`POLICIES`], and targets count.
 pub const TARGETS_LEVEL: u32 = 3;
+
+/// The feature level at which a document may switch quarantine off.
+pub const QUARANTINE_LEVEL: u32 = 6;
 
 /// Rules that a document may name at every feature level: as many of the first of [`POLICIES`].
 const FIRST_POLICIES: usize = 7;
@@ -114,6 +121,9 @@ mod defaults {
     pub(super) const fn tpot_ms() -> u32 {
         150
     }
+    pub(super) const fn quarantine() -> bool {
+        true
+    }
 }
 
 impl Pool {
@@ -132,6 +142,7 @@ impl Pool {
             ttft_ms: defaults::ttft_ms(),
             ttft_us_per_token: defaults::ttft_us_per_token(),
             tpot_ms: defaults::tpot_ms(),
+            quarantine: defaults::quarantine(),
         }
     }
 }
@@ -189,7 +200,7 @@ impl Config {
     ///
     /// Returns the first problem with its place.
     pub fn from_wire(bytes: &[u8]) -> Result<Self, ConfigError> {
-        Self::from_wire_at(bytes, TARGETS_LEVEL)
+        Self::from_wire_at(bytes, QUARANTINE_LEVEL)
     }
 
     /// The same as every version in a cell of this feature level reads it: what is newer is passed over
@@ -206,6 +217,11 @@ impl Config {
                 pool.ttft_ms = None;
                 pool.ttft_us_per_token = None;
                 pool.tpot_ms = None;
+            }
+        }
+        if level < QUARANTINE_LEVEL {
+            for pool in &mut wire.pools {
+                pool.without_quarantine = false;
             }
         }
         let pools = wire.pools.into_iter().map(|pool| Pool {
@@ -229,6 +245,7 @@ impl Config {
                 .ttft_us_per_token
                 .unwrap_or(defaults::ttft_us_per_token()),
             tpot_ms: pool.tpot_ms.unwrap_or(defaults::tpot_ms()),
+            quarantine: !pool.without_quarantine,
         });
         let config = Self {
             pools: pools.collect(),
@@ -240,9 +257,11 @@ impl Config {
     /// The feature level that a stored document needs.
     #[must_use]
     pub fn level_of(bytes: &[u8]) -> u32 {
-        let old = Self::from_wire_at(bytes, 1);
         let new = Self::from_wire(bytes);
-        if old == new { 1 } else { TARGETS_LEVEL }
+        let enough = [1, TARGETS_LEVEL]
+            .into_iter()
+            .find(|level| Self::from_wire_at(bytes, *level) == new);
+        enough.unwrap_or(QUARANTINE_LEVEL)
     }
 
     /// The document for the wire and the log.
@@ -260,6 +279,7 @@ impl Config {
             ttft_ms: unless(pool.ttft_ms, defaults::ttft_ms()),
             ttft_us_per_token: unless(pool.ttft_us_per_token, defaults::ttft_us_per_token()),
             tpot_ms: unless(pool.tpot_ms, defaults::tpot_ms()),
+            without_quarantine: !pool.quarantine,
         });
         wire::Config {
             pools: pools.collect(),
@@ -275,7 +295,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        self.check_at(TARGETS_LEVEL)
+        self.check_at(QUARANTINE_LEVEL)
     }
 
     fn check_at(&self, level: u32) -> Result<(), ConfigError> {

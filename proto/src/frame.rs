@@ -2,6 +2,7 @@
 //!
 //! The length counts kind and payload. Each kind has a bound, checked before anything is buffered.
 
+use std::collections::VecDeque;
 use std::fmt;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -12,6 +13,9 @@ pub const HEADER_BYTES: usize = 5;
 
 /// Payload of one piece of a body or an answer: larger ones are cut.
 pub const MAX_TEXT_BYTES: usize = 256 << 10;
+
+/// A payload up to here is copied out of what it was received in.
+const ALONE_BYTES: usize = 4 << 10;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $number:literal, max $max:expr;)*) => {
@@ -184,19 +188,31 @@ pub enum FrameError {
 
 /// Cuts a byte stream into frames.
 ///
-/// Buffers no more than one frame of the largest allowed size and what was pushed beyond it.
+/// A large frame that came within one piece is not copied, and of a body nothing is: its frames are handed out in as
+/// many pieces as they came in, which says the same. Of any other kind it buffers no more than one frame of the
+/// largest allowed size, and what was pushed beyond it.
 #[derive(Default)]
 pub struct Decoder {
-    buffer: BytesMut,
+    /// The beginning of a frame that came in several pieces.
+    begun: BytesMut,
+    /// Bytes of a body's frame that are to come.
+    of_body: usize,
+    /// What comes behind that, as it arrived: never empty while there is more.
+    arrived: Bytes,
+    more: VecDeque<Bytes>,
 }
 
 impl Decoder {
     /// Adds bytes as they arrived.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.buffer.extend_from_slice(bytes);
+    pub fn push(&mut self, bytes: Bytes) {
+        if self.arrived.is_empty() {
+            self.arrived = bytes;
+        } else if !bytes.is_empty() {
+            self.more.push_back(bytes);
+        }
     }
 
-    /// The next whole frame, if it has arrived.
+    /// The next whole frame, or piece of a body's, if it has arrived.
     ///
     /// # Errors
     ///
@@ -211,31 +227,99 @@ impl Decoder {
     ///
     /// As [`Decoder::pop`].
     pub fn pop_at_most(&mut self, bytes: usize) -> Result<Option<Frame>, FrameError> {
-        if self.buffer.len() < HEADER_BYTES {
+        if self.of_body > 0 {
+            return Ok(self.piece());
+        }
+        if self.begun.is_empty() {
+            if let Some((kind, size)) = header(&self.arrived, bytes)? {
+                if self.arrived.len() >= HEADER_BYTES + size {
+                    self.take(HEADER_BYTES);
+                    let payload = self.take(size);
+                    return Ok(Some(Frame::new(kind, alone(payload))));
+                }
+                if kind != Kind::Body {
+                    self.begun
+                        .reserve((HEADER_BYTES + size).min(MAX_TEXT_BYTES));
+                }
+            } else if self.arrived.is_empty() {
+                return Ok(None);
+            }
+        }
+        self.gather(HEADER_BYTES);
+        let Some((kind, size)) = header(&self.begun, bytes)? else {
+            return Ok(None);
+        };
+        if kind == Kind::Body && size > 0 {
+            self.begun.clear();
+            self.of_body = size;
+            return Ok(self.piece());
+        }
+        self.gather(HEADER_BYTES + size);
+        if self.begun.len() < HEADER_BYTES + size {
             return Ok(None);
         }
-        let counted = u32::from_be_bytes(self.buffer[..4].try_into().expect("four bytes")) as usize;
-        let number = self.buffer[4];
-        let size = counted.checked_sub(1).ok_or(FrameError::Empty)?;
-        let kind = Kind::from_number(number).ok_or(FrameError::UnknownKind { number })?;
-        let max = kind.max_bytes().min(bytes);
-        if size > max {
-            return Err(FrameError::TooLarge { kind, size, max });
+        let mut whole = std::mem::take(&mut self.begun);
+        whole.advance(HEADER_BYTES);
+        Ok(Some(Frame::new(kind, whole.freeze())))
+    }
+
+    /// What has arrived next of a body's frame.
+    fn piece(&mut self) -> Option<Frame> {
+        let size = self.arrived.len().min(self.of_body);
+        self.of_body -= size;
+        (size > 0).then(|| Frame::new(Kind::Body, self.take(size)))
+    }
+
+    /// Takes of what arrived until so much of a frame is there, or nothing is left.
+    fn gather(&mut self, whole: usize) {
+        while let missing @ 1.. = whole.saturating_sub(self.begun.len())
+            && !self.arrived.is_empty()
+        {
+            let taken = self.take(missing.min(self.arrived.len()));
+            self.begun.extend_from_slice(&taken);
         }
-        if self.buffer.len() < HEADER_BYTES + size {
-            self.buffer
-                .reserve((HEADER_BYTES + size - self.buffer.len()).min(MAX_TEXT_BYTES));
-            return Ok(None);
+    }
+
+    /// The first bytes of the first piece that arrived, which has as many.
+    fn take(&mut self, bytes: usize) -> Bytes {
+        let taken = self.arrived.split_to(bytes);
+        if self.arrived.is_empty()
+            && let Some(next) = self.more.pop_front()
+        {
+            self.arrived = next;
         }
-        self.buffer.advance(HEADER_BYTES);
-        Ok(Some(Frame::new(kind, self.buffer.split_to(size).freeze())))
+        taken
     }
 
     /// Whether the stream may end here: no frame has been begun.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.buffer.is_empty()
+        self.begun.is_empty() && self.arrived.is_empty() && self.of_body == 0
     }
+}
+
+/// A small payload by itself: it is part of all that was received together, which would stay as long.
+fn alone(payload: Bytes) -> Bytes {
+    if payload.len() > ALONE_BYTES || payload.is_empty() {
+        payload
+    } else {
+        Bytes::copy_from_slice(&payload)
+    }
+}
+
+/// Kind and payload bytes of the frame that begins here, once its header is there.
+fn header(bytes: &[u8], most: usize) -> Result<Option<(Kind, usize)>, FrameError> {
+    let Some(([a, b, c, d, number], _)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
+        return Ok(None);
+    };
+    let counted = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+    let size = counted.checked_sub(1).ok_or(FrameError::Empty)?;
+    let kind = Kind::from_number(*number).ok_or(FrameError::UnknownKind { number: *number })?;
+    let max = kind.max_bytes().min(most);
+    if size > max {
+        return Err(FrameError::TooLarge { kind, size, max });
+    }
+    Ok(Some((kind, size)))
 }
 
 #[cfg(test)]
@@ -248,6 +332,18 @@ mod tests {
         let mut bytes = frame.header().unwrap().to_vec();
         bytes.extend_from_slice(&frame.payload);
         bytes
+    }
+
+    /// Adds a frame. Pieces of bodies that follow each other are one: how a body is cut says nothing.
+    fn join(frames: &mut Vec<Frame>, next: Frame) {
+        if let Some(last) = frames.last_mut()
+            && last.kind == Kind::Body
+            && next.kind == Kind::Body
+        {
+            last.payload = [&last.payload[..], &next.payload[..]].concat().into();
+        } else {
+            frames.push(next);
+        }
     }
 
     fn frame() -> impl Strategy<Value = Frame> {
@@ -266,21 +362,33 @@ mod tests {
         #[test]
         fn any_cut_of_a_stream_gives_the_same_frames(
             frames in proptest::collection::vec(frame(), 0..8),
-            cuts in proptest::collection::vec(1..50usize, 1..40),
+            cuts in proptest::collection::vec(1..50usize, 1..40), twice: bool,
         ) {
+            let mut together = twice;
             let stream: Vec<u8> = frames.iter().flat_map(encode).collect();
             let mut decoder = Decoder::default();
             let (mut found, mut rest, mut cuts) = (Vec::new(), &stream[..], cuts.iter().cycle());
             while !rest.is_empty() {
                 let (piece, more) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
-                decoder.push(piece);
+                decoder.push(Bytes::copy_from_slice(piece));
                 rest = more;
+                // Two pieces may have come at once.
+                if together {
+                    together = false;
+                    continue;
+                }
+                together = twice;
                 while let Some(frame) = decoder.pop().unwrap() {
-                    found.push(frame);
+                    join(&mut found, frame);
                 }
             }
+            while let Some(frame) = decoder.pop().unwrap() {
+                join(&mut found, frame);
+            }
             prop_assert!(decoder.is_empty());
-            prop_assert_eq!(found, frames);
+            let mut expected = Vec::new();
+            frames.into_iter().for_each(|frame| join(&mut expected, frame));
+            prop_assert_eq!(found, expected);
         }
 
         #[test]
@@ -288,7 +396,7 @@ mod tests {
             garbage in proptest::collection::vec(any::<u8>(), 0..2000),
         ) {
             let mut decoder = Decoder::default();
-            decoder.push(&garbage);
+            decoder.push(garbage.into());
             while let Ok(Some(frame)) = decoder.pop() {
                 prop_assert!(frame.payload.len() <= frame.kind.max_bytes());
                 let _ = frame.decode::<crate::wire::control::Request>();
@@ -299,7 +407,7 @@ mod tests {
     #[test]
     fn a_frame_past_its_bound_is_refused_from_its_header_alone() {
         let mut decoder = Decoder::default();
-        decoder.push(&[0xff, 0xff, 0xff, 0xff, Kind::Place as u8]);
+        decoder.push(vec![0xff, 0xff, 0xff, 0xff, Kind::Place as u8].into());
         assert!(matches!(
             decoder.pop(),
             Err(FrameError::TooLarge {
@@ -308,12 +416,31 @@ mod tests {
             })
         ));
         let mut decoder = Decoder::default();
-        decoder.push(&[0, 0, 0, 11, Kind::Request as u8]);
+        decoder.push(vec![0, 0, 0, 11, Kind::Request as u8].into());
         assert_eq!(decoder.pop(), Ok(None), "ten bytes are to come");
         let tighter = decoder.pop_at_most(9);
         assert!(matches!(tighter, Err(FrameError::TooLarge { max: 9, .. })));
         let frame = Frame::new(Kind::BodyEnd, Bytes::from_static(b"x"));
         assert!(matches!(frame.header(), Err(FrameError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn of_a_body_nothing_is_waited_for_and_within_it_no_stream_ends() {
+        let mut decoder = Decoder::default();
+        let mut whole = encode(&Frame::new(Kind::Body, vec![7; 100].into()));
+        whole.extend(encode(&Frame::new(Kind::BodyEnd, Bytes::new())));
+        let whole = Bytes::from(whole);
+        decoder.push(whole.slice(..60));
+        let first = decoder.pop().unwrap().unwrap();
+        assert_eq!((first.kind, first.payload.len()), (Kind::Body, 55));
+        assert_eq!(decoder.pop(), Ok(None));
+        assert!(!decoder.is_empty(), "45 bytes are to come");
+        decoder.push(whole.slice(60..));
+        let second = decoder.pop().unwrap().unwrap();
+        assert_eq!((second.kind, second.payload.len()), (Kind::Body, 45));
+        assert_eq!(second.payload.as_ptr(), whole[60..].as_ptr(), "not copied");
+        assert_eq!(decoder.pop().unwrap().unwrap().kind, Kind::BodyEnd);
+        assert!(decoder.is_empty());
     }
 
     #[test]

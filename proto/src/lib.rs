@@ -14,12 +14,13 @@ mod key;
 pub mod refusal;
 pub mod rpc;
 pub mod secret;
+pub mod suspect;
 pub mod units;
 pub mod wire;
 
 /// Newest replicated feature that this build understands; a cell uses those that everyone in it
 /// understands.
-pub const FEATURE_LEVEL: u32 = 5;
+pub const FEATURE_LEVEL: u32 = 6;
 
 pub use drain::{Drain, DrainId, DrainPhase, DrainedWorker, OnDeadline};
 pub use home::{Family, Forecast, Move, Rebalance, RebalanceId, RebalancePhase, WorkerForecast};

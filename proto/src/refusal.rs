@@ -3,6 +3,7 @@
 use crate::drain::DrainId;
 use crate::home::RebalanceId;
 use crate::ids::{Incarnation, WorkerId};
+use crate::suspect::suspect_name;
 use crate::wire::fleet as wire;
 use wire::refusal::Reason;
 
@@ -187,6 +188,15 @@ pub enum Refusal {
         /// What changed since.
         what: String,
     },
+    /// Nothing is held against a request of this key.
+    #[error(
+        "no request {} is suspected of anything, or not any more: look at `forebay quarantine list --all`",
+        suspect_name(*key)
+    )]
+    UnknownSuspect {
+        /// The key.
+        key: u64,
+    },
     /// The control plane cannot have these members, or not yet. Nothing was proposed.
     #[error("{problem}")]
     MembersUnfit {
@@ -229,6 +239,7 @@ impl Refusal {
             Self::RebalanceActive { .. } => "rebalance-active",
             Self::UnknownRebalance { .. } => "unknown-rebalance",
             Self::PlanStale { .. } => "plan-stale",
+            Self::UnknownSuspect { .. } => "unknown-suspect",
         }
     }
 
@@ -306,6 +317,7 @@ impl Refusal {
                 rebalance: RebalanceId(r.rebalance),
             },
             Reason::PlanStale(r) => Self::PlanStale { what: r.what },
+            Reason::UnknownSuspect(r) => Self::UnknownSuspect { key: r.key },
         })
     }
 
@@ -384,6 +396,7 @@ impl Refusal {
                 })
             }
             Self::PlanStale { what } => Reason::PlanStale(wire::PlanStale { what }),
+            Self::UnknownSuspect { key } => Reason::UnknownSuspect(wire::UnknownSuspect { key }),
         };
         wire::Refusal {
             reason: Some(reason),
@@ -478,6 +491,7 @@ mod tests {
                 rebalance: RebalanceId(8),
             },
             Refusal::PlanStale { what: text() },
+            Refusal::UnknownSuspect { key: 7 },
         ];
         for refusal in all {
             assert_eq!(Refusal::from_wire(refusal.to_wire()), Some(refusal));

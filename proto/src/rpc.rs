@@ -69,11 +69,17 @@ pub enum Rpc {
     AssignHomes,
     /// Make the next move of a rebalance, or stop it.
     StepRebalance,
+    /// Say which requests an engine died under, or ran well.
+    Suspect,
+    /// Let quarantined requests through again.
+    LiftQuarantine,
+    /// Forget suspicions that are old.
+    ForgetSuspects,
 }
 
 impl Rpc {
     /// Every RPC, for tables and tests.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 34] = [
         Self::Probe,
         Self::Bootstrap,
         Self::Read,
@@ -105,6 +111,9 @@ impl Rpc {
         Self::Rebalance,
         Self::AssignHomes,
         Self::StepRebalance,
+        Self::Suspect,
+        Self::LiftQuarantine,
+        Self::ForgetSuspects,
     ];
 
     /// Whether a peer of this role may call it.
@@ -128,14 +137,19 @@ impl Rpc {
             }
             Self::Watch => matches!(role, Balancer | Agent | Control | Operator(_)),
             Self::Renew => matches!(role, Balancer | Agent),
-            Self::RegisterWorker | Self::ObserveWorker | Self::Goodbye | Self::Arrivals => {
+            Self::RegisterWorker
+            | Self::ObserveWorker
+            | Self::Goodbye
+            | Self::Arrivals
+            | Self::Suspect => {
                 matches!(role, Agent)
             }
             Self::SetDesired
             | Self::RemoveWorker
             | Self::ApplyConfig
             | Self::Drain
-            | Self::Rebalance => {
+            | Self::Rebalance
+            | Self::LiftQuarantine => {
                 matches!(role, Operator(Level::Operator | Level::Admin))
             }
             // Only the leader's own controller proposes it, never a peer.
@@ -143,7 +157,8 @@ impl Rpc {
             | Self::RaiseFeatureLevel
             | Self::PassDrainDeadline
             | Self::AssignHomes
-            | Self::StepRebalance => false,
+            | Self::StepRebalance
+            | Self::ForgetSuspects => false,
             Self::Raft => matches!(role, Control),
             Self::Place | Self::Follow => matches!(role, Balancer),
         }
@@ -184,6 +199,9 @@ impl Rpc {
                 Action::AssignHomes(_) => Self::AssignHomes,
                 Action::StartRebalance(_) | Action::CancelRebalance(_) => Self::Rebalance,
                 Action::StepRebalance(_) | Action::StopRebalance(_) => Self::StepRebalance,
+                Action::AccuseRequests(_) | Action::ClearRequests(_) => Self::Suspect,
+                Action::LiftQuarantine(_) => Self::LiftQuarantine,
+                Action::ForgetSuspects(_) => Self::ForgetSuspects,
             },
         })
     }
@@ -194,7 +212,7 @@ mod tests {
     use super::*;
 
     /// The table as reviewed, one row an RPC: control, balancer, agent, viewer, operator, admin.
-    const REVIEWED: [(Rpc, &str); 31] = [
+    const REVIEWED: [(Rpc, &str); 34] = [
         (Rpc::Probe, "cbavoA"),
         (Rpc::Bootstrap, ".....A"),
         (Rpc::Read, "c..voA"),
@@ -226,6 +244,9 @@ mod tests {
         (Rpc::Rebalance, "....oA"),
         (Rpc::AssignHomes, "......"),
         (Rpc::StepRebalance, "......"),
+        (Rpc::Suspect, "..a..."),
+        (Rpc::LiftQuarantine, "....oA"),
+        (Rpc::ForgetSuspects, "......"),
     ];
 
     #[test]
@@ -252,7 +273,7 @@ mod tests {
         }
         assert_eq!(
             Rpc::ALL.last().map(|rpc| *rpc as usize),
-            Some(Rpc::StepRebalance as usize)
+            Some(Rpc::ForgetSuspects as usize)
         );
     }
 

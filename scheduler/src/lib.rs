@@ -5,6 +5,7 @@
 //! simulator runs the same code.
 
 pub mod asking;
+pub mod blame;
 pub mod fingerprint;
 pub mod heat;
 pub mod homes;

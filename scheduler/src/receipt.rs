@@ -78,6 +78,9 @@ pub struct Asked {
     pub turn: u64,
     /// Workers that were not to be asked again.
     pub tried: Vec<WorkerId>,
+    /// Workers that ran what may kill their engine, as this one may.
+    #[serde(default)]
+    pub apart: Vec<WorkerId>,
     /// The zone that it had to stay in.
     #[serde(default)]
     pub zone: Option<String>,
@@ -95,6 +98,9 @@ pub struct Filtered {
     pub closed: usize,
     /// Already tried.
     pub tried: usize,
+    /// They ran what may kill their engine, as this one may.
+    #[serde(default)]
+    pub apart: usize,
     /// Their context is shorter than the prompt.
     #[serde(default)]
     pub short: usize,
@@ -231,6 +237,9 @@ impl View {
                 Access::Open | Access::Full if context_tokens > standing.longest => {
                     filtered.short += 1;
                 }
+                Access::Open | Access::Full if request.apart.contains(&standing.worker) => {
+                    filtered.apart += 1;
+                }
                 Access::Open | Access::Full if request.excludes(standing.worker) => {
                     filtered.tried += 1;
                 }
@@ -303,7 +312,7 @@ impl Receipt {
     fn nobody(&self) -> NoChoice {
         let filtered = &self.filtered;
         let mut there = filtered.unreachable + filtered.closed + filtered.tried + filtered.suspect;
-        there += filtered.short + usize::from(self.asked.zone.is_some());
+        there += filtered.short + filtered.apart + usize::from(self.asked.zone.is_some());
         match (filtered.full, there) {
             (0, 0) => NoChoice::UnknownModel,
             (0, _) => NoChoice::NoCapacity,
@@ -325,6 +334,7 @@ impl Asked {
             head: request.head,
             turn: request.turn,
             tried: request.tried.to_vec(),
+            apart: request.apart.to_vec(),
             zone: request.zone.map(str::to_owned),
             family: request.homes.map(|homes| homes.chunk),
         }
@@ -334,6 +344,7 @@ impl Asked {
         Request {
             model: &self.model,
             tried: &self.tried,
+            apart: &self.apart,
             zone: self.zone.as_deref(),
             only: &[],
             prompt_tokens: self.prompt_tokens,

@@ -115,6 +115,7 @@ pub(crate) struct Worker {
     /// When the report that is held came.
     pub(crate) reported: Now,
     pub(crate) load: Option<Load>,
+    /// Requests that are under way from here, and at most [`MAX_RELEASED`] that are over and wait for a report.
     bookings: BTreeMap<u64, Booking>,
     pub(crate) beyond: Beyond,
     /// What was booked on it lately.
@@ -203,6 +204,7 @@ impl Worker {
             Some(after) => {
                 after.add(seq, 1, &mut self.beyond);
                 self.bookings.insert(number, after);
+                self.forget_released();
             }
             None => {
                 self.bookings.remove(&number);
@@ -211,6 +213,18 @@ impl Worker {
         if self.bookings.is_empty() {
             // What rounding left over.
             self.beyond = Beyond::default();
+        }
+    }
+
+    /// At the bound the report goes on counting the oldest of those that are over, until it does not have it.
+    fn forget_released(&mut self) {
+        if self.bookings.len() - self.beyond.open <= MAX_RELEASED {
+            return;
+        }
+        let mut released = self.bookings.iter().filter(|(_, it)| it.released.is_some());
+        if let Some((number, booking)) = released.next().map(|(number, it)| (*number, *it)) {
+            booking.add(self.seq(), -1, &mut self.beyond);
+            self.bookings.remove(&number);
         }
     }
 
@@ -234,5 +248,68 @@ impl Worker {
 
     fn seq(&self) -> u64 {
         self.load.as_ref().map_or(0, |load| load.seq)
+    }
+}
+
+/// Far more than end between two reports. An agent that names one which never comes ends up here.
+const MAX_RELEASED: usize = 4_096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker() -> Worker {
+        let spec = WorkerSpec {
+            pool: "default".into(),
+            advertise: "127.0.0.1:7420".into(),
+            engine: "openai".into(),
+            models: vec!["m".into()],
+            revision: String::new(),
+            gpu_type: String::new(),
+            gpu_count: 0,
+            kv_tokens: 0,
+            max_context_tokens: 0,
+            adapters: vec![],
+            zone: String::new(),
+            labels: BTreeMap::new(),
+            slots: 4,
+        };
+        Worker::new(Known {
+            name: "w1".into(),
+            incarnation: Incarnation {
+                worker: WorkerId(1),
+                grant: 1,
+                start: 1,
+            },
+            spec,
+            desired: Desired::Ready,
+            departed: false,
+        })
+    }
+
+    #[test]
+    fn an_agent_that_names_a_report_which_never_comes_fills_nothing() {
+        let mut worker = worker();
+        let running = Booking {
+            accepted: Some(0),
+            ..Booking::default()
+        };
+        worker.change(0, |_| Some(running));
+        for number in 1..=3 * MAX_RELEASED as u64 {
+            worker.change(number, |_| Some(running));
+            let released = |held: Booking| Booking {
+                released: Some(u64::MAX),
+                ..held
+            };
+            worker.change(number, |held| held.map(released));
+        }
+        assert_eq!(worker.bookings.len(), MAX_RELEASED + 1);
+        // What is under way stays, and the sums are those of what is left.
+        assert_eq!(worker.beyond.open, 1);
+        let sums = (worker.beyond.requests, worker.beyond.over);
+        worker.settle();
+        assert_eq!((worker.beyond.requests, worker.beyond.over), sums);
+        worker.change(0, |_| None);
+        assert_eq!(worker.bookings.len(), MAX_RELEASED);
     }
 }

@@ -125,7 +125,15 @@ proptest! {
         for policy in policy::ALL {
             let (chosen, receipt) = explain(&world, policy, seed);
             let out = receipt.filtered;
-            let not_eligible = out.unreachable + out.closed + out.tried + out.suspect + out.full;
+            let not_eligible = [
+                out.unreachable,
+                out.closed,
+                out.tried,
+                out.apart,
+                out.suspect,
+                out.full,
+            ];
+            let not_eligible: usize = not_eligible.iter().sum();
             let scored = receipt.considered.len() + out.dearer + out.not_kept;
             prop_assert!(policy.name() != "forebay" || receipt.considered.len() <= MOST_CONSIDERED);
             if chosen.is_ok() && receipt.drawn.is_empty() {

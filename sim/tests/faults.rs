@@ -38,6 +38,7 @@ fn worlds_with_faults_hold() {
     assert!(all.placements > 0);
     assert!(all.drains > 0);
     assert!(all.moves > 0);
+    assert!(all.quarantines > 0);
 }
 
 /// Seeds within which each known bug must be caught.

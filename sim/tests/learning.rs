@@ -192,6 +192,7 @@ impl Pair {
             zone: None,
             key_epoch: 0,
             shadow: false,
+            named: None,
             tenant: String::new(),
         };
         let admitted = self.core.place(now, &offer).unwrap();

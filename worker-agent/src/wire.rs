@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use forebay_proto::frame::{Frame, Kind};
-use forebay_proto::wire::{Label, control, work};
+use forebay_proto::suspect::MAX_SUSPECT_TEXT;
+use forebay_proto::wire::{Label, control, fleet, work};
 use forebay_proto::{Incarnation, Millis};
 use forebay_scheduler::Load;
 use forebay_scheduler::model::{Profile, Targets};
 use forebay_scheduler::residency::Cursor;
 
 use crate::core::{
-    Admitted, End, Ending, Offer, Prompt, Question, Quote, Recorded, RefusalReason, Refused, Work,
+    Admitted, End, Ending, EngineDeath, Named, Offer, Prompt, Question, Quote, Recorded,
+    RefusalReason, Refused, Work,
 };
 
 /// What may be asked of an engine.
@@ -33,6 +35,14 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         && place.body_bytes > 0
         && place.chunks.len() <= MAX_CHUNKS
         && is_salt(&place.cache_salt);
+    let named = (place.suspect_key != 0).then(|| Named {
+        key: place.suspect_key,
+        key_epoch: place.suspect_epoch,
+        tenant: shown(&place.tenant),
+        model: shown(&place.model),
+        shape: shown(&place.shape),
+        suspected: place.suspected,
+    });
     fits.then(|| Offer {
         request_id: place.request_id,
         incarnation,
@@ -61,7 +71,15 @@ pub(crate) fn offer(frame: &Frame) -> Option<Offer> {
         key_epoch: place.key_epoch,
         shadow: place.shadow,
         tenant: place.tenant,
+        named,
     })
+}
+
+/// As far as others are told of it.
+fn shown(text: &str) -> String {
+    let end = text.floor_char_boundary(MAX_SUSPECT_TEXT);
+    let shown = text[..end].chars().filter(|c| !c.is_control());
+    shown.collect()
 }
 
 /// Absent: nothing was.
@@ -157,7 +175,8 @@ pub(crate) fn head(status: u16, content_type: Option<&str>) -> Frame {
     Frame::message(Kind::Head, &head)
 }
 
-pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
+/// `share`: what is held against it of the engine's death; 0: nothing.
+pub(crate) fn trailer(end: End, detail: &str, ending: &Ending, share: u32) -> Frame {
     let wire = match end {
         End::Complete => work::End::Complete,
         End::NotStarted => work::End::NotStarted,
@@ -178,6 +197,7 @@ pub(crate) fn trailer(end: End, detail: &str, ending: &Ending) -> Frame {
         prompt_tokens: ending.usage.prompt_tokens,
         cached_tokens: ending.usage.cached_tokens,
         completion_tokens: ending.usage.completion_tokens,
+        share,
     };
     Frame::message(Kind::Trailer, &trailer)
 }
@@ -228,6 +248,26 @@ pub(crate) fn arrivals(wanted: u64, recorded: Recorded) -> control::Arrivals {
 
 pub(crate) fn load(load: &Load) -> Frame {
     Frame::message(Kind::Load, &load.to_wire())
+}
+
+/// A death of the engine, for the control plane.
+pub(crate) fn accusation(of: Incarnation, death: EngineDeath) -> fleet::AccuseRequests {
+    let accused = death
+        .accused
+        .into_iter()
+        .map(|(named, share)| fleet::Accused {
+            key: named.key,
+            key_epoch: named.key_epoch,
+            tenant: named.tenant,
+            model: named.model,
+            shape: named.shape,
+            share,
+        });
+    fleet::AccuseRequests {
+        incarnation: Some(of.to_wire()),
+        accused: accused.collect(),
+        in_flight: death.in_flight,
+    }
 }
 
 #[cfg(test)]

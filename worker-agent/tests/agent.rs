@@ -54,6 +54,7 @@ impl World {
             listen: ANYWHERE.into(),
             credentials: cell.paths(Role::Control, "c1"),
             replica: Default::default(),
+            audit_bytes: 1 << 20,
         });
         let node = node.await.unwrap();
         let control = node.local_addr().unwrap().to_string();

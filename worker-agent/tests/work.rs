@@ -74,6 +74,29 @@ async fn an_answer_is_relayed_byte_for_byte() {
 }
 
 #[tokio::test]
+async fn a_balancer_that_leaves_links_behind_takes_no_other_balancers_place() {
+    let (_engine, agent) = world(1, 1).await;
+    let other = agent.balancer("b2").await;
+    let mut links = Vec::new();
+    for _ in 0..17 {
+        let balancer = agent.balancer("b1").await;
+        // Its first report: by now it is listed.
+        timeout(PATIENCE, balancer.link.read_datagram())
+            .await
+            .unwrap()
+            .unwrap();
+        links.push(balancer);
+    }
+    let closed = timeout(PATIENCE, links[0].link.closed()).await.unwrap();
+    assert!(closed.to_string().contains("too many links"), "{closed}");
+    for balancer in links[1..].iter().chain([&other]) {
+        assert!(balancer.link.close_reason().is_none());
+    }
+    let mut placed = other.place(&chat(false, 1)).await;
+    assert_eq!(placed.answer().await.end(), End::Complete);
+}
+
+#[tokio::test]
 async fn a_large_body_arrives_whole_also_after_a_wait() {
     let (_engine, agent) = world(1, 1).await;
     let balancer = agent.balancer("b1").await;
@@ -229,18 +252,29 @@ async fn a_question_is_answered_by_datagram_and_what_is_no_question_is_passed_ov
 async fn what_waits_starts_when_a_slot_is_free_and_its_trailer_tells_the_wait() {
     let (_engine, agent) = world(1, 4).await;
     let balancer = agent.balancer("b1").await;
-    let mut placed = vec![];
+    let began = Instant::now();
+    // Each takes longer than this test is ever held up.
+    let (body, mut placed) = (chat(true, 600), vec![]);
     for _ in 0..4 {
-        placed.push(balancer.place(&chat(true, 20)).await);
+        let mut next = balancer.offer(&place(body.len())).await;
+        // Streams have no order among each other.
+        next.accepted().await;
+        let accepted = began.elapsed();
+        next.send_body(&body).await;
+        placed.push((accepted, next));
     }
-    let mut waits = vec![];
-    for placed in &mut placed {
+    let mut starts = vec![];
+    for (accepted, placed) in &mut placed {
         let answer = placed.answer().await;
         assert_eq!(answer.end(), End::Complete);
-        waits.push(answer.trailer.unwrap().queue_ms);
+        let wait = answer.trailer.unwrap().queue_ms;
+        starts.push(*accepted + Duration::from_millis(wait.into()));
     }
-    assert!(waits.is_sorted(), "{waits:?}");
-    assert!(waits[3] > 0);
+    assert!(starts.is_sorted(), "{starts:?}");
+    assert!(
+        starts[3] - starts[0] > Duration::from_millis(300),
+        "one at a time: {starts:?}"
+    );
     agent.until_idle(PATIENCE).await;
 }
 

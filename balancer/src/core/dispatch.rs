@@ -73,6 +73,8 @@ pub(crate) struct Sought {
     pub(crate) head: u64,
     /// Its family, if that has homes.
     pub(crate) family: Option<Arc<Homed>>,
+    /// Something is held against it: it is kept apart from others of whom that is so.
+    pub(crate) suspected: bool,
 }
 
 impl Default for Sought {
@@ -89,6 +91,7 @@ impl Default for Sought {
             conversation: None,
             head: 0,
             family: None,
+            suspected: false,
         }
     }
 }
@@ -168,6 +171,8 @@ pub(crate) struct Dispatch<L, W> {
     /// Whether decisions are explained.
     explains: bool,
     pub(crate) asking: Asking,
+    /// Bookings of requests that something is held against; as bounded as bookings are.
+    suspects: BTreeMap<BookingId, WorkerId>,
     rng: StdRng,
 }
 
@@ -183,6 +188,7 @@ impl<L: Clone, W> Dispatch<L, W> {
             facts_revision: Revision::default(),
             explains,
             asking: Asking::default(),
+            suspects: BTreeMap::new(),
             rng,
         }
     }
@@ -263,6 +269,7 @@ impl<L: Clone, W> Dispatch<L, W> {
     }
 
     pub(crate) fn released(&mut self, booking: BookingId, report_seq: Option<u64>) {
+        self.suspects.remove(&booking);
         self.view.released(booking, report_seq);
     }
 
@@ -377,7 +384,8 @@ impl<L: Clone, W> Dispatch<L, W> {
                     }
                     Err(_) => {
                         // One that avoids some workers says nothing about the rest.
-                        if ask.tried.is_empty() && ask.sought.zone.is_none() {
+                        let avoids = !ask.tried.is_empty() || ask.sought.suspected;
+                        if !avoids && ask.sought.zone.is_none() {
                             without_room.push(ask.model);
                         }
                         at += 1;
@@ -400,9 +408,13 @@ impl<L: Clone, W> Dispatch<L, W> {
         self.turns.insert(ask.model.clone(), turn + 1);
         let worker = choice.incarnation.worker;
         let connected = self.links.get(&worker).ok_or(NoChoice::NoCapacity)?;
+        let booking = self.view.book(worker, choice.work);
+        if ask.sought.suspected {
+            self.suspects.insert(booking, worker);
+        }
         Ok(Placed {
             choice,
-            booking: self.view.book(worker, choice.work),
+            booking,
             link: connected.link.clone(),
             worker: connected.name.clone(),
             request_id: ask.sought.request_id.clone(),
@@ -436,6 +448,8 @@ impl<L: Clone, W> Dispatch<L, W> {
         let sought = &*ask.sought;
         let answered: Vec<WorkerId> = ask.answers.iter().map(|(worker, _)| *worker).collect();
         let mut request = sought.request(&ask.model, &tried, turn);
+        let apart = self.apart(ask, &request);
+        request.apart = &apart;
         let hits = sought.corrected(&ask.answers);
         if let Some(hits) = &hits {
             request.hits = hits;
@@ -454,6 +468,26 @@ impl<L: Clone, W> Dispatch<L, W> {
         };
         let (choice, receipt) = self.view.explain(now, &request, policy, rng, versions);
         (choice, Some(Box::new(receipt)))
+    }
+
+    /// Workers that run what may kill their engine, where this one may too and there are others: if one of them dies
+    /// again, it is known of whom.
+    fn apart(&self, ask: &Ask, request: &Request<'_>) -> Vec<WorkerId> {
+        if !ask.sought.suspected || self.suspects.is_empty() {
+            return Vec::new();
+        }
+        let mut apart: Vec<WorkerId> = self.suspects.values().copied().collect();
+        apart.sort_unstable();
+        apart.dedup();
+        let alone = Request {
+            apart: &apart,
+            ..*request
+        };
+        if self.view.has_capacity(&alone) {
+            apart
+        } else {
+            Vec::new()
+        }
     }
 
     /// Workers that are not to be asked: a later start of one that failed has not been tried.

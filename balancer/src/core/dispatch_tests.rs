@@ -56,6 +56,8 @@ impl World {
             config: Config::default(),
             keys: Vec::new(),
             families: Vec::new(),
+            suspects: Vec::new(),
+            cell_time: forebay_proto::Millis(0),
         };
         let mut world = Self {
             dispatch: Dispatch::new(StdRng::seed_from_u64(1), true),
@@ -227,6 +229,8 @@ fn a_start_that_the_facts_declare_dead_is_named() {
         config: Config::default(),
         keys: Vec::new(),
         families: Vec::new(),
+        suspects: Vec::new(),
+        cell_time: forebay_proto::Millis(0),
     };
     assert_eq!(world.dispatch.facts(&fleet), [1]);
 }
@@ -240,6 +244,8 @@ fn a_worker_that_was_removed_is_dead_as_well() {
         config: Config::default(),
         keys: Vec::new(),
         families: Vec::new(),
+        suspects: Vec::new(),
+        cell_time: forebay_proto::Millis(0),
     };
     assert_eq!(world.dispatch.facts(&fleet), [1]);
 }

@@ -36,6 +36,8 @@ pub enum Code {
     RequestTimeout,
     /// The body is over the limit.
     RequestTooLarge,
+    /// Engines died of this very request.
+    Quarantined,
     /// A bounded queue or budget is full.
     Overloaded,
     /// No worker had room before the queue's deadline.
@@ -71,7 +73,7 @@ pub struct Row {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::BadRequest,
         Self::InvalidJson,
         Self::DuplicateKey,
@@ -86,6 +88,7 @@ impl Code {
         Self::MethodNotAllowed,
         Self::RequestTimeout,
         Self::RequestTooLarge,
+        Self::Quarantined,
         Self::Overloaded,
         Self::QueueTimeout,
         Self::NoCapacity,
@@ -141,6 +144,7 @@ impl Code {
             Self::MethodNotAllowed => row(405, INVALID, "method_not_allowed"),
             Self::RequestTimeout => closing(row(408, INVALID, "request_timeout")),
             Self::RequestTooLarge => closing(row(413, INVALID, "request_too_large")),
+            Self::Quarantined => row(422, INVALID, "quarantined"),
             Self::Overloaded => dropped(
                 again(row(429, "rate_limit_error", "overloaded"), 1),
                 "rejected-full",

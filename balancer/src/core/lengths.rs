@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use forebay_scheduler::length::{Lengths as OfOne, Makeup};
 
-/// Models that are kept apart; those beyond are taken as nominal.
+/// Models that are kept apart. At the bound those that the facts do not have any more make room; those beyond
+/// are taken as nominal.
 const MAX_MODELS: usize = 1_024;
 
 /// What bytes are worth, by model.
@@ -17,6 +18,13 @@ impl Lengths {
     pub(crate) fn of(&self, model: &str) -> OfOne {
         let known = self.0.get(model);
         known.map_or_else(OfOne::default, |known| (**known).clone())
+    }
+
+    /// New facts have these models.
+    pub(crate) fn follow(&mut self, has: impl Fn(&str) -> bool) {
+        if self.0.len() >= MAX_MODELS {
+            self.0.retain(|model, _| has(model));
+        }
     }
 
     /// An engine counted.
@@ -58,5 +66,9 @@ mod tests {
             lengths.learn(&model.to_string().into(), &Makeup::of_size(1_000), 400);
         }
         assert_eq!(lengths.0.len(), MAX_MODELS);
+        lengths.follow(|model| model.len() < 3);
+        assert_eq!(lengths.0.len(), 100, "models 0 to 99");
+        lengths.follow(|_| false);
+        assert_eq!(lengths.0.len(), 100, "there is room");
     }
 }

@@ -11,3 +11,4 @@ pub(crate) mod request_id;
 pub(crate) mod retry;
 pub(crate) mod rotation;
 pub(crate) mod shadows;
+pub(crate) mod suspects;

@@ -235,14 +235,17 @@ impl Inside {
         assert_eq!(body.len() as u64, place.body_bytes);
         self.tell(Saw::Body(body.len()));
         let streaming = body.windows(13).any(|part| part == b"\"stream\":true");
+        let stopped = send.stopped();
         let acting = self.act(act, streaming, &mut send);
         let cancelled = async {
-            // Nothing comes after the body but the end, or a reset.
-            while let Ok(Some(_)) = recv.recv().await {}
+            // Behind the body is the end: who gives up stops reading, and resets what is not at its end.
+            let end = recv.recv().await;
+            assert!(matches!(end, Ok(None) | Err(_)), "{end:?}");
+            stopped.await
         };
         let trailer = tokio::select! {
             trailer = acting => trailer,
-            () = cancelled => {
+            _ = cancelled => {
                 self.load(-1);
                 self.tell(Saw::Cancelled);
                 return;

@@ -121,6 +121,8 @@ impl World {
             },
             keys: setup.key.into_iter().collect(),
             families: Vec::new(),
+            suspects: Vec::new(),
+            cell_time: forebay_proto::Millis(0),
         };
         let (fleet, facts) = watch::channel(Some(Arc::new(fleet)));
         let endpoint = Endpoint::client(&load(Role::Balancer, "b1")).unwrap();

@@ -230,6 +230,8 @@ async fn balancer(dir: &Path, args: &Args) {
         },
         keys: Vec::new(),
         families: Vec::new(),
+        suspects: Vec::new(),
+        cell_time: forebay_proto::Millis(0),
     };
     let (_keep, facts) = watch::channel(Some(Arc::new(fleet)));
     let anywhere = ([127, 0, 0, 1], 0).into();

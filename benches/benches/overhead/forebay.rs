@@ -14,7 +14,13 @@ use crate::{Way, load};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
-pub(crate) async fn start(program: &Path, dir: &Path, engine: SocketAddr) -> Way {
+pub(crate) async fn start(
+    name: &'static str,
+    program: &Path,
+    dir: &Path,
+    engine: SocketAddr,
+) -> Way {
+    let dir = &dir.join(name);
     let authority = Authority::create("bench", 1).unwrap();
     let issue = |role, name: &str| {
         let own = dir.join(name);
@@ -73,7 +79,7 @@ pub(crate) async fn start(program: &Path, dir: &Path, engine: SocketAddr) -> Way
     ]);
     load::wait_for(admin.parse().unwrap(), "/readyz").await;
     Way {
-        name: "forebay",
+        name,
         address: http.parse().unwrap(),
         servers,
         _beside: Some(node),

@@ -18,6 +18,8 @@
 //! cargo build --release -p forebay
 //! cargo bench -p forebay-benches --bench overhead -- --nginx nginx --envoy envoy
 //! ```
+//!
+//! With `--before PATH` another build of `forebay` takes part in the same rounds, which is how a change is judged.
 
 // Its result; and a run that cannot go on says so.
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::panic)]
@@ -57,12 +59,18 @@ struct Args {
     /// Milliseconds between two of them.
     #[arg(long, default_value_t = 5)]
     pace_ms: u64,
-    /// Measures only those whose names are given: direct, nginx, envoy, forebay.
+    /// Measures only those whose names are given: direct, nginx, envoy, before, forebay.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// What runs balancer and agent. Default: `forebay` in the folder above this program's.
     #[arg(long)]
     forebay: Option<PathBuf>,
+    /// Another build of it, which has its own turns in the same rounds: `before` in the result.
+    #[arg(long)]
+    before: Option<PathBuf>,
+    /// Measures CPU only.
+    #[arg(long)]
+    cpu_only: bool,
     /// nginx; left out where there is none.
     #[arg(long, default_value = "nginx")]
     nginx: PathBuf,
@@ -120,7 +128,10 @@ async fn compare(args: &Args, program: &Path, dir: &Path) {
     }];
     ways.extend(proxies::nginx(&args.nginx, dir, engine).await);
     ways.extend(proxies::envoy(&args.envoy, dir, engine).await);
-    ways.push(forebay::start(program, dir, engine).await);
+    if let Some(before) = &args.before {
+        ways.push(forebay::start("before", before, dir, engine).await);
+    }
+    ways.push(forebay::start("forebay", program, dir, engine).await);
     if let Some(seconds) = args.profile {
         return profile(args, ways.last_mut().unwrap(), seconds).await;
     }
@@ -145,7 +156,11 @@ async fn compare(args: &Args, program: &Path, dir: &Path) {
                     let busy = load
                         .run(way.address, &way.servers, args.connections, args.seconds)
                         .await;
-                    let gentle = load.run(way.address, &way.servers, 2, args.seconds).await;
+                    let gentle = if args.cpu_only {
+                        busy
+                    } else {
+                        load.run(way.address, &way.servers, 2, args.seconds).await
+                    };
                     rounds[at].push((busy, gentle));
                 }
             }
@@ -206,13 +221,16 @@ fn report(prompt: usize, stream: bool, ways: &[Way], rounds: &[Vec<(Seen, Seen)>
     let Some(forebay) = named("forebay") else {
         return;
     };
-    for other in ["nginx", "envoy"] {
+    for other in ["nginx", "envoy", "before"] {
         if let Some(other_at) = named(other) {
             let ratios = rounds[forebay].iter().zip(&rounds[other_at]);
-            let ratios =
-                ratios.map(|(ours, theirs)| ours.0.cpu_a_thousand / theirs.0.cpu_a_thousand);
+            let ratios: Vec<f64> = ratios
+                .map(|(ours, theirs)| ours.0.cpu_a_thousand / theirs.0.cpu_a_thousand)
+                .collect();
+            let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+            let most = ratios.iter().copied().fold(0.0, f64::max);
             println!(
-                "                   CPU of forebay / {other}: {:.2}",
+                "                   CPU of forebay / {other}: {:.2} ({least:.2} to {most:.2} in the rounds)",
                 median(ratios)
             );
         }

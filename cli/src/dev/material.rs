@@ -140,6 +140,9 @@ impl Maker<'_> {
         ] {
             config.insert(key.into(), value);
         }
+        if options.engines_die_of_seed {
+            config.insert("die-of-seed".into(), true.into());
+        }
         if options.kv_events {
             let socket = |kind: &str| {
                 let path = self.dir.join(format!("{name}.{kind}"));

@@ -134,6 +134,9 @@ struct EngineOptions {
         requires = "kv_events"
     )]
     kv_buffer: u32,
+    /// They die of a request with `seed`, as some real ones do: to see what a fleet makes of it.
+    #[arg(long)]
+    engines_die_of_seed: bool,
 }
 
 impl EngineOptions {

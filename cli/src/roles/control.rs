@@ -45,6 +45,15 @@ pub(crate) struct ControlArgs {
         env = "FOREBAY_ADMIN"
     )]
     admin: SocketAddr,
+    /// Above so many bytes of files in its data directory the audit's oldest entries give way, on this node; an entry
+    /// takes about half a KiB.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 1 << 30,
+        env = "FOREBAY_AUDIT_BYTES"
+    )]
+    audit_bytes: u64,
     #[command(flatten)]
     certificate: CertificateArgs,
     #[command(flatten)]
@@ -58,6 +67,7 @@ pub(crate) fn run(args: ControlArgs) -> Result<(), CliError> {
         listen: args.listen,
         credentials: args.certificate.paths()?,
         replica: ReplicaOptions::default(),
+        audit_bytes: args.audit_bytes,
     };
     args.process.enter()?;
     super::threads()?.block_on(async {

@@ -88,6 +88,9 @@ pub(crate) struct EngineArgs {
         env = "FOREBAY_KV_BUFFER"
     )]
     pub(crate) kv_buffer: usize,
+    /// Die of a request with `seed` once its prompt is prefilled, as some real engines do.
+    #[arg(long, env = "FOREBAY_DIE_OF_SEED")]
+    pub(crate) die_of_seed: bool,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
 }
@@ -122,6 +125,7 @@ pub(crate) fn run(args: EngineArgs) -> Result<(), CliError> {
             replay: args.kv_replay,
             buffer: args.kv_buffer,
         }),
+        dies_of_seed: args.die_of_seed,
     };
     super::threads()?.block_on(async {
         let stop = super::asked_to_stop()?;

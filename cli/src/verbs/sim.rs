@@ -178,6 +178,7 @@ fn table(report: &Report) -> String {
             row("placements", summary.placements.to_string()),
             row("drains", summary.drains.to_string()),
             row("moves", summary.moves.to_string()),
+            row("quarantines", summary.quarantines.to_string()),
             row(
                 "operations ok/unknown/refused",
                 format!(

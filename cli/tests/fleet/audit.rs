@@ -3,8 +3,17 @@
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
+
+use forebay_control_client::ControlClient;
+use forebay_link::{CredentialPaths, Credentials, Endpoint};
+use forebay_proto::ClientId;
+use forebay_proto::wire::fleet::RemoveWorker;
+use forebay_proto::wire::fleet::command::Action;
 
 use crate::harness::{FAST_ENGINE, Fleet, forebay};
+
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Exit code, stdout and stderr.
 fn ran(fleet: &Fleet, args: &[&str]) -> (i32, String, String) {
@@ -167,4 +176,94 @@ fn who_changed_what_is_shown_followed_kept_and_checked() {
     ];
     let (code, _, said) = ran(&fleet, &[&["audit", "tail"], &as_agent[..]].concat());
     assert!(code == 6 && said.contains("agent"), "{said}");
+}
+
+/// Has so many commands refused, each of which is an entry.
+fn refused(fleet: &Fleet, times: usize) {
+    let data = fleet.data();
+    let context = std::fs::read_to_string(data.join("context.toml")).unwrap();
+    let context: toml::Table = toml::from_str(&context).unwrap();
+    let path = |name: &str| data.join(context[name].as_str().unwrap());
+    let paths = CredentialPaths {
+        ca: path("ca"),
+        cert: path("cert"),
+        key: path("key"),
+    };
+    let control = context["control"].as_array().unwrap().iter();
+    let control = control
+        .map(|one| one.as_str().unwrap().to_owned())
+        .collect();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let endpoint = Endpoint::client(&Credentials::load(&paths).unwrap()).unwrap();
+        let client = ControlClient::new(endpoint, control, ClientId(rand::random()), 7);
+        for _ in 0..times {
+            let action = Action::Remove(RemoveWorker {
+                name: "nobody".into(),
+                override_guard: false,
+            });
+            let refused = client.propose(action, "", PATIENCE).await;
+            assert!(refused.is_err(), "{refused:?}");
+        }
+    });
+}
+
+#[test]
+fn what_the_cluster_keeps_no_more_is_in_its_nodes_files() {
+    let fleet = Fleet::start(&[&FAST_ENGINE[..], &["--control", "3"]].concat());
+    let file = fleet.dir.path().join("audit.jsonl");
+    let name = file.to_str().unwrap();
+    let early = fleet.json(&["audit", "export", name])["last"]
+        .as_u64()
+        .unwrap();
+    refused(&fleet, 700);
+    // A node that was away, and one that lost its files: the third has what they miss.
+    fleet.kill("c1");
+    refused(&fleet, 700);
+    fleet.start_again(&["c1"]);
+    fleet.kill("c2");
+    std::fs::remove_dir_all(fleet.data().join("c2/audit")).unwrap();
+    fleet.start_again(&["c2"]);
+    fleet.wait_for_control(3);
+
+    let shown = fleet.json(&["audit", "tail", "-n", "1300"]);
+    assert_eq!(shown["begins"], 1);
+    let entries = shown["entries"].as_array().unwrap();
+    assert_eq!(entries.len(), 1_300);
+    let number = |entry: &serde_json::Value| entry["number"].as_u64().unwrap();
+    let follows = |pair: &[serde_json::Value]| number(&pair[0]) + 1 == number(&pair[1]);
+    assert!(entries.windows(2).all(follows));
+    let (code, text, said) = ran(&fleet, &["audit", "verify"]);
+    assert!(code == 0 && text.contains("entries 1 to"), "{text}{said}");
+    // The file's end is long gone from the state, and yet seen to lead into it.
+    let checked = fleet.json(&["audit", "verify", name]);
+    assert_eq!(checked["cluster"]["linked"], true);
+    let exported = fleet.json(&["audit", "export", name]);
+    let last = exported["last"].as_u64().unwrap();
+    assert!(last >= early + 1_400, "{exported}");
+    assert_eq!(exported["added"].as_u64(), Some(last - early));
+    let (code, text, said) = ran(&fleet, &["audit", "verify", name, "--offline"]);
+    assert!(
+        code == 0 && text.contains(&format!("entries 1 to {last}")),
+        "{text}{said}"
+    );
+
+    // A record that somebody changed in the only file that has it is named.
+    let kept = std::fs::read_dir(fleet.data().join("c3/audit")).unwrap();
+    let kept = kept.map(|one| one.unwrap().path()).min().unwrap();
+    let whole = std::fs::read_to_string(&kept).unwrap();
+    let line = whole.lines().nth(4).unwrap();
+    let other = line.replace("\"at_ms\":1", "\"at_ms\":2");
+    assert_ne!(line, other);
+    for node in ["c1", "c3"] {
+        let kept = fleet
+            .data()
+            .join(node)
+            .join("audit")
+            .join(kept.file_name().unwrap());
+        let whole = std::fs::read_to_string(&kept).unwrap();
+        std::fs::write(&kept, whole.replace(line, &other)).unwrap();
+    }
+    let (code, _, said) = ran(&fleet, &["audit", "verify"]);
+    assert!(code == 1 && said.contains("record 5"), "{said}");
 }

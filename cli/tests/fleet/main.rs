@@ -25,6 +25,7 @@ mod looking;
 mod lost_disks;
 mod many_balancers;
 mod operators;
+mod poison;
 mod rebalance;
 mod receipts;
 mod secrets;

@@ -43,6 +43,7 @@ impl Cell {
                 listen: ([127, 0, 0, 1], 0).into(),
                 credentials: cell.issue(Role::Control, &name),
                 replica: Default::default(),
+                audit_bytes: 1 << 20,
             });
             let node = node.await.unwrap();
             let address = node.local_addr().unwrap().to_string();

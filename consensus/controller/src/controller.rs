@@ -1,4 +1,4 @@
-//! Expiry, the first fingerprint key, the feature level, deadlines of drains, and homes. Who was silent for longer than a lease becomes lost, unless too many are at once.
+//! Expiry, the first fingerprint key, the feature level, deadlines of drains, old suspicions, and homes. Who was silent for longer than a lease becomes lost, unless too many are at once.
 //!
 //! Many leases of a pool that run out together say more about the network, or about this leader,
 //! than about the workers. When more than a fifth of a pool, and at least two, would be lost within
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use forebay_consensus::fleet::lease::{AGENT_TTL, Leases};
 use forebay_proto::fleet::WorkerSpec;
+use forebay_proto::suspect::Suspect;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{Incarnation, Millis, Now};
 
@@ -41,6 +42,8 @@ pub enum Action {
     StepRebalance(wire::StepRebalance),
     /// Stop a rebalance: promises are kept less often than its operator wants.
     StopRebalance(wire::StopRebalance),
+    /// Forget suspicions that are old, by cell time.
+    ForgetSuspects,
 }
 
 /// The leader's loop, without the loop.
@@ -90,7 +93,13 @@ impl Controller {
         let deadlines = deadlines.map(|drain| Action::PassDrainDeadline(drain.id));
         let own = expiry.into_iter().chain(first_key).chain(raise);
         let homes = self.homes.step(now, leases, facts, cell_time);
-        own.chain(deadlines).chain(homes).collect()
+        let old = |suspect: &wire::Suspect| {
+            let suspect = Suspect::from_wire(suspect.clone());
+            suspect.is_ok_and(|suspect| suspect.until() <= cell_time)
+        };
+        let forget = facts.suspects.iter().any(old);
+        let forget = forget.then_some(Action::ForgetSuspects);
+        own.chain(deadlines).chain(homes).chain(forget).collect()
     }
 
     fn expire(

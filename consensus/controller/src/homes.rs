@@ -11,6 +11,7 @@ use forebay_consensus::fleet::lease::Leases;
 use forebay_proto::fleet::WorkerSpec;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{Family, Millis, Now, WorkerId};
+use forebay_scheduler::fingerprint::renderings;
 use forebay_scheduler::homes::{Said, assign};
 
 use crate::controller::Action;
@@ -122,16 +123,22 @@ fn assigned(now: Now, leases: &Leases, facts: &wire::Facts) -> Option<Action> {
         .filter_map(|family| Family::from_wire(family).ok())
         .map(|family| (family.chunk, family))
         .collect();
-    let said: Vec<Said> = facts
+    let specs: Vec<(&wire::Worker, WorkerSpec)> = facts
         .workers
         .iter()
-        .filter_map(|worker| {
-            Some(Said {
-                worker: WorkerId(worker.id),
-                pool: WorkerSpec::from_wire(&worker.spec).ok()?.pool,
-                ready: is_ready(worker),
-                heat: leases.heat(now, &worker.name).map(|heat| (*heat).clone()),
-            })
+        .filter_map(|worker| Some((worker, WorkerSpec::from_wire(&worker.spec).ok()?)))
+        .collect();
+    let present = specs.iter().filter(|(worker, _)| !worker.departed);
+    let renderings = renderings(present.map(|(worker, spec)| (WorkerId(worker.id), spec)));
+    // What one that renders prompts otherwise holds, nobody can tell.
+    let unlike = |worker| renderings.values().any(|one| one.is_unlike(worker));
+    let said: Vec<Said> = specs
+        .iter()
+        .map(|(worker, spec)| Said {
+            worker: WorkerId(worker.id),
+            pool: spec.pool.clone(),
+            ready: is_ready(worker) && !unlike(WorkerId(worker.id)),
+            heat: leases.heat(now, &worker.name).map(|heat| (*heat).clone()),
         })
         .collect();
     let changes = assign(&held, &said);

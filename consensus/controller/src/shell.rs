@@ -82,6 +82,7 @@ impl Leader for server::Leader {
             wire::command::Action::AssignHomes(_) => "as its heat asks for it",
             wire::command::Action::StepRebalance(_) => "it is due",
             wire::command::Action::StopRebalance(_) => "too few first tokens are in time",
+            wire::command::Action::ForgetSuspects(_) => "it is long ago",
             _ => "leases ran out",
         };
         let outcome = Self::propose(self, action, reason).await;
@@ -140,6 +141,9 @@ pub async fn run(leader: Arc<impl Leader>) {
                 Action::StopRebalance(stop) => {
                     tracing::warn!(rebalance = %RebalanceId(stop.id), why = stop.why, "it stops");
                     wire::command::Action::StopRebalance(stop)
+                }
+                Action::ForgetSuspects => {
+                    wire::command::Action::ForgetSuspects(wire::ForgetSuspects {})
                 }
             };
             if let Err(problem) = leader.propose(action).await {

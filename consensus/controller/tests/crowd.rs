@@ -59,6 +59,7 @@ impl Cell {
                 listen: ([127, 0, 0, 1], 0).into(),
                 credentials: cell.issue(Role::Control, name),
                 replica: Default::default(),
+                audit_bytes: 1 << 20,
             };
             let node = cell.nodes.block_on(start(config)).unwrap();
             cell.addresses.push(node.local_addr().unwrap().to_string());

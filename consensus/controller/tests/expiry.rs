@@ -48,6 +48,7 @@ impl Cell {
                 listen: ([127, 0, 0, 1], 0).into(),
                 credentials: cell.issue(Role::Control, &name),
                 replica: Default::default(),
+                audit_bytes: 1 << 20,
             };
             let settings = Settings {
                 pace: PACE,

@@ -164,8 +164,10 @@ impl Record {
         }
     }
 
-    fn content_hash(&self) -> Option<String> {
-        let entry = wire::AuditEntry {
+    /// The entry that it was made of; none where a hash is none.
+    #[must_use]
+    pub fn entry(&self) -> Option<wire::AuditEntry> {
+        Some(wire::AuditEntry {
             index: self.revision.0,
             at_ms: self.at_ms,
             actor: Some(wire::Actor {
@@ -177,9 +179,18 @@ impl Record {
             reason: self.reason.clone(),
             result: self.result.clone(),
             previous_hash: unhex(&self.previous_hash)?.into(),
-            hash: bytes::Bytes::new(),
-        };
-        Some(hex(&hash(&entry)))
+            hash: unhex(&self.hash)?.into(),
+        })
+    }
+
+    fn content_hash(&self) -> Option<String> {
+        Some(hex(&hash(&self.entry()?)))
+    }
+
+    /// Whether it is what its hash says.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.content_hash().as_ref() == Some(&self.hash)
     }
 
     /// Its line in a file.

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 
 use forebay_proto::Revision;
+use forebay_proto::suspect::suspect_name;
 use forebay_proto::wire::fleet as wire;
 use sha2::{Digest, Sha256};
 use wire::command::Action;
@@ -46,11 +47,14 @@ pub(super) struct Subject {
 }
 
 impl Subject {
-    /// `None` for what is not audited: the routine reports of agents, and homes that follow their heat.
+    /// `None` for what is not audited: the routine reports of agents, those of suspects that ran well included,
+    /// and homes that follow their heat.
     pub(super) fn of(action: Option<&Action>) -> Option<Self> {
         let (action, target) = match action {
             None => ("unknown", String::new()),
-            Some(Action::Observe(_) | Action::AssignHomes(_)) => return None,
+            Some(Action::Observe(_) | Action::AssignHomes(_) | Action::ClearRequests(_)) => {
+                return None;
+            }
             Some(Action::Register(command)) => ("register", command.name.clone()),
             Some(Action::Goodbye(command)) => ("goodbye", printed(command.incarnation.as_ref())),
             Some(Action::SetDesired(command)) => ("set-desired", desired(command)),
@@ -102,6 +106,27 @@ impl Subject {
                 "cancel-rebalance",
                 format!("r{}{}", command.id, remarks(false, command.dry_run)),
             ),
+            Some(Action::AccuseRequests(command)) => (
+                "engine-died",
+                format!(
+                    "{}, {} requests on it: {}",
+                    printed(command.incarnation.as_ref()),
+                    command.in_flight,
+                    suspects(command.accused.iter().map(|accused| accused.key))
+                ),
+            ),
+            Some(Action::LiftQuarantine(command)) => (
+                "lift-quarantine",
+                format!(
+                    "{}{}",
+                    match &command.keys[..] {
+                        [] => "all".into(),
+                        keys => suspects(keys.iter().copied()),
+                    },
+                    remarks(false, command.dry_run)
+                ),
+            ),
+            Some(Action::ForgetSuspects(_)) => ("forget-suspects", String::new()),
             Some(Action::Remove(command)) => ("remove", command.name.clone()),
             Some(Action::ApplyConfig(_)) => ("apply-config", "config".into()),
             Some(Action::Expire(command)) => ("expire-leases", expired(command)),
@@ -117,6 +142,16 @@ impl Subject {
         };
         Some(Self { action, target })
     }
+}
+
+/// Names of the first of these requests, and how many more there are.
+fn suspects(keys: impl ExactSizeIterator<Item = u64>) -> String {
+    let all = keys.len();
+    let mut names: Vec<String> = keys.take(8).map(suspect_name).collect();
+    if all > names.len() {
+        names.push(format!("{} more", all - names.len()));
+    }
+    names.join(", ")
 }
 
 /// The first of the workers' names, how many more there are, and how it was asked.

@@ -30,6 +30,9 @@ pub const DRAINS_LEVEL: u32 = 4;
 /// The feature level that prefix homes and rebalances need.
 pub const HOMES_LEVEL: u32 = 5;
 
+/// The feature level that suspicions and quarantines need.
+pub const QUARANTINE_LEVEL: u32 = 6;
+
 /// The feature level of the version that first understood this command.
 #[must_use]
 pub const fn level_of(action: &Action) -> u32 {
@@ -44,6 +47,10 @@ pub const fn level_of(action: &Action) -> u32 {
         | Action::StepRebalance(_)
         | Action::StopRebalance(_)
         | Action::CancelRebalance(_) => HOMES_LEVEL,
+        Action::AccuseRequests(_)
+        | Action::ClearRequests(_)
+        | Action::LiftQuarantine(_)
+        | Action::ForgetSuspects(_) => QUARANTINE_LEVEL,
         Action::Register(_)
         | Action::Observe(_)
         | Action::Goodbye(_)

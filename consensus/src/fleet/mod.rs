@@ -25,6 +25,7 @@ mod registration;
 pub mod reign;
 mod sessions;
 mod snapshot;
+mod suspects;
 mod workers;
 
 #[cfg(test)]
@@ -33,6 +34,8 @@ mod drain_tests;
 mod home_tests;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod suspect_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -43,6 +46,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use forebay_proto::fleet::Member;
 use forebay_proto::refusal::Refusal;
+use forebay_proto::suspect::Suspect;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{
     ClusterId, Drain, DrainId, FEATURE_LEVEL, Family, Millis, Rebalance, RebalanceId, Revision,
@@ -52,9 +56,10 @@ use wire::command::Action;
 
 pub use drains::{MAX_DRAINS, MAX_NAMES};
 pub use homes::{MAX_FAMILIES, MAX_HOMES};
-pub use members::{DRAINS_LEVEL, HOMES_LEVEL, MEMBERS_LEVEL, level_of, too_new};
+pub use members::{DRAINS_LEVEL, HOMES_LEVEL, MEMBERS_LEVEL, QUARANTINE_LEVEL, level_of, too_new};
 pub use rebalances::{INTERVALS_MS, MAX_MOVES};
 pub use snapshot::RestoreError;
+pub use suspects::{MAX_ACCUSED, MAX_SUSPECTS};
 pub use workers::Worker;
 
 use crate::bug::{Bug, on};
@@ -109,6 +114,8 @@ pub struct Fleet {
     homes_revision: Revision,
     /// The rebalance that goes on or ended last, by pool; at most one a pool of the configuration.
     rebalances: BTreeMap<String, Rebalance>,
+    /// Requests that engines died under, by key; at most [`MAX_SUSPECTS`].
+    suspects: BTreeMap<u64, Suspect>,
     sessions: Sessions,
     audit: Chain,
 }
@@ -171,6 +178,7 @@ impl Fleet {
             families: BTreeMap::new(),
             homes_revision: Revision(0),
             rebalances: BTreeMap::new(),
+            suspects: BTreeMap::new(),
             sessions: Sessions::default(),
             audit: Chain::default(),
         }
@@ -288,6 +296,10 @@ impl Fleet {
             Action::StepRebalance(command) => self.step_rebalance(at, &command),
             Action::StopRebalance(command) => self.stop_rebalance(&command),
             Action::CancelRebalance(command) => self.cancel_rebalance(&command),
+            Action::AccuseRequests(command) => self.accuse_requests(command),
+            Action::ClearRequests(command) => self.clear_requests(&command),
+            Action::LiftQuarantine(command) => self.lift_quarantine(&command),
+            Action::ForgetSuspects(_) => self.forget_suspects(),
         }
     }
 
@@ -344,6 +356,7 @@ impl Fleet {
             key_epoch: 0,
             families: self.families.values().map(Family::to_wire).collect(),
             rebalances: self.rebalances.values().map(Rebalance::to_wire).collect(),
+            suspects: self.suspects.values().map(Suspect::to_wire).collect(),
         }
     }
 
@@ -408,6 +421,11 @@ impl Fleet {
     /// The rebalance that goes on or ended last of each pool, by pool.
     pub fn rebalances(&self) -> impl Iterator<Item = &Rebalance> {
         self.rebalances.values()
+    }
+
+    /// Requests that engines died under, by key.
+    pub fn suspects(&self) -> impl Iterator<Item = &Suspect> {
+        self.suspects.values()
     }
 
     /// All workers, by name.

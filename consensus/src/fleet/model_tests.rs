@@ -75,6 +75,15 @@ fn line() -> impl Strategy<Value = String> {
         (1..60u8, 0..3u8).prop_map(|(id, step)| format!("step r{id} {step}")),
         (1..60u8, word(&["stop", "call-rebalance-off"]))
             .prop_map(|(id, verb)| format!("{verb} r{id}")),
+        (
+            1..4u8,
+            1..12u8,
+            word(&["a:900 b:100", "a:1000", "b:500 c:500"])
+        )
+            .prop_map(|(w, g, accused)| format!("accuse {w}.{g}.0 {accused}")),
+        (1..4u8, 1..12u8, word(&["a", "b c"]))
+            .prop_map(|(w, g, keys)| format!("clear {w}.{g}.0 {keys}")),
+        word(&["lift", "lift a", "lift dry", "forget"]).prop_map(Into::into),
     ]
 }
 
@@ -218,7 +227,8 @@ proptest! {
             if guarded && !line.ends_with("override") && !line.ends_with("ignore") {
                 prop_assert!(served(fleet).is_superset(&served(&before)), "{}", line);
             }
-            let audited = u64::from(!line.starts_with("observe") && !line.starts_with("homes"));
+            let routine = ["observe", "homes", "clear"];
+            let audited = u64::from(!routine.iter().any(|verb| line.starts_with(verb)));
             prop_assert_eq!(fleet.audit_count(), before.audit_count() + audited);
             let (entries, head) = fleet.audit_tail(usize::MAX);
             prop_assert_eq!(audit::verify(&entries, &head), Ok(()));
@@ -229,6 +239,7 @@ proptest! {
                 prop_assert_eq!(fleet.facts().workers, before.facts().workers);
                 prop_assert_eq!(fleet.facts().families, before.facts().families);
                 prop_assert_eq!(fleet.facts().rebalances, before.facts().rebalances);
+                prop_assert_eq!(fleet.facts().suspects, before.facts().suspects);
                 prop_assert_eq!(fleet.revision(), before.revision());
             }
         }
@@ -261,6 +272,7 @@ proptest! {
         let mut drains: BTreeMap<u64, wire::Drain> = BTreeMap::new();
         let mut families: BTreeMap<u64, wire::Family> = BTreeMap::new();
         let mut rebalances: BTreeMap<String, wire::Rebalance> = BTreeMap::new();
+        let mut suspects: BTreeMap<u64, wire::Suspect> = BTreeMap::new();
         for delta in &world.deltas {
             for change in delta.changes.iter().filter_map(|change| change.change.clone()) {
                 match change {
@@ -282,6 +294,12 @@ proptest! {
                         }
                         families.extend(changes.put.into_iter().map(|one| (one.chunk, one)));
                     }
+                    wire::change::Change::Suspects(changes) => {
+                        for key in changes.removed {
+                            suspects.remove(&key);
+                        }
+                        suspects.extend(changes.put.into_iter().map(|one| (one.key, one)));
+                    }
                     wire::change::Change::RebalancePut(one) => {
                         rebalances.insert(one.pool.clone(), one);
                     }
@@ -300,6 +318,7 @@ proptest! {
         prop_assert_eq!(drains.into_values().collect::<Vec<_>>(), world.fleet.facts().drains);
         prop_assert_eq!(families.into_values().collect::<Vec<_>>(), world.fleet.facts().families);
         prop_assert_eq!(rebalances.into_values().collect::<Vec<_>>(), world.fleet.facts().rebalances);
+        prop_assert_eq!(suspects.into_values().collect::<Vec<_>>(), world.fleet.facts().suspects);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use forebay_proto::config::MAX_POOLS;
 use forebay_proto::fleet::{Member, WorkerSpec};
 use forebay_proto::ids::{ClientId, Incarnation};
+use forebay_proto::suspect::Suspect;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{
     ClusterId, Drain, DrainId, FEATURE_LEVEL, Family, Millis, Rebalance, Revision, WorkerId,
@@ -20,7 +21,9 @@ use super::audit::{Broken, Chain};
 use super::config::Agreed;
 use super::keys::MAX_KEYS;
 use super::sessions::{MAX_SESSIONS, Session, Sessions};
-use super::{Fleet, MAX_DRAINS, MAX_FAMILIES, MAX_HOMES, MAX_MOVES, MAX_WORKERS, Worker};
+use super::{
+    Fleet, MAX_DRAINS, MAX_FAMILIES, MAX_HOMES, MAX_MOVES, MAX_SUSPECTS, MAX_WORKERS, Worker,
+};
 use crate::bug::{Bug, on};
 
 const MAGIC: &[u8; 8] = b"FBYFLEET";
@@ -160,6 +163,11 @@ impl Fleet {
         {
             facts.rebalances.clear();
         }
+        if on(Bug::SnapshotLosesSuspects)
+            && let Some(facts) = &mut body.facts
+        {
+            facts.suspects.clear();
+        }
         body
     }
 
@@ -230,6 +238,7 @@ impl Fleet {
             families: families(facts.families)?,
             homes_revision: Revision(body.homes_revision),
             rebalances: rebalances(facts.rebalances)?,
+            suspects: suspects(facts.suspects)?,
             sessions: Sessions::restore(sessions.collect::<Result<Vec<_>, _>>()?),
             audit: Chain::restore(head, body.audit_count, body.audit_tail)?,
         };
@@ -306,6 +315,17 @@ fn rebalances(stored: Vec<wire::Rebalance>) -> Result<BTreeMap<String, Rebalance
         Ok((rebalance.pool.clone(), rebalance))
     });
     rebalances.collect()
+}
+
+fn suspects(stored: Vec<wire::Suspect>) -> Result<BTreeMap<u64, Suspect>, RestoreError> {
+    if stored.len() > MAX_SUSPECTS {
+        return Err(malformed("it has more suspects than fit"));
+    }
+    let suspects = stored.into_iter().map(|suspect| {
+        let suspect = Suspect::from_wire(suspect).map_err(malformed)?;
+        Ok((suspect.key, suspect))
+    });
+    suspects.collect()
 }
 
 fn session(stored: StoredSession) -> Result<(ClientId, Session), RestoreError> {

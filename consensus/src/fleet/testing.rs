@@ -231,6 +231,20 @@ pub(super) fn entry(line: &str, client: u8, sequence: u64) -> Bytes {
             id: words[1][1..].parse().unwrap(),
             dry_run: flag("dry"),
         }),
+        "accuse" => Action::AccuseRequests(wire::AccuseRequests {
+            incarnation: Some(incarnation(words[1])),
+            accused: words[2..].iter().filter_map(|word| accused(word)).collect(),
+            in_flight: 9,
+        }),
+        "clear" => Action::ClearRequests(wire::ClearRequests {
+            incarnation: Some(incarnation(words[1])),
+            keys: words[2..].iter().map(|key| hex(key).unwrap()).collect(),
+        }),
+        "lift" => Action::LiftQuarantine(wire::LiftQuarantine {
+            keys: words[1..].iter().filter_map(|key| hex(key)).collect(),
+            dry_run: flag("dry"),
+        }),
+        "forget" => Action::ForgetSuspects(wire::ForgetSuspects {}),
         other => panic!("no command {other}"),
     };
     let command = wire::Command {
@@ -263,6 +277,19 @@ fn family(word: &str, given: &BTreeMap<&str, &str>) -> Option<wire::Family> {
         saves: 10,
         takes: takes.parse().unwrap(),
         pinned: false,
+    })
+}
+
+/// `f:500`: half of a death is held against request 15.
+fn accused(word: &str) -> Option<wire::Accused> {
+    let (key, share) = word.split_once(':')?;
+    Some(wire::Accused {
+        key: hex(key)?,
+        key_epoch: 1,
+        tenant: "t".into(),
+        model: "m".into(),
+        shape: "chat, seed".into(),
+        share: share.parse().unwrap(),
     })
 }
 

@@ -192,7 +192,7 @@ impl Fleet {
     }
 
     /// The worker of this incarnation, if it is the one that lives.
-    fn fenced(
+    pub(super) fn fenced(
         &mut self,
         path: &str,
         wire: Option<&forebay_proto::wire::Incarnation>,

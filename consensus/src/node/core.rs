@@ -1,5 +1,8 @@
 //! The node: inputs, the ready loop's two halves, elections from the seed, and its status.
 
+mod change;
+mod look;
+
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,12 +15,11 @@ use rand::{Rng as _, SeedableRng as _};
 use super::error::{NodeError, ProposeRefused};
 use super::log::Log;
 use super::logger::logger;
-use super::members::{self, ChangeRefused, Members, MembersChange};
-use super::status::{Role, SnapshotReport, Status};
+use super::members::Members;
+use super::status::SnapshotReport;
 use super::step::{Outcome, ReadReady, Step, Write};
-use super::types::{Entry, HardState, Restored, Snapshot};
+use super::types::{Entry, Restored, Snapshot};
 use super::validate::{self, Rejected};
-use crate::probe::{Probe, hit};
 
 /// How often [`Node::tick`] is to be called.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -38,8 +40,6 @@ pub const MAX_COMMAND_BYTES: usize = 1 << 20;
 const MAX_APPEND_BYTES: u64 = 512 << 10;
 const MAX_INFLIGHT_APPENDS: usize = 128;
 const MAX_UNCOMMITTED_BYTES: u64 = 16 << 20;
-/// A learner that lacks more entries than this gets no vote.
-const MAX_BEHIND: u64 = 1_000;
 const MAX_COMMITTED_BYTES_PER_STEP: u64 = 4 << 20;
 
 /// Who this node is and where its luck comes from.
@@ -253,134 +253,6 @@ impl Node {
         Ok((term, first))
     }
 
-    /// Appends a change of the members, and the command that it comes with, if this node leads;
-    /// returns its `(term, index)`. It takes effect when it is applied, see [`Node::change_members`].
-    ///
-    /// # Errors
-    ///
-    /// Returns [`ProposeRefused`]; nothing was appended.
-    pub fn propose_change(
-        &mut self,
-        change: &MembersChange,
-        command: Bytes,
-    ) -> Result<(u64, u64), ProposeRefused> {
-        if self.stopped {
-            return Err(ProposeRefused::Stopped);
-        }
-        if self.raw.raft.state != StateRole::Leader {
-            return Err(ProposeRefused::NotLeader {
-                leader: self.leader(),
-            });
-        }
-        check_command(&command)?;
-        self.check_change(change)?;
-        self.append_change(change.encode().into(), command)
-    }
-
-    fn check_change(&self, change: &MembersChange) -> Result<(), ChangeRefused> {
-        let raft = &self.raw.raft;
-        if raft.has_pending_conf() {
-            return Err(ChangeRefused::UnderWay);
-        }
-        let voters = change.check(&self.members)?;
-        if change.remove.contains(&self.id()) {
-            return Err(ChangeRefused::Leader(self.id()));
-        }
-        let progress = |id: &NodeId| raft.prs().get(id.0);
-        for id in &change.promote {
-            let matched = progress(id).map_or(0, |progress| progress.matched);
-            let behind = raft.raft_log.committed.saturating_sub(matched);
-            // One that acknowledged nothing has no snapshot yet.
-            if behind > MAX_BEHIND || matched == 0 {
-                let node = *id;
-                return Err(ChangeRefused::NotCaughtUp { node, behind });
-            }
-        }
-        let answers = |id: &&NodeId| {
-            **id == self.id() || progress(id).is_some_and(|progress| progress.recent_active)
-        };
-        let (alive, voters) = (voters.iter().filter(answers).count(), voters.len());
-        if alive <= voters / 2 {
-            return Err(ChangeRefused::NoQuorum { alive, voters });
-        }
-        Ok(())
-    }
-
-    fn append_change(
-        &mut self,
-        change: Bytes,
-        command: Bytes,
-    ) -> Result<(u64, u64), ProposeRefused> {
-        let mut message = Message::default();
-        message.set_msg_type(MessageType::MsgPropose);
-        message.from = self.raw.raft.id;
-        let mut entry = eraftpb::Entry {
-            data: change,
-            context: command,
-            ..eraftpb::Entry::default()
-        };
-        entry.set_entry_type(eraftpb::EntryType::EntryConfChangeV2);
-        message.set_entries(vec![entry].into());
-        let (term, index) = (self.raw.raft.term, self.raw.raft.raft_log.last_index() + 1);
-        self.raw
-            .step(message)
-            .map_err(|_| ProposeRefused::Overloaded)?;
-        Ok((term, index))
-    }
-
-    /// A leader leaves a joint membership that is applied; raft-rs itself does so only where the
-    /// leader that entered it still leads.
-    fn leave_joint(&mut self) {
-        let raft = &self.raw.raft;
-        if self.members.is_joint()
-            && raft.state == StateRole::Leader
-            && !raft.has_pending_conf()
-            && raft.raft_log.applied == raft.raft_log.committed
-        {
-            // Refused only while too much waits; the next tick tries again.
-            let _ = self.append_change(Bytes::new(), Bytes::new());
-        }
-    }
-
-    /// A committed change of the members that the machine agreed to takes effect, on this node. One
-    /// that it refused must not be given here, on any node. Call it for each entry in order, between
-    /// [`Step::persist`] and [`Node::applied`].
-    ///
-    /// # Errors
-    ///
-    /// Says why the change is none that raft can carry out; the group stays as it is, on every node.
-    pub fn change_members(&mut self, entry: &Entry) -> Result<&Members, Rejected> {
-        let impossible = || Rejected::MembershipChange { index: entry.index };
-        let change = entry.change.as_ref().ok_or_else(impossible)?;
-        let change = members::conf_change(change).ok_or_else(impossible)?;
-        if change.changes.is_empty() && !self.members.is_joint() {
-            // Two leaders left the same joint membership.
-            return Ok(&self.members);
-        }
-        let before = self.position();
-        let state = self
-            .raw
-            .apply_conf_change(&change)
-            .map_err(|error| Rejected::Raft(error.to_string()))?;
-        let raft = &mut self.raw.raft;
-        if raft.state == StateRole::Leader && !state.voters.contains(&raft.id) {
-            // A leader of before began its removal. raft-rs would let it lead on, and panics when it
-            // next counts the votes that it has none of.
-            hit(Probe::LeaderRemoved);
-            let term = raft.term;
-            raft.become_follower(term, raft::INVALID_ID);
-        }
-        self.settle(before, false);
-        let was_joint = self.members.is_joint();
-        self.members = Members::from_raft(&state)?;
-        if self.members.is_joint() {
-            self.joint_since = entry.term;
-        } else if was_joint && self.joint_since != entry.term {
-            hit(Probe::JointLeftByAnotherLeader);
-        }
-        Ok(&self.members)
-    }
-
     /// All that the last step gave out has been applied.
     pub fn applied(&mut self) {
         if self.applying {
@@ -497,103 +369,6 @@ impl Node {
             && self.raw.store().term_at(snapshot.index) == Some(snapshot.term);
         if fits {
             self.raw.mut_store().compact(snapshot, keep);
-        }
-    }
-
-    /// Entries after the last snapshot, and their bytes: when to make a new one.
-    #[must_use]
-    pub fn log_size(&self) -> (u64, u64) {
-        self.raw.store().since_snapshot()
-    }
-
-    /// Whether the last snapshot has other members than the group now.
-    #[must_use]
-    pub fn members_changed(&self) -> bool {
-        self.raw.store().snapshot().members != self.members
-    }
-
-    /// The members of the last snapshot.
-    pub(crate) fn snapshot_members(&self) -> &Members {
-        &self.raw.store().snapshot().members
-    }
-
-    /// The index of the last snapshot.
-    #[must_use]
-    pub fn snapshot_index(&self) -> u64 {
-        self.raw.store().snapshot().index
-    }
-
-    /// This member.
-    #[must_use]
-    pub fn id(&self) -> NodeId {
-        NodeId(self.raw.raft.id)
-    }
-
-    /// The group.
-    #[must_use]
-    pub fn members(&self) -> &Members {
-        &self.members
-    }
-
-    /// Who leads, itself included, as far as known.
-    #[must_use]
-    pub fn leader(&self) -> Option<NodeId> {
-        Some(NodeId(self.raw.raft.leader_id)).filter(|leader| leader.0 != 0)
-    }
-
-    /// What this node is.
-    #[must_use]
-    pub fn role(&self) -> Role {
-        match self.raw.raft.state {
-            StateRole::Follower => Role::Follower,
-            StateRole::PreCandidate => Role::PreCandidate,
-            StateRole::Candidate => Role::Candidate,
-            StateRole::Leader => Role::Leader,
-        }
-    }
-
-    /// The newest term seen.
-    #[must_use]
-    pub fn term(&self) -> u64 {
-        self.raw.raft.term
-    }
-
-    /// The hard state at this moment, written or not.
-    #[must_use]
-    pub fn hard_state(&self) -> HardState {
-        HardState::from_raft(&self.raw.raft.hard_state())
-    }
-
-    /// The term of an entry that is held, for snapshots of it.
-    #[must_use]
-    pub fn term_at(&self, index: u64) -> Option<u64> {
-        self.raw.store().term_at(index)
-    }
-
-    /// What this node knows of itself and its group.
-    #[must_use]
-    pub fn status(&self) -> Status {
-        let raft = &self.raw.raft;
-        let role = self.role();
-        let mut peers = Vec::new();
-        if role == Role::Leader {
-            let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
-            peers.extend(others.map(|(id, progress)| (NodeId(*id), progress.matched)));
-            peers.sort_unstable();
-        }
-        Status {
-            role,
-            term: raft.term,
-            leader: self.leader(),
-            commit: raft.raft_log.committed,
-            applied: raft.raft_log.applied(),
-            last_index: raft.raft_log.last_index(),
-            leader_heard_ticks: if role == Role::Leader {
-                0
-            } else {
-                self.leader_heard_ticks
-            },
-            peers,
         }
     }
 

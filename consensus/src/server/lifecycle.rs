@@ -15,6 +15,7 @@ use super::leader::Leader;
 use super::peers;
 use super::plans::{Planner, Plans};
 use super::publish::Publisher;
+use super::segments::{Bounds, Kept};
 use super::{Config, ServerError, Settings, rpc, snapshots, watchers};
 use crate::fleet::{Applied, Fleet};
 use crate::node::Restored;
@@ -37,6 +38,8 @@ pub(crate) struct Running {
     pub(crate) snapshots: snapshots::Inbound,
     /// The plan that is made here, if one is.
     pub(crate) plans: Arc<Plans>,
+    /// The audit, in files.
+    pub(crate) audit: Kept,
 }
 
 /// What a node is in.
@@ -67,6 +70,7 @@ pub(crate) struct Shared {
     pub(crate) planner: OnceLock<Arc<dyn Planner>>,
     options: ReplicaOptions,
     settings: Settings,
+    audit: Kept,
 }
 
 impl Shared {
@@ -149,6 +153,13 @@ pub async fn start_with(config: Config, settings: Settings) -> Result<ControlNod
         planner: OnceLock::new(),
         options: config.replica,
         settings,
+        audit: Kept::new(
+            config.data_dir.join("audit"),
+            Bounds {
+                segment_bytes: settings.audit_file_bytes,
+                all_bytes: config.audit_bytes,
+            },
+        ),
     });
     match member {
         Some((store, restored)) => run_member(&shared, store, restored)?,
@@ -204,6 +215,8 @@ pub(crate) fn run_member(
         settings.pace,
     );
     tokio::spawn(leader.clone().follow());
+    let audit = shared.audit.clone();
+    tokio::spawn(audit.clone().follow(Arc::downgrade(&published)));
     let wakes = watch::Sender::new(0);
     tokio::spawn(watchers::wake(published.clone(), wakes.clone()));
     let running = Running {
@@ -215,6 +228,7 @@ pub(crate) fn run_member(
         wakes,
         snapshots: snapshots::Inbound::default(),
         plans: Arc::default(),
+        audit,
     };
     tracing::info!(
         name = shared.name,

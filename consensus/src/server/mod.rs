@@ -16,6 +16,7 @@ mod peers;
 mod plans;
 pub mod publish;
 mod rpc;
+mod segments;
 mod snapshots;
 mod watchers;
 
@@ -51,6 +52,8 @@ pub struct Config {
     pub credentials: CredentialPaths,
     /// Settings of the replica; the defaults suit production.
     pub replica: crate::replica::ReplicaOptions,
+    /// Above so many bytes of files the audit's oldest entries give way, on this node.
+    pub audit_bytes: u64,
 }
 
 /// What production never changes, and tests do.
@@ -61,6 +64,8 @@ pub struct Settings {
     /// How many times faster than the node's clock leases run out and cell time passes. What the
     /// state machine demands of a lease stays as it is, so that every replica agrees on it.
     pub pace: u32,
+    /// A file of the audit that is larger is followed by another.
+    pub audit_file_bytes: u64,
 }
 
 impl Default for Settings {
@@ -68,6 +73,7 @@ impl Default for Settings {
         Self {
             watch_deltas: publish::MAX_DELTAS,
             pace: 1,
+            audit_file_bytes: 4 << 20,
         }
     }
 }

@@ -29,6 +29,8 @@ pub struct Publisher {
     max_deltas: usize,
     /// Counts publications, to wake watchers.
     changed: watch::Sender<u64>,
+    /// Entries that the audit ever had.
+    audited: watch::Sender<u64>,
 }
 
 struct State {
@@ -83,6 +85,7 @@ impl Publisher {
             }),
             max_deltas,
             changed: watch::Sender::new(0),
+            audited: watch::Sender::new(0),
         }
     }
 
@@ -96,7 +99,7 @@ impl Publisher {
             // No fact changed, but time went on, and a refusal is an entry of the audit, too.
             let mut state = self.state.lock();
             Arc::make_mut(&mut state.facts).cell_time_ms = fleet.cell_time().0;
-            state.take_audit(fleet);
+            self.audited.send_replace(state.take_audit(fleet));
             return;
         }
         let facts = Arc::new(fleet.facts());
@@ -111,7 +114,7 @@ impl Publisher {
         for delta in deltas {
             state.keep(delta, self.max_deltas);
         }
-        state.take_audit(fleet);
+        self.audited.send_replace(state.take_audit(fleet));
         drop(state);
         self.changed.send_modify(|count| *count += 1);
     }
@@ -126,6 +129,11 @@ impl Publisher {
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
+    }
+
+    /// Wakes when the audit has more entries, and tells how many it ever had.
+    pub(crate) fn audited(&self) -> watch::Receiver<u64> {
+        self.audited.subscribe()
     }
 
     /// What somebody who holds `revision` needs to be up to date.
@@ -184,10 +192,11 @@ impl State {
         }
     }
 
-    fn take_audit(&mut self, fleet: &Fleet) {
+    /// Returns how many entries there ever were.
+    fn take_audit(&mut self, fleet: &Fleet) -> u64 {
         let count = fleet.audit_count();
         if count == self.audit_count {
-            return;
+            return count;
         }
         let new = usize::try_from(count.saturating_sub(self.audit_count)).unwrap_or(MAX_AUDIT);
         let (entries, head) = fleet.audit_tail(new.min(MAX_AUDIT));
@@ -196,6 +205,7 @@ impl State {
         self.audit.drain(..excess);
         self.audit_head = head;
         self.audit_count = count;
+        count
     }
 }
 

@@ -186,6 +186,12 @@ async fn execute(
         (Request::Audit(audit), _) => {
             let limit = usize::try_from(audit.limit).unwrap_or(usize::MAX);
             let running = informed(shared)?;
+            if audit.from > 0 {
+                let read = running.audit.read(audit.from, limit).await;
+                return read
+                    .map(Response::Audit)
+                    .map_err(|error| bad(error.to_string()));
+            }
             if audit.deadline_ms > 0 {
                 up_to_date(shared, &running, audit.deadline_ms).await?;
             }
@@ -194,6 +200,7 @@ async fn execute(
                 entries,
                 head: bytes::Bytes::copy_from_slice(&head),
                 count: Some(count),
+                begins: None,
             }))
         }
         (Request::Holders(asked), _) => holders(shared, &asked).await.map(Response::Holders),
@@ -308,6 +315,8 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         Action::Register(register) => return denied(format!("RegisterWorker {}", register.name)),
         Action::Observe(observe) => &observe.incarnation,
         Action::Goodbye(goodbye) => &goodbye.incarnation,
+        Action::AccuseRequests(accuse) => &accuse.incarnation,
+        Action::ClearRequests(clear) => &clear.incarnation,
         Action::SetDesired(_)
         | Action::SetDesiredOf(_)
         | Action::StartDrain(_)
@@ -318,6 +327,8 @@ fn check_name(running: &Running, peer: &Identity, action: &Action) -> Result<(),
         | Action::StepRebalance(_)
         | Action::StopRebalance(_)
         | Action::CancelRebalance(_)
+        | Action::LiftQuarantine(_)
+        | Action::ForgetSuspects(_)
         | Action::Remove(_)
         | Action::ApplyConfig(_)
         | Action::Expire(_)

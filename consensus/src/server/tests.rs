@@ -120,6 +120,7 @@ impl Cell {
                 seed: rand::random(),
                 ..self.replica
             },
+            audit_bytes: 1 << 20,
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let own = runtime();

@@ -197,7 +197,8 @@ fn sees_drains(consumer: &Identity) -> bool {
     matches!(consumer.role, Role::Control | Role::Operator(_))
 }
 
-/// Who places requests, and whoever moves homes. Agents are no home by their own doing.
+/// Who places requests, and whoever moves homes or lets requests through. Agents are no home by their own doing, and
+/// are told with each request whether it is suspected.
 fn sees_families(consumer: &Identity) -> bool {
     consumer.role != Role::Agent
 }
@@ -233,6 +234,11 @@ fn facts_for(consumer: &Identity, facts: &wire::Facts) -> wire::Facts {
         } else {
             Vec::new()
         },
+        suspects: if sees_families(consumer) {
+            facts.suspects.clone()
+        } else {
+            Vec::new()
+        },
     }
 }
 
@@ -249,7 +255,7 @@ fn delta_for(consumer: &Identity, delta: &wire::Delta) -> wire::Delta {
             | Change::RebalancePut(_)
             | Change::RebalanceForgotten(_),
         ) => sees_drains(consumer),
-        Some(Change::Families(_)) => sees_families(consumer),
+        Some(Change::Families(_) | Change::Suspects(_)) => sees_families(consumer),
         Some(
             Change::Config(_)
             | Change::CorrelatedExpiry(_)

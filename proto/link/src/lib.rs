@@ -10,6 +10,7 @@ mod endpoint;
 mod link;
 mod pki;
 mod reachability;
+mod socket;
 mod stream;
 mod verify;
 

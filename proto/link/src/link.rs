@@ -243,7 +243,7 @@ impl Link {
                 .await
                 .map_err(|error| LinkClosed::from(&error))?;
             let mut decoder = Decoder::default();
-            decoder.push(&bytes);
+            decoder.push(bytes);
             if let Ok(Some(frame)) = decoder.pop() {
                 return Ok(frame);
             }

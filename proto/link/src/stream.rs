@@ -1,6 +1,6 @@
 //! One direction of a QUIC stream, cut into frames.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use forebay_proto::frame::{Decoder, Frame, FrameError};
 
 use crate::Code;
@@ -57,8 +57,16 @@ impl FrameSender {
     ///
     /// Returns why the stream is over.
     pub async fn send(&mut self, frame: &Frame) -> Result<(), SendError> {
-        let header = Bytes::copy_from_slice(&frame.header()?);
-        let mut pieces = [header, frame.payload.clone()];
+        self.send_all(std::slice::from_ref(frame)).await
+    }
+
+    /// Sends frames behind each other, so that they travel together; waits while the peer's window is full.
+    ///
+    /// # Errors
+    ///
+    /// Returns why the stream is over.
+    pub async fn send_all(&mut self, frames: &[Frame]) -> Result<(), SendError> {
+        let mut pieces = pieces(frames)?;
         self.stream
             .write_all_chunks(&mut pieces)
             .await
@@ -89,10 +97,13 @@ impl FrameSender {
     }
 
     /// Waits until the peer stops reading (its code), or has read everything (`None`).
-    pub async fn stopped(&mut self) -> Option<u64> {
-        match self.stream.stopped().await {
-            Ok(code) => code.map(quinn::VarInt::into_inner),
-            Err(_) => Some(u64::from(Code::Cancelled as u32)),
+    pub fn stopped(&self) -> impl Future<Output = Option<u64>> + Send + 'static {
+        let stopped = self.stream.stopped();
+        async move {
+            match stopped.await {
+                Ok(code) => code.map(quinn::VarInt::into_inner),
+                Err(_) => Some(u64::from(Code::Cancelled as u32)),
+            }
         }
     }
 }
@@ -105,14 +116,36 @@ impl Drop for FrameSender {
     }
 }
 
+/// Frames as they are written: small ones in one piece, the payload of a large one as it is.
+fn pieces(frames: &[Frame]) -> Result<Vec<Bytes>, FrameError> {
+    let mut pieces = Vec::with_capacity(2);
+    let mut small = BytesMut::new();
+    for frame in frames {
+        small.extend_from_slice(&frame.header()?);
+        if frame.payload.len() <= COPIED_BYTES {
+            small.extend_from_slice(&frame.payload);
+        } else {
+            pieces.push(small.split().freeze());
+            pieces.push(frame.payload.clone());
+        }
+    }
+    if !small.is_empty() {
+        pieces.push(small.freeze());
+    }
+    Ok(pieces)
+}
+
 /// Receives frames. Dropped before the end it tells the peer to stop.
 pub struct FrameReceiver {
     stream: quinn::RecvStream,
     decoder: Decoder,
 }
 
-/// Most bytes taken from the stream at once.
-const READ_BYTES: usize = 64 << 10;
+/// A payload up to here is copied behind its header, which takes less than a piece of its own, and keeps no
+/// larger buffer that it is part of.
+const COPIED_BYTES: usize = 4 << 10;
+/// Pieces taken from the stream at once; each came in one packet.
+const READ_PIECES: usize = 16;
 
 impl FrameReceiver {
     pub(crate) fn new(stream: quinn::RecvStream) -> Self {
@@ -122,7 +155,7 @@ impl FrameReceiver {
         }
     }
 
-    /// The next frame, or `None` at the clean end. Cancel safe.
+    /// The next frame, or `None` at the clean end. A body's frames come in pieces of any size. Cancel safe.
     ///
     /// # Errors
     ///
@@ -141,16 +174,17 @@ impl FrameReceiver {
             if let Some(frame) = self.decoder.pop_at_most(bytes)? {
                 return Ok(Some(frame));
             }
-            let chunk =
-                self.stream
-                    .read_chunk(READ_BYTES, true)
-                    .await
-                    .map_err(|error| match error {
-                        quinn::ReadError::Reset(code) => RecvError::Reset(code.into_inner()),
-                        other => RecvError::Lost(other.to_string()),
-                    })?;
-            match chunk {
-                Some(chunk) => self.decoder.push(&chunk.bytes),
+            let mut pieces = [const { Bytes::new() }; READ_PIECES];
+            let read = self.stream.read_chunks(&mut pieces).await;
+            let read = read.map_err(|error| match error {
+                quinn::ReadError::Reset(code) => RecvError::Reset(code.into_inner()),
+                other => RecvError::Lost(other.to_string()),
+            })?;
+            match read {
+                Some(read) => pieces
+                    .into_iter()
+                    .take(read)
+                    .for_each(|piece| self.decoder.push(piece)),
                 None if self.decoder.is_empty() => return Ok(None),
                 None => return Err(RecvError::Truncated),
             }

@@ -134,6 +134,18 @@ impl Chain {
         self.makeup.chunk(chunk);
     }
 
+    /// Keyed hash of everything so far, the last chunk included, which is not full; and of this shape.
+    pub(super) fn whole(&self, shape: &str) -> u64 {
+        let mut hasher = keyed(&self.key);
+        hasher.write(b"whole");
+        hasher.write(&self.state);
+        hasher.write(&self.bytes.to_le_bytes());
+        hasher.write(shape.as_bytes());
+        hasher.write(&[0xff]);
+        hasher.write(&self.partial);
+        super::named(finish(&hasher))
+    }
+
     /// Keyed hash of the first content bytes.
     pub(super) fn head(&self) -> u64 {
         let mut hasher = keyed(&self.key);

@@ -30,6 +30,8 @@ mod chain;
 mod form;
 mod outline;
 mod profile;
+mod rendering;
+mod shape;
 
 use std::hash::Hasher as _;
 
@@ -42,6 +44,8 @@ use chain::{Chain, finish, keyed, published};
 use form::Form;
 pub use outline::{Outline, outline};
 pub use profile::{LateSystem, RENDER_PROFILE, Reasoning, RenderProfile, ToolsOrder};
+pub use rendering::{Rendering, renderings};
+use shape::Shaper;
 
 /// What kind of prompt a body has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +97,10 @@ pub struct Prompt {
     pub affinity: Option<u64>,
     /// The isolation scope as the engine gets it.
     pub salt: String,
+    /// Keyed hash of all that an engine may die of: the whole prompt, what it stands in, and the shape.
+    pub whole: u64,
+    /// Which parameters it has, and of what class; no values.
+    pub shape: String,
 }
 
 /// Reads a prompt.
@@ -106,7 +114,7 @@ pub fn read(
     settings: &Settings<'_>,
 ) -> Result<Prompt, Unreadable> {
     std::str::from_utf8(body).map_err(|_| Unreadable::NotUtf8)?;
-    let fields = Fields::find(body)?;
+    let mut fields = Fields::find(body)?;
     let key = settings.key;
     let narrowed = fields.text(body, fields.cache_salt)?;
     let scope = scope(settings.root.scope, narrowed.as_deref());
@@ -146,6 +154,15 @@ pub fn read(
             Some(batch) => form.completion(&batch.first)?,
         }
     }
+    let shape = std::mem::take(&mut fields.shaper).finish();
+    // Several prompts in one, or a template of its own: the bytes are all that is known.
+    let opaque =
+        fields.chat_template.is_some() || matches!(&batch, Some(batch) if batch.prompts > 1);
+    let whole = if opaque {
+        raw(body, settings, &shape)
+    } else {
+        chain.whole(&shape)
+    };
     let makeup = chain.makeup();
     let mut prompt = Prompt {
         bytes: chain.bytes,
@@ -154,6 +171,8 @@ pub fn read(
         chunks: chain.chunks,
         affinity,
         salt,
+        whole,
+        shape,
     };
     if ids {
         prompt.makeup.given_in_ids(prompt.bytes / 4);
@@ -251,6 +270,29 @@ impl Batch {
     }
 }
 
+/// What names a request whose prompt cannot be read, in place of [`Prompt::whole`]: its bytes as they stand.
+#[must_use]
+pub fn raw(body: &[u8], settings: &Settings<'_>, shape: &str) -> u64 {
+    let mut hasher = keyed(settings.key);
+    hasher.write(b"raw");
+    for part in [
+        settings.root.pool,
+        settings.root.model,
+        settings.root.scope,
+        shape,
+    ] {
+        hasher.write(part.as_bytes());
+        hasher.write(&[0xff]);
+    }
+    hasher.write(body);
+    named(finish(&hasher))
+}
+
+/// Zero names nobody.
+fn named(state: [u8; 16]) -> u64 {
+    published(state).max(1)
+}
+
 /// The isolation scope of a tenant, narrowed by a client's own salt: never widened, and two tenants
 /// with the same salt share nothing.
 #[must_use]
@@ -288,6 +330,7 @@ struct Fields {
     reasoning_effort: Option<Span>,
     tool_choice: Option<Span>,
     documents: Option<Span>,
+    shaper: Shaper,
 }
 
 impl Fields {
@@ -300,6 +343,9 @@ impl Fields {
             let span = value.skip()?;
             if let Some(field) = fields.named(raw) {
                 *field = (!null).then_some(span);
+            }
+            if !null {
+                fields.shaper.take(body, raw, span)?;
             }
             Ok(())
         })?;

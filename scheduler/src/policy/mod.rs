@@ -45,6 +45,8 @@ pub struct Request<'a> {
     pub model: &'a str,
     /// Workers that are not to be asked again.
     pub tried: &'a [WorkerId],
+    /// Workers that run what may kill their engine: this one may too, and they are told apart.
+    pub apart: &'a [WorkerId],
     /// The zone that it must stay in.
     pub zone: Option<&'a str>,
     /// The only ones that may be; empty: anyone.
@@ -74,6 +76,7 @@ impl<'a> Request<'a> {
         Self {
             model,
             tried: &[],
+            apart: &[],
             zone: None,
             only: &[],
             prompt_tokens: 0.0,
@@ -90,7 +93,8 @@ impl<'a> Request<'a> {
     /// Whether this worker is out of the question.
     pub(crate) fn excludes(&self, worker: WorkerId) -> bool {
         let tried = !self.tried.is_empty() && self.tried.contains(&worker);
-        tried || (!self.only.is_empty() && !self.only.contains(&worker))
+        let apart = !self.apart.is_empty() && self.apart.contains(&worker);
+        tried || apart || (!self.only.is_empty() && !self.only.contains(&worker))
     }
 }
 

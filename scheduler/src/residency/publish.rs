@@ -15,6 +15,8 @@ pub const MAX_DELTAS: usize = 1_024;
 pub const MAX_DELTA_BYTES: usize = 4 << 20;
 /// Chunks in one delta, so that it fits a frame.
 const MAX_DELTA_CHUNKS: usize = 8_192;
+/// Chunks that may have changed before a delta is made of them, asked for or not.
+pub(super) const MAX_TOUCHED: usize = 1 << 16;
 /// Chunks in one piece of a snapshot.
 const PIECE_CHUNKS: usize = 16_384;
 
@@ -47,9 +49,11 @@ pub struct Publisher {
     checksum: u64,
     ring: VecDeque<Arc<wire::ResidencyDelta>>,
     ring_bytes: usize,
-    /// Changed since the last delta: what it was then.
+    /// Changed since the last delta: what it was then. At [`MAX_TOUCHED`] a delta is made unasked.
     touched: Fingerprints<Option<u32>>,
     grade_told: Grade,
+    /// Deltas were made that nobody asked for.
+    untold: bool,
 }
 
 impl Publisher {
@@ -67,6 +71,7 @@ impl Publisher {
             ring_bytes: 0,
             touched: Fingerprints::default(),
             grade_told: grade,
+            untold: false,
         }
     }
 
@@ -83,6 +88,10 @@ impl Publisher {
                 Change::Removed { chunk } => (chunk, self.resident.remove(&chunk)),
             };
             self.touched.entry(chunk).or_insert(before);
+            if self.touched.len() >= MAX_TOUCHED {
+                // Nobody has asked for long: nobody follows, or all that do are slow.
+                self.untold |= self.make_delta();
+            }
         }
     }
 
@@ -109,7 +118,7 @@ impl Publisher {
     /// Whether the next [`Publisher::flush`] may have something to tell.
     #[must_use]
     pub fn is_pending(&self) -> bool {
-        !self.touched.is_empty() || self.grade != self.grade_told
+        !self.touched.is_empty() || self.grade != self.grade_told || self.untold
     }
 
     /// Whether somebody with this cursor needs a snapshot.
@@ -140,8 +149,18 @@ impl Publisher {
         (self.ring.len(), self.ring_bytes)
     }
 
+    #[cfg(test)]
+    pub(super) fn touched(&self) -> usize {
+        self.touched.len()
+    }
+
     /// Makes deltas of what was noted. Returns whether there is something new.
     pub fn flush(&mut self) -> bool {
+        let made = self.make_delta();
+        std::mem::take(&mut self.untold) || made
+    }
+
+    fn make_delta(&mut self) -> bool {
         let mut stored = Vec::new();
         let mut removed = Vec::new();
         for (chunk, before) in std::mem::take(&mut self.touched) {

@@ -24,6 +24,8 @@ const GROW: f64 = 1.005;
 const FULL: f64 = 0.9;
 /// Where no size is stated.
 const NOMINAL_TOKENS: u64 = 500_000;
+/// What may be let go, chunks and tokens beyond them, however large an engine says that it is.
+pub(super) const MAX_UNUSED: usize = 2 * MAX_CHUNKS;
 
 /// How a prompt's tokens lie on its chunks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -424,7 +426,9 @@ impl Shadow {
     }
 
     fn evict(&mut self) {
-        while self.used as f64 > self.capacity && self.evict_oldest() {}
+        while (self.used as f64 > self.capacity || self.unused.len() > MAX_UNUSED)
+            && self.evict_oldest()
+        {}
     }
 
     /// Returns whether there was anything that nobody uses.

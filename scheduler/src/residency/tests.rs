@@ -191,6 +191,41 @@ fn a_cursor_that_is_too_far_behind_gets_a_snapshot() {
     assert!(publisher.flush(), "the grade did");
 }
 
+#[test]
+fn a_cache_that_nobody_follows_is_not_written_down_for_ever() {
+    let mut publisher = Publisher::new(WORKER, 7, Grade::Inferred);
+    let mut balancer = Balancer {
+        follower: Follower::new(WORKER),
+        index: BTreeMap::new(),
+    };
+    publisher.flush();
+    tell(&publisher, &mut balancer, &mut std::iter::empty());
+    // Ten chunks that come and go, each another one.
+    let last = 3 * publish::MAX_TOUCHED as u64;
+    for chunk in 0..last {
+        publisher.note([Change::Stored { chunk, tokens: 1 }]);
+        if let Some(chunk) = chunk.checked_sub(10) {
+            publisher.note([Change::Removed { chunk }]);
+        }
+        assert!(publisher.touched() <= publish::MAX_TOUCHED);
+        assert!(publisher.is_pending(), "whoever follows is to be told");
+    }
+    assert!(publisher.flush());
+    assert!(!publisher.is_pending());
+    tell(&publisher, &mut balancer, &mut std::iter::empty());
+    let held: Vec<u64> = balancer.index.into_keys().collect();
+    assert_eq!(held, (last - 10..last).collect::<Vec<_>>());
+}
+
+#[test]
+fn what_is_in_a_shadow_without_a_chunk_is_bounded_too() {
+    let mut shadow = Shadow::new(u64::MAX);
+    for _ in 0..shadow::MAX_UNUSED + 10 {
+        shadow.finished(&[], 0, 1);
+    }
+    assert_eq!(shadow.tokens().0, shadow::MAX_UNUSED as u64);
+}
+
 /// What may happen to one message.
 #[derive(Clone, Copy, Debug)]
 enum Fate {

@@ -26,6 +26,7 @@ pub(crate) struct World {
     pub(crate) homes: Vec<WorkerId>,
     pub(crate) home_tokens: u32,
     pub(crate) tried: Vec<WorkerId>,
+    pub(crate) apart: Vec<WorkerId>,
     pub(crate) prompt_tokens: f64,
     pub(crate) targets: Targets,
     pub(crate) conversation: Option<u64>,
@@ -48,6 +49,10 @@ impl World {
         let start = Now::at(Duration::from_secs(1_000));
         let mut eligible = Vec::new();
         let tried: Vec<WorkerId> = (0..rng.random_range(0..3))
+            .map(|_| WorkerId(rng.random_range(0..workers)))
+            .collect();
+        let suspects = rng.random_range(0..4) / 2;
+        let apart: Vec<WorkerId> = (0..suspects)
             .map(|_| WorkerId(rng.random_range(0..workers)))
             .collect();
         let now = start + Duration::from_millis(rng.random_range(0..600));
@@ -80,7 +85,8 @@ impl World {
             let heard = now.since(reported) <= load.interval * 3;
             let open = !cordoned[id as usize] && load.acceptance == Acceptance::Open;
             let may = open && heard && !cut_off;
-            if may && !tried.contains(&WorkerId(id)) {
+            let left_out = tried.contains(&WorkerId(id)) || apart.contains(&WorkerId(id));
+            if may && !left_out {
                 eligible.push(WorkerId(id));
             }
         }
@@ -106,6 +112,7 @@ impl World {
             homes,
             home_tokens,
             tried,
+            apart,
             prompt_tokens: rng.random_range(0..12_000).into(),
             targets: Targets {
                 ttft_ms: [infinite, 200.0, 2_000.0][rng.random_range(0..3)],
@@ -120,6 +127,7 @@ impl World {
         Request {
             model: "m",
             tried: &self.tried,
+            apart: &self.apart,
             zone: None,
             only: &[],
             prompt_tokens: self.prompt_tokens,

@@ -50,6 +50,8 @@ pub struct Config {
     pub max_context_tokens: u64,
     /// Where the cache's events are published, as vLLM publishes them.
     pub kv_events: Option<KvEvents>,
+    /// It dies of a request with `seed`, once its prompt is prefilled.
+    pub dies_of_seed: bool,
 }
 
 /// Sockets of the cache's events, as ZeroMQ writes them; the engine listens.
@@ -76,6 +78,7 @@ impl Default for Config {
             speed: 1.0,
             max_context_tokens: 1 << 20,
             kv_events: None,
+            dies_of_seed: false,
         }
     }
 }
@@ -101,6 +104,9 @@ pub enum EngineError {
         /// What was said.
         problem: String,
     },
+    /// It died of a request, as it was told to.
+    #[error("it died of a request with `seed`, as it was told to")]
+    Died,
     /// A setting makes no sense.
     #[error("{setting} is {value}, but must be {must}")]
     Setting {

@@ -31,14 +31,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 /// Serves until `shutdown` ends; `ready` is told the address once requests are answered.
 ///
 /// # Errors
 ///
-/// A bad setting, or an address that cannot be listened on. Once ready it does not fail.
+/// A bad setting, or an address that cannot be listened on. Once ready it fails of nothing but what it was told to die
+/// of.
 pub async fn serve(
     config: Config,
     ready: impl FnOnce(SocketAddr),
@@ -64,13 +65,14 @@ pub async fn serve(
         }
     };
     let engine = Engine::new(config, publish);
-    let service = engine.service.clone();
+    let (service, dead) = (engine.service.clone(), engine.clone());
     let router = router(engine);
     ready(bound);
     tokio::select! {
         never = accept(listener, router) => match never {},
         never = service.run() => match never {},
         () = publishing => Ok(()),
+        () = dead.died.notified() => Err(EngineError::Died),
         () = shutdown => Ok(()),
     }
 }
@@ -121,6 +123,8 @@ struct Engine {
     body_budget: Semaphore,
     started: u64,
     next_id: AtomicU64,
+    /// A request killed it.
+    died: Notify,
 }
 
 impl Engine {
@@ -130,6 +134,7 @@ impl Engine {
             body_budget: Semaphore::new(BODY_BUDGET_KIB as usize),
             started: unix_ms(),
             next_id: AtomicU64::new(0),
+            died: Notify::new(),
             config,
         })
     }
@@ -203,8 +208,14 @@ impl Engine {
             keeps_ids: kv_events.is_some(),
         }
         .job(api, &body)?;
+        let kills = self.config.dies_of_seed && has_seed(&body);
         drop(body);
         let place = self.service.enter(&job)?;
+        if kills {
+            self.service.prefill(place).await;
+            self.died.notify_one();
+            return std::future::pending().await;
+        }
         if api == Api::Embedding {
             self.service.prefill(place).await;
             return Ok(json_response(StatusCode::OK, embedding(&job)));
@@ -296,6 +307,15 @@ async fn metrics(State(engine): State<Arc<Engine>>) -> Response {
     let page = page.page(&engine.config.models[0], engine.started);
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(CONTENT_TYPE, kind)], page).into_response()
+}
+
+/// Whether a body that was read before says what to draw from.
+fn has_seed(body: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Seeded {
+        seed: Option<serde::de::IgnoredAny>,
+    }
+    serde_json::from_slice::<Seeded>(body).is_ok_and(|body| body.seed.is_some())
 }
 
 fn error_response(error: &ApiError) -> Response {

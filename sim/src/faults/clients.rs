@@ -386,6 +386,17 @@ impl Asker {
                     in_flight,
                     ..control::Work::default()
                 };
+                if world.rng.random_bool(0.04) {
+                    let accuse = accusation(world, incarnation);
+                    return Request {
+                        ask: Ask::Propose {
+                            asked: self.command(accuse, None),
+                            change: None,
+                        },
+                        calls: Vec::new(),
+                        kind: Doing::Renew,
+                    };
+                }
                 let heat = world.rng.random_bool(0.3).then(|| heat(world));
                 let incarnation = Some(incarnation);
                 return renewal(
@@ -593,6 +604,25 @@ pub(super) enum Wants {
 /// The worker that the admin drains; there are two at least.
 pub(super) fn drained(agents: u32) -> String {
     format!("w{}", agents.saturating_sub(1))
+}
+
+/// Its engine died under a few of the same few requests.
+fn accusation(world: &mut Outside<'_>, incarnation: Incarnation) -> Action {
+    let accused = (1..=12).filter(|_| world.rng.random_bool(0.3));
+    let accused: Vec<u64> = accused.collect();
+    let accused = accused.into_iter().map(|key| wire::Accused {
+        key,
+        key_epoch: 1,
+        tenant: "t".into(),
+        model: "m".into(),
+        shape: "chat, seed".into(),
+        share: world.rng.random_range(1..=1_500),
+    });
+    Action::AccuseRequests(wire::AccuseRequests {
+        incarnation: Some(incarnation.to_wire()),
+        accused: accused.collect(),
+        in_flight: 12,
+    })
 }
 
 /// What an agent was asked for, now of the one families and now of others; and sometimes it is late, but

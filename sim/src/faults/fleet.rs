@@ -294,6 +294,7 @@ impl World {
             zone: None,
             key_epoch: 0,
             shadow: false,
+            named: None,
             tenant: String::new(),
         };
         let (said, load) = match core.place(now, &offer) {

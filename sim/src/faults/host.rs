@@ -721,6 +721,10 @@ impl Process {
                 }
                 Action::StepRebalance(step) => (command::Action::StepRebalance(step), "it is due"),
                 Action::StopRebalance(stop) => (command::Action::StopRebalance(stop), "too late"),
+                Action::ForgetSuspects => {
+                    let forget = wire::ForgetSuspects {};
+                    (command::Action::ForgetSuspects(forget), "it is long ago")
+                }
             };
             let proposed = self.propose_own(now, action, reason);
             self.own.extend(proposed);

@@ -75,6 +75,8 @@ pub struct Summary {
     pub drains: u64,
     /// Homes that rebalances moved.
     pub moves: u64,
+    /// Requests that were quarantined.
+    pub quarantines: u64,
     /// Events.
     pub events: u64,
     /// Terms in which a leader was elected.
@@ -115,6 +117,7 @@ impl Summary {
         self.placements += other.placements;
         self.drains += other.drains;
         self.moves += other.moves;
+        self.quarantines += other.quarantines;
         self.events += other.events;
         self.terms += other.terms;
         self.trace_hash = self.trace_hash.rotate_left(7) ^ other.trace_hash;
@@ -193,6 +196,7 @@ fn run_plan(request: Request, plan: Vec<Fault>) -> Result<Summary, (Violation, u
         placements: ended.placements,
         drains: ended.drains,
         moves: ended.moves,
+        quarantines: ended.quarantines,
         events: ended.events,
         terms: ended.terms as u64,
         trace_hash: ended.trace,

@@ -314,6 +314,7 @@ impl World {
             }
             self.checks.drains.held(&batch.facts)?;
             self.checks.homes.held(&batch.facts)?;
+            self.checks.suspects.held(&batch.facts)?;
             self.newest_member = self.newest_member.max(batch.newest_member);
         }
         Ok(messages)
@@ -328,6 +329,7 @@ impl World {
         self.checks.force.delta(delta);
         self.checks.drains.delta(delta)?;
         self.checks.homes.delta(delta)?;
+        self.checks.suspects.delta(delta)?;
         for change in &delta.changes {
             match &change.change {
                 Some(Change::Members(list)) => self.members_are(&list.members),

@@ -126,6 +126,7 @@ pub(super) struct Ended {
     pub(super) placements: u64,
     pub(super) drains: u64,
     pub(super) moves: u64,
+    pub(super) quarantines: u64,
 }
 
 impl World {
@@ -318,6 +319,7 @@ impl World {
                     placements: self.checks.force.taken,
                     drains: self.checks.drains.drained,
                     moves: self.checks.homes.moved,
+                    quarantines: self.checks.suspects.quarantined,
                 })
             }
         }

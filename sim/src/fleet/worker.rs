@@ -347,6 +347,7 @@ pub(super) fn offer(job: &Job, block_tokens: u32, incarnation: Incarnation) -> O
         zone: None,
         key_epoch: 0,
         shadow: false,
+        named: None,
         tenant: String::new(),
     }
 }

@@ -1,5 +1,6 @@
 //! Top-level members that are put into, or taken out of, a request's body.
 
+use bytes::{Bytes, BytesMut};
 use forebay_scheduler::json::{Kind, Scanner, Span, Unreadable, says};
 
 /// What is asked of an engine beyond what the client asked.
@@ -18,8 +19,8 @@ pub(crate) struct Asked<'a> {
 /// A body as the engine gets it.
 #[derive(PartialEq, Eq)]
 pub(crate) struct Spliced {
-    /// The bytes; `None`: as they were received.
-    pub(crate) body: Option<Vec<u8>>,
+    /// The bytes, in pieces: long members are those that were received.
+    pub(crate) body: Vec<Bytes>,
     /// The client did not ask for the event with the token counts: it is taken out again.
     pub(crate) strip_usage: bool,
 }
@@ -29,9 +30,9 @@ pub(crate) struct Spliced {
 ///
 /// A body that cannot be read is left alone: the engine has its own word for what is wrong with it.
 #[must_use]
-pub(crate) fn splice(body: &[u8], asked: &Asked<'_>) -> Spliced {
-    spliced(body, asked).unwrap_or(Spliced {
-        body: None,
+pub(crate) fn splice(body: &Bytes, asked: &Asked<'_>) -> Spliced {
+    spliced(body, asked).unwrap_or_else(|_| Spliced {
+        body: vec![body.clone()],
         strip_usage: false,
     })
 }
@@ -42,7 +43,7 @@ struct Member {
     value: Span,
 }
 
-fn spliced(body: &[u8], to: &Asked<'_>) -> Result<Spliced, Unreadable> {
+fn spliced(body: &Bytes, to: &Asked<'_>) -> Result<Spliced, Unreadable> {
     let mut kept = Vec::new();
     let mut removed = false;
     let mut stream = false;
@@ -104,31 +105,48 @@ fn spliced(body: &[u8], to: &Asked<'_>) -> Result<Spliced, Unreadable> {
     let strip_usage = stream && !asked;
     if added.is_empty() && !removed && replaced.is_none() {
         return Ok(Spliced {
-            body: None,
+            body: vec![body.clone()],
             strip_usage,
         });
     }
-    let mut members: Vec<&[u8]> = added.iter().map(Vec::as_slice).collect();
+    let mut members: Vec<Bytes> = added.into_iter().map(Bytes::from).collect();
     for (at, member) in kept.iter().enumerate() {
-        members.push(match &replaced {
-            Some((replaced, bytes)) if *replaced == at => bytes,
-            _ => &body[member.whole.from..member.whole.to],
+        members.push(match &mut replaced {
+            Some((replaced, bytes)) if *replaced == at => std::mem::take(bytes).into(),
+            _ => body.slice(member.whole.from..member.whole.to),
         });
     }
-    let size = body.len() + 128;
-    let mut out = Vec::with_capacity(size);
-    out.push(b'{');
-    for (at, member) in members.iter().enumerate() {
-        if at > 0 {
-            out.push(b',');
-        }
-        out.extend_from_slice(member);
-    }
-    out.push(b'}');
     Ok(Spliced {
-        body: Some(out),
+        body: object(members),
         strip_usage,
     })
+}
+
+/// A member that is longer is not copied.
+const COPIED_BYTES: usize = 4 << 10;
+
+/// An object of these members, in pieces.
+fn object(members: Vec<Bytes>) -> Vec<Bytes> {
+    let short = members.iter().map(Bytes::len);
+    let short: usize = short.filter(|bytes| *bytes <= COPIED_BYTES).sum();
+    // Each with a comma or brace, and one brace more.
+    let mut between = BytesMut::with_capacity(short + members.len() + 1);
+    let mut pieces = Vec::new();
+    between.extend_from_slice(b"{");
+    for (at, member) in members.into_iter().enumerate() {
+        if at > 0 {
+            between.extend_from_slice(b",");
+        }
+        if member.len() <= COPIED_BYTES {
+            between.extend_from_slice(&member);
+        } else {
+            pieces.push(between.split().freeze());
+            pieces.push(member);
+        }
+    }
+    between.extend_from_slice(b"}");
+    pieces.push(between.freeze());
+    pieces
 }
 
 /// `stream_options` with `include_usage`; `None`: it has it. Counts in every event would follow from ours,
@@ -183,10 +201,29 @@ mod tests {
     }
 
     fn told(body: &str, asked: &Asked<'_>, expected: Option<&str>, strip_usage: bool) {
-        let spliced = splice(body.as_bytes(), asked);
-        let got = spliced.body.map(|body| String::from_utf8(body).unwrap());
-        assert_eq!(got.as_deref(), expected, "{body}");
-        assert_eq!(spliced.strip_usage, strip_usage, "{body}");
+        let (got, stripped) = whole(body.as_bytes(), asked);
+        let got = String::from_utf8(got).unwrap();
+        assert_eq!(got, expected.unwrap_or(body), "{body}");
+        assert_eq!(stripped, strip_usage, "{body}");
+    }
+
+    fn whole(body: &[u8], asked: &Asked<'_>) -> (Vec<u8>, bool) {
+        let spliced = splice(&Bytes::copy_from_slice(body), asked);
+        (spliced.body.concat(), spliced.strip_usage)
+    }
+
+    #[test]
+    fn what_is_long_is_not_copied() {
+        let text = "x".repeat(COPIED_BYTES);
+        let body = Bytes::from(format!(r#"{{"a":1,"b":"{text}","c":2,"priority":1}}"#));
+        let spliced = splice(&body, &SALTED).body;
+        let expected = format!(r#"{{"cache_salt":"s","a":1,"b":"{text}","c":2}}"#);
+        assert_eq!(String::from_utf8(spliced.concat()).unwrap(), expected);
+        assert!(
+            spliced
+                .iter()
+                .any(|piece| piece.as_ptr() == body[7..].as_ptr())
+        );
     }
 
     #[test]
@@ -289,7 +326,7 @@ mod tests {
             ids: true,
             ..VLLM
         };
-        let spliced = splice(body, &asked).body.unwrap();
+        let (spliced, _) = whole(body, &asked);
         let expected = r#"{"cache_salt":"s","return_token_ids":true,"a":1}"#;
         assert_eq!(String::from_utf8(spliced).unwrap(), expected);
     }
@@ -346,15 +383,15 @@ mod tests {
             }
             let body = Value::from(body);
             let text = if pretty { serde_json::to_vec_pretty(&body) } else { serde_json::to_vec(&body) }.unwrap();
-            let once = splice(&text, &SALTED).body.unwrap();
+            let (once, _) = whole(&text, &SALTED);
             prop_assert_eq!(serde_json::from_slice::<Value>(&once).unwrap(), Value::from(expected));
-            let twice = splice(&once, &SALTED).body.unwrap();
+            let (twice, _) = whole(&once, &SALTED);
             prop_assert_eq!(once, twice);
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = splice(&bytes, &Asked { ids: true, ..SALTED });
+            let _ = splice(&bytes.into(), &Asked { ids: true, ..SALTED });
         }
     }
 }

@@ -8,6 +8,7 @@ use forebay_scheduler::model::{Backlog, Targets, attention_pairs};
 use forebay_scheduler::{Acceptance, Load, Queueing, exceeds, first_token};
 
 use super::cache::Prompt;
+use super::deaths::Named;
 use super::placement::{Effect, Placement, PlacementId, Stage, Usage};
 use super::queue::StartBy;
 use super::state::Core;
@@ -49,6 +50,8 @@ pub struct Offer {
     pub shadow: bool,
     /// Whose it is; empty: the balancer does not say.
     pub tenant: String,
+    /// By what it is known if an engine dies of it; none: its balancer does not say.
+    pub named: Option<Named>,
 }
 
 /// Why a placement was not taken. Nothing was started.
@@ -225,7 +228,9 @@ impl Core {
             kv_tokens: f64::from(offer.prompt.tokens) + answer,
             predicted_ms: predicted.then_some(forecast.ttft.as_secs_f64() * 1e3),
             usage: Usage::default(),
+            named: offer.named.clone(),
         };
+        self.suspects += u32::from(placement.is_suspected());
         self.tenants.took(&offer.tenant);
         self.body_bytes += offer.body_bytes;
         self.queue.push(&placement.waiting(id));

@@ -11,6 +11,7 @@ mod cache;
 #[cfg(test)]
 mod cache_events_tests;
 mod cadence;
+mod deaths;
 mod heat;
 #[cfg(test)]
 mod heat_tests;
@@ -36,6 +37,7 @@ mod work;
 pub use admission::{Admitted, Offer, Question, Quote, RefusalReason, Refused};
 pub use cache::{Continuity, GradeChange, Prompt};
 pub use cadence::Cadence;
+pub use deaths::{EngineDeath, Named};
 pub use heat::Recorded;
 pub use map::{MAX_MAP_BYTES, Map, MapError};
 pub use placement::{Effect, End, Ending, PlacementId, Unstarted, Usage};

@@ -8,6 +8,7 @@ use forebay_scheduler::heat::Ticket;
 use forebay_scheduler::model::{Targets, attention_pairs};
 
 use super::cache::{Held, Prompt};
+use super::deaths::Named;
 use super::kv::Promise;
 use super::queue::{StartBy, Waiting};
 
@@ -169,6 +170,8 @@ pub(super) struct Placement {
     pub(super) usage: Usage,
     /// What is told of it to the heat; none: it is nobody's request.
     pub(super) heat: Option<Ticket>,
+    /// By what it is known if the engine dies of it.
+    pub(super) named: Option<Named>,
 }
 
 impl Placement {
@@ -177,6 +180,11 @@ impl Placement {
         let cached = f64::from(self.cached_tokens);
         let uncached = (f64::from(self.prompt.tokens) - cached).max(0.0);
         (uncached, attention_pairs(cached, uncached))
+    }
+
+    /// Whether something is held against it.
+    pub(super) fn is_suspected(&self) -> bool {
+        self.named.as_ref().is_some_and(|named| named.suspected)
     }
 
     /// Whether it is a copy of a request that runs elsewhere.

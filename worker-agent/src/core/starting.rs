@@ -6,6 +6,7 @@
 //! slots count.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use forebay_proto::Now;
 use forebay_scheduler::Acceptance;
@@ -22,6 +23,10 @@ const NOMINAL_ANSWER: f64 = 256.0;
 const BEYOND_REACH: f64 = 1.5;
 /// Weight of a new request in what is learnt of prompts and answers.
 const SHARE: f64 = 1.0 / 16.0;
+
+/// How long what may kill the engine is prefilled alone: what does not say when its first token comes would stand in
+/// everybody's way.
+const APART: Duration = Duration::from_secs(2);
 
 /// Who is on the engine, in sums.
 #[derive(Debug, Default)]
@@ -103,6 +108,8 @@ enum Obstacle {
     Prefills,
     /// Only the end of one that runs helps.
     Residents,
+    /// One that may kill the engine is prefilled alone, until then at the longest.
+    Suspect(Now),
 }
 
 impl Core {
@@ -119,8 +126,13 @@ impl Core {
             let Some(id) = self.queue.next(self.now, start_by) else {
                 return;
             };
-            match self.obstacle(id) {
+            let obstacle = self.kept_apart(id).or_else(|| self.obstacle(id));
+            match obstacle {
                 None => self.start(id),
+                Some(Obstacle::Suspect(until)) => {
+                    self.start_due = Some(until);
+                    return;
+                }
                 Some(Obstacle::Residents) => return,
                 Some(Obstacle::Prefills) => {
                     self.start_due = self.when_dry();
@@ -159,6 +171,24 @@ impl Core {
         self.batch.give(prefill, profile);
         self.running += 1;
         self.effects.push_back(Effect::Start(id));
+    }
+
+    /// Whether this one has to wait for the others' first tokens, because something is held against it or against
+    /// one of them: if the engine dies again, it is known of whom.
+    fn kept_apart(&self, id: PlacementId) -> Option<Obstacle> {
+        if self.suspects == 0 {
+            return None;
+        }
+        let suspected = self.placements[&id].is_suspected();
+        let since = self
+            .placements
+            .values()
+            .filter_map(|other| match other.stage {
+                Stage::Dispatched { since } if suspected || other.is_suspected() => Some(since),
+                Stage::Dispatched { .. } | Stage::Queued | Stage::Streaming { .. } => None,
+            });
+        let until = since.max()? + APART;
+        (self.now < until).then_some(Obstacle::Suspect(until))
     }
 
     fn obstacle(&self, id: PlacementId) -> Option<Obstacle> {

@@ -14,6 +14,7 @@ use forebay_scheduler::{Acceptance, Load};
 use super::batch::Batch;
 use super::cache::{Cache, Continuity, GradeChange};
 use super::cadence::{BUSY, Cadence, IDLE};
+use super::deaths::Deaths;
 use super::kv::Exact;
 use super::map::Map;
 use super::mean::Mean;
@@ -99,6 +100,9 @@ pub struct Core {
     /// What it is asked for, by families of prompts.
     pub(super) heat: Heat,
     pub(super) shadows: Shadows,
+    pub(super) deaths: Deaths,
+    /// Placements that something is held against.
+    pub(super) suspects: u32,
 }
 
 /// What a change of makes a new report.
@@ -138,6 +142,8 @@ impl Core {
             first_bytes: 0,
             heat: Heat::default(),
             shadows: Shadows::default(),
+            deaths: Deaths::default(),
+            suspects: 0,
         }
     }
 
@@ -516,6 +522,8 @@ impl Core {
         let mut placement = self.placements.remove(&id)?;
         self.pass(now);
         self.over_for_heat(id, &mut placement, end);
+        self.over_for_deaths(id, placement.named.as_ref(), end);
+        self.suspects -= u32::from(placement.is_suspected());
         self.body_bytes -= placement.body_bytes;
         match placement.stage {
             Stage::Streaming { .. } => {

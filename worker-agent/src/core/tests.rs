@@ -51,6 +51,7 @@ pub(super) fn offer() -> Offer {
         key_epoch: 0,
         shadow: false,
         tenant: "t".into(),
+        named: None,
     }
 }
 

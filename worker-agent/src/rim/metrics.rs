@@ -39,6 +39,7 @@ pub(super) struct Metrics {
     predicted: Gauge,
     reported: Gauge,
     late: Gauge,
+    engine_deaths: Gauge,
     judged: Gauge,
     within: Gauge,
     late_p50: Gauge<f64, AtomicU64>,
@@ -145,6 +146,11 @@ impl Metrics {
             "forebay_agent_late",
             "Requests that could not start in time for their first-token target, and let others pass",
             &self.late,
+        );
+        gauge(
+            "forebay_agent_engine_deaths",
+            "Times that the engine died with requests on it and nobody knows why",
+            &self.engine_deaths,
         );
         gauge(
             "forebay_agent_ttft_predicted",
@@ -254,6 +260,7 @@ impl Metrics {
         self.predicted.set(number(predicted));
         self.reported.set(number(reported));
         self.late.set(number(core.late()));
+        self.engine_deaths.set(number(core.engine_deaths()));
         self.families.set(number(core.families() as u64));
         self.recorded.set(number(core.recordings()));
         let work_secs = core.took_ms() / 1e3;

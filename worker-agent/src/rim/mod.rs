@@ -16,6 +16,7 @@ mod metrics;
 mod peers;
 mod placement;
 mod pool;
+mod post_mortem;
 mod probe;
 mod register;
 mod render;

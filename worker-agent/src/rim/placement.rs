@@ -3,6 +3,7 @@
 //! Whatever way this ends, dropping what it holds ends the rest: the ticket frees the slot, the
 //! engine's answer closes its connection, the sender resets the stream.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,12 +57,14 @@ pub(super) async fn carry(
             let mut carried = Carried {
                 shared,
                 patience,
+                stopped: Box::pin(sender.stopped()),
                 sender,
                 receiver,
                 offer,
                 engine_id,
                 at_end: false,
                 inside_a_frame: false,
+                share: 0,
             };
             let accepted = wire::accepted(&admitted);
             // Other streams may have used the connection's window up.
@@ -97,6 +100,8 @@ struct Carried {
     shared: Arc<Shared>,
     patience: Patience,
     sender: FrameSender,
+    /// Ends when the balancer takes no more: asked for once, looked at again and again.
+    stopped: Pin<Box<dyn Future<Output = Option<u64>> + Send>>,
     receiver: FrameReceiver,
     offer: Offer,
     /// Under which the engine knows it.
@@ -105,6 +110,8 @@ struct Carried {
     at_end: bool,
     /// A frame was begun and is not sent whole: no other may follow.
     inside_a_frame: bool,
+    /// What is held against it of the engine's death.
+    share: u32,
 }
 
 /// An answer as it passes.
@@ -193,7 +200,8 @@ impl Carried {
         let Some((end, ending)) = ticket.end(end) else {
             return;
         };
-        self.part(wire::trailer(end, &detail, &ending)).await;
+        let trailer = wire::trailer(end, &detail, &ending, self.share);
+        self.part(trailer).await;
     }
 
     /// The last frame and the end of the stream.
@@ -211,7 +219,7 @@ impl Carried {
             Ok(body) => body,
             Err(over) => return Ok(over),
         };
-        let (body, strip_usage, mut unaligned) = self.splice(body);
+        let (body, strip_usage, mut unaligned) = self.splice(&body);
         let mut ids = unaligned.is_some().then(Ids::default);
         let shared = self.shared.clone();
         let (path, request_id) = (self.offer.path.clone(), self.engine_id.clone());
@@ -227,7 +235,10 @@ impl Carried {
                         shared.engine_down(&error.to_string());
                         End::NotStarted
                     }
-                    CallError::Failed(_) => End::EngineFailed,
+                    CallError::Failed(_) => {
+                        self.share = shared.post_mortem(ticket).await;
+                        End::EngineFailed
+                    }
                 };
                 return Ok(Outcome::Ended(end, error.to_string()));
             }
@@ -238,6 +249,12 @@ impl Carried {
             if let Some(why) = not_started(answer.status(), &document) {
                 shared.engine_refused(why);
                 return Ok(Outcome::Ended(End::NotStarted, why.detail().to_owned()));
+            }
+            // An engine that died has a process in front of it that says so, for a moment.
+            self.share = shared.post_mortem(ticket).await;
+            if self.share > 0 {
+                let detail = format!("the engine died: it answered {}", answer.status());
+                return Ok(Outcome::Ended(End::EngineFailed, detail));
             }
             early = Some(document);
         }
@@ -284,6 +301,7 @@ impl Carried {
                 Ok(None) => break,
                 Err(problem) => {
                     ticket.usage(reading.usage());
+                    self.share = shared.post_mortem(ticket).await;
                     let detail = format!("the engine broke off: {problem}");
                     return Ok(Outcome::Ended(End::EngineFailed, detail));
                 }
@@ -295,6 +313,7 @@ impl Carried {
         let rest: Bytes = [left, rest].concat().into();
         ticket.usage(usage);
         if verdict == Verdict::Broken {
+            self.share = shared.post_mortem(ticket).await;
             let detail = "the engine failed in the middle of its answer".to_owned();
             return Ok(Outcome::Ended(End::EngineFailed, detail));
         }
@@ -308,15 +327,14 @@ impl Carried {
 
     /// The body as the engine gets it, whether its token counts are to be taken out again, and what is kept
     /// of it where its ids are.
-    fn splice(&self, body: Text) -> (Text, bool, Option<Unaligned>) {
+    fn splice(&self, whole: &Bytes) -> (Text, bool, Option<Unaligned>) {
         let adapter = self.shared.adapter();
         if adapter == Adapter::Generic || self.offer.path == "/v1/embeddings" {
-            return (body, false, None);
+            return (Text::of(whole.clone()), false, None);
         }
-        let whole = body.whole();
         let aligner = &self.shared.aligner;
         let unaligned = match adapter {
-            Adapter::Vllm => aligner.expect(&self.shared, &self.offer, &whole),
+            Adapter::Vllm => aligner.expect(&self.shared, &self.offer, whole),
             Adapter::Sglang | Adapter::LlamaCpp | Adapter::Generic => None,
         };
         let asked = Asked {
@@ -325,9 +343,8 @@ impl Carried {
             priority: self.priority().filter(|_| adapter.takes_priority()),
             ids: unaligned.is_some(),
         };
-        let Spliced { body, strip_usage } = splice(&whole, &asked);
-        let text = Text::of(body.map_or(whole, Bytes::from));
-        (text, strip_usage, unaligned)
+        let Spliced { body, strip_usage } = splice(whole, &asked);
+        (body.into_iter().collect(), strip_usage, unaligned)
     }
 
     /// When the first token is due, in milliseconds since this agent started: whose is due first goes first.
@@ -362,23 +379,27 @@ impl Carried {
     }
 
     /// The whole body, once the placement has its slot; or how it was over before.
-    async fn receive(&mut self, ticket: &mut Ticket) -> Result<Result<Text, Outcome>, Gone> {
-        let mut body = Text::default();
+    async fn receive(&mut self, ticket: &mut Ticket) -> Result<Result<Bytes, Outcome>, Gone> {
+        // Admitted: there is memory for as much as was announced.
+        let announced = usize::try_from(self.offer.body_bytes).unwrap_or(usize::MAX);
+        let mut body = BytesMut::new();
         let (mut whole, mut started) = (false, false);
         let mut last_piece = Instant::now();
         while !(whole && started) {
             tokio::select! {
+                biased;
                 frame = self.receiver.recv(), if !self.at_end => match frame {
                     Ok(Some(frame)) if frame.kind == Kind::Body && !whole => {
-                        body.push(frame.payload);
-                        last_piece = Instant::now();
-                        if body.len() > self.offer.body_bytes {
+                        if frame.payload.len() > announced - body.len() {
                             return Err(Gone(Code::Protocol));
                         }
+                        body.reserve(announced - body.len());
+                        body.extend_from_slice(&frame.payload);
+                        last_piece = Instant::now();
                     }
                     Ok(Some(frame)) if frame.kind == Kind::BodyEnd && !whole => {
                         whole = true;
-                        if body.len() != self.offer.body_bytes {
+                        if body.len() != announced {
                             return Err(Gone(Code::Protocol));
                         }
                     }
@@ -389,19 +410,19 @@ impl Carried {
                 call = &mut ticket.call, if !started => match call {
                     Ok(Call::Start) => started = true,
                     Ok(Call::Over(why, ending)) => {
-                        let trailer = wire::trailer(why.end(), why.detail(), &ending);
+                        let trailer = wire::trailer(why.end(), why.detail(), &ending, 0);
                         return Ok(Err(Outcome::Sent(trailer)));
                     }
                     // It is told before its sender goes.
                     Err(_) => return Err(Gone(Code::Cancelled)),
                 },
-                _ = self.sender.stopped() => return Err(Gone(Code::Cancelled)),
+                _ = &mut self.stopped => return Err(Gone(Code::Cancelled)),
                 () = tokio::time::sleep_until(last_piece + self.patience.peer), if !whole => {
                     return Err(Gone(Code::Cancelled));
                 }
             }
         }
-        Ok(Ok(body))
+        Ok(Ok(body.freeze()))
     }
 
     /// Sends a frame unless the balancer goes, or takes nothing for too long.
@@ -431,13 +452,13 @@ impl Carried {
     /// Returns when the balancer has given the placement up.
     async fn abandoned(&mut self) -> Gone {
         let Self {
-            sender,
+            stopped,
             receiver,
             at_end,
             ..
         } = self;
         tokio::select! {
-            _ = sender.stopped() => Gone(Code::Cancelled),
+            _ = stopped => Gone(Code::Cancelled),
             gone = reset(receiver, at_end) => gone,
         }
     }

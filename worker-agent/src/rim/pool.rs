@@ -25,7 +25,7 @@ const KEEP: Duration = Duration::from_secs(3);
 /// From the end of an answer until its connection is ready for the next.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// A request's body in the pieces in which it came. Text: it has no `Debug`.
+/// A request's body, in pieces. Text: it has no `Debug`.
 #[derive(Default)]
 pub(super) struct Text {
     pieces: VecDeque<Bytes>,
@@ -33,32 +33,20 @@ pub(super) struct Text {
 }
 
 impl Text {
-    pub(super) fn push(&mut self, piece: Bytes) {
+    fn push(&mut self, piece: Bytes) {
         self.bytes += piece.len() as u64;
         self.pieces.push_back(piece);
     }
 
-    pub(super) const fn len(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The body in one piece.
-    pub(super) fn whole(mut self) -> Bytes {
-        if self.pieces.len() == 1
-            && let Some(only) = self.pieces.pop_front()
-        {
-            return only;
-        }
-        let mut whole = Vec::with_capacity(usize::try_from(self.bytes).unwrap_or(0));
-        for piece in &self.pieces {
-            whole.extend_from_slice(piece);
-        }
-        whole.into()
-    }
-
     pub(super) fn of(whole: Bytes) -> Self {
+        Self::from_iter([whole])
+    }
+}
+
+impl FromIterator<Bytes> for Text {
+    fn from_iter<I: IntoIterator<Item = Bytes>>(pieces: I) -> Self {
         let mut text = Self::default();
-        text.push(whole);
+        pieces.into_iter().for_each(|piece| text.push(piece));
         text
     }
 }

@@ -133,6 +133,7 @@ impl Registrar<'_> {
                 | Refusal::RebalanceActive { .. }
                 | Refusal::UnknownRebalance { .. }
                 | Refusal::PlanStale { .. }
+                | Refusal::UnknownSuspect { .. }
                 | Refusal::PoolInUse { .. } => {
                     Attempt::Fatal(AgentError::Refused { name, refusal })
                 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forebay_link::Link;
+use forebay_link::{Code, Link};
 use forebay_proto::Now;
 use parking_lot::Mutex;
 
@@ -14,6 +14,10 @@ use crate::wire;
 
 /// Balancers that may be connected at once; four times what a cell has.
 pub(super) const MAX_LINKS: usize = 256;
+
+/// Of them, links of one balancer: of more its oldest is closed. One that was killed and started again leaves a
+/// link behind until that is silent for long enough, and one that does so over and over takes no other's place.
+pub(super) const MAX_LINKS_OF_ONE: usize = 16;
 
 /// Without anybody to report to, time passes in the core this often.
 const LOOK: Duration = Duration::from_millis(250);
@@ -45,6 +49,17 @@ pub(super) struct Listed {
 impl Links {
     pub(super) fn list(&self, link: Link) -> Listed {
         let mut table = self.0.lock();
+        let of_this = |(_, to): &(&u64, &To)| to.link.peer() == link.peer();
+        if table.links.iter().filter(of_this).count() >= MAX_LINKS_OF_ONE
+            && let Some((_, oldest)) = table.links.iter().find(of_this)
+        {
+            tracing::warn!(
+                ?link,
+                "too many links of one balancer: its oldest is closed"
+            );
+            let reason = "too many links of this identity: the oldest";
+            oldest.link.close(Code::Normal, reason);
+        }
         table.newest += 1;
         let key = table.newest;
         let to = To {

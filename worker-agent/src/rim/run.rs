@@ -24,6 +24,7 @@ use super::lifecycle::Lifecycle;
 use super::map::MapFile;
 use super::metrics::Metrics;
 use super::peers::Peers;
+use super::post_mortem;
 use super::probe::first_found;
 use super::register::{Registered, Registrar};
 use super::work::{Setup, Status, Work};
@@ -420,6 +421,7 @@ impl Lease<'_> {
         };
         let answer = heat::answer(self.work, self.client, recording);
         let heat = heat::tell(self.work, &self.config.pool, &said);
+        let deaths = post_mortem::tell(self.work, self.client, self.own);
         tokio::select! {
             found = other_engine(self.work, Some(declared)) => Ok(found),
             current = superseded => Err(AgentError::Superseded {
@@ -430,6 +432,7 @@ impl Lease<'_> {
             () = tell => std::future::pending().await,
             () = heat => std::future::pending().await,
             () = answer => std::future::pending().await,
+            () = deaths => std::future::pending().await,
         }
     }
 }

@@ -31,8 +31,8 @@ use super::tasks::OwnedTask;
 use super::{map, probe, reports};
 use crate::adapter::Adapter;
 use crate::core::{
-    Admitted, Continuity, Core, Effect, End, Ending, EngineState, GradeChange, Offer, PlacementId,
-    Recorded, RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
+    Admitted, Continuity, Core, Effect, End, Ending, EngineDeath, EngineState, GradeChange, Offer,
+    PlacementId, Recorded, RefusalReason, Refused, Settings, Unstarted, Usage, Work as UnderWay,
 };
 use crate::wire;
 
@@ -179,6 +179,7 @@ impl Work {
             manner,
             doubted: AtomicBool::new(false),
             changed: Notify::new(),
+            died: Notify::new(),
             status,
             engine: Engine::new(engine, slots.saturating_add(SPARE_CONNECTIONS), process),
             metrics,
@@ -246,6 +247,26 @@ impl Work {
             .with(|core, now| core.recorded(now, window_ms, most))
     }
 
+    /// The next death of the engine that is to be told.
+    pub(super) async fn death(&self) -> EngineDeath {
+        loop {
+            if let Some(death) = self.shared.with(|core, _| core.untold_death().cloned()) {
+                return death;
+            }
+            self.shared.died.notified().await;
+        }
+    }
+
+    /// That death is not told again.
+    pub(super) fn told_of(&self, death: &EngineDeath) {
+        self.shared.with(|core, _| core.told_of(death));
+    }
+
+    /// Suspects that ran well since this was last asked.
+    pub(super) fn cleared(&self) -> Vec<u64> {
+        self.shared.with(|core, _| core.take_cleared())
+    }
+
     /// Takes nothing new from now on and sends back what waits.
     pub fn stop(&self) {
         self.shared.with(Core::stop);
@@ -294,6 +315,8 @@ pub(super) struct Shared {
     pub(super) doubted: AtomicBool,
     /// A report may be due earlier than was thought.
     pub(super) changed: Notify,
+    /// The engine died, and nobody was told of it yet.
+    died: Notify,
     status: watch::Sender<Status>,
     pub(super) engine: Engine,
     pub(super) metrics: Metrics,
@@ -510,11 +533,13 @@ impl Shared {
     pub(super) fn engine_down(&self, problem: &str) {
         if self.with(|core, now| {
             let was = core.engine();
+            core.engine_died(now);
             core.engine_down(now);
             was == EngineState::Up
         }) {
             tracing::warn!(problem, "the engine does not answer");
         }
+        self.died.notify_one();
     }
 }
 
@@ -582,6 +607,11 @@ impl Ticket {
             "{}-{}-{}",
             offer.request_id, offer.incarnation.start, self.id
         )
+    }
+
+    /// Its id in the core.
+    pub(super) const fn id(&self) -> PlacementId {
+        self.id
     }
 
     /// The engine's answer began.

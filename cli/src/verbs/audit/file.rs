@@ -1,14 +1,14 @@
 //! `forebay audit export` and `verify`: the chain beyond what the cluster keeps.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Write as _};
+use std::io::{self, BufReader, BufWriter, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use forebay_consensus::fleet::archive::{self, Archive, ArchiveError, Fault, Joined, Record, Tail};
 use serde::Serialize;
 
-use super::{beginning, broken, newest};
+use super::{beginning, broken, newest, older};
 use crate::context::ContextArgs;
 use crate::exit::{CliError, Exit};
 use crate::output::{OutputArgs, say};
@@ -17,7 +17,7 @@ use crate::verbs::ask::Asked;
 /// Options of `forebay audit export`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "The file is JSON lines: an entry each, oldest first, and a last line that says where it ends. One that exists is checked and gets what it lacks; it is replaced as a whole or not at all. Exit code 8 when it cannot go on: it is another cluster's, or entries between its end and the cluster's oldest are kept nowhere."
+    after_help = "The file is JSON lines: an entry each, oldest first, and a last line that says where it ends. One that exists is checked and gets what it lacks; it is replaced as a whole or not at all. Exit code 8 when it cannot go on: it is another cluster's, or entries between its end and the oldest of the control nodes' files are kept nowhere."
 )]
 pub(super) struct ExportArgs {
     /// Where to.
@@ -85,25 +85,36 @@ struct Compared {
 /// Runs `forebay audit export`.
 pub(super) fn export(args: &ExportArgs) -> Result<(), CliError> {
     let context = args.context.resolve()?;
-    let (tail, now) = crate::roles::thread()?.block_on(async {
-        let asked = Asked::new(context)?;
-        newest(&asked).await
-    })?;
     let before = match File::open(&args.file) {
         Ok(file) => Some(checked(&args.file, file, |_| Ok(()))?),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(at(&args.file)(error)),
     };
-    let (first, have) = match &before {
-        None => (tail.begins(), tail.begins() - 1),
-        Some(before) => (before.end.first, goes_on(args, before, &tail)?),
-    };
+    let mut middle = tempfile::tempfile().map_err(at(&args.file))?;
+    let (tail, now, first, have) = crate::roles::thread()?.block_on(async {
+        let asked = Asked::new(context)?;
+        let (tail, now) = newest(&asked).await?;
+        let begins = older::begins(&asked, &tail).await;
+        let (first, have) = match &before {
+            None => (begins, begins - 1),
+            Some(before) => (before.end.first, goes_on(args, before, &tail, begins)?),
+        };
+        let head = before.as_ref().map(|before| before.end.head.clone());
+        if have + 1 < tail.begins() {
+            let mut out = BufWriter::new(&mut middle);
+            let write = |record: Record| writeln!(out, "{}", record.line());
+            older::each(&asked, &tail, have + 1, head, write).await?;
+            out.flush().map_err(at(&args.file))?;
+        }
+        Ok::<_, CliError>((tail, now, first, have))
+    })?;
     let new = tail.records.iter().filter(|one| one.number > have);
     let new: Vec<Record> = new.cloned().collect();
-    let added = new.len() as u64;
+    let added = tail.count - have;
     let end = tail.end(first, now);
-    replace(&args.file, before.is_some(), &new, &end).map_err(at(&args.file))?;
-    if let Some(note) = beginning(&tail).filter(|_| first > 1) {
+    let replaced = replace(&args.file, before.is_some(), middle, &new, &end);
+    replaced.map_err(at(&args.file))?;
+    if let Some(note) = beginning(first) {
         say(&note);
     }
     let exported = Exported {
@@ -125,8 +136,8 @@ pub(super) fn export(args: &ExportArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The last entry that the file has, if what the cluster keeps goes on from there.
-fn goes_on(args: &ExportArgs, before: &Archive, tail: &Tail) -> Result<u64, CliError> {
+/// The last entry that the file has, if what is kept goes on from there.
+fn goes_on(args: &ExportArgs, before: &Archive, tail: &Tail, begins: u64) -> Result<u64, CliError> {
     let file = args.file.display();
     let joined = tail.check(before).map_err(|fault| {
         CliError::because(
@@ -135,10 +146,10 @@ fn goes_on(args: &ExportArgs, before: &Archive, tail: &Tail) -> Result<u64, CliE
         )
     })?;
     let last = before.end.last;
-    if joined.linked {
+    if joined.linked || last + 1 >= begins {
         return Ok(last);
     }
-    let (from, to) = (last + 1, tail.begins() - 1);
+    let (from, to) = (last + 1, begins - 1);
     Err(CliError::because(
         Exit::Conflict,
         format!(
@@ -147,8 +158,14 @@ fn goes_on(args: &ExportArgs, before: &Archive, tail: &Tail) -> Result<u64, CliE
     ))
 }
 
-/// Writes the file anew beside itself, then takes its place.
-fn replace(path: &Path, exists: bool, new: &[Record], end: &archive::End) -> io::Result<()> {
+/// Writes the file anew beside itself, then takes its place: what it had, what nodes' files had, and the newest.
+fn replace(
+    path: &Path,
+    exists: bool,
+    mut middle: File,
+    new: &[Record],
+    end: &archive::End,
+) -> io::Result<()> {
     let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty());
     let mut beside = tempfile::NamedTempFile::new_in(parent.unwrap_or(Path::new(".")))?;
     let mut out = BufWriter::new(beside.as_file_mut());
@@ -161,6 +178,8 @@ fn replace(path: &Path, exists: bool, new: &[Record], end: &archive::End) -> io:
             ArchiveError::Fault(fault) => io::Error::other(fault),
         })?;
     }
+    middle.rewind()?;
+    io::copy(&mut middle, &mut out)?;
     archive::write(&mut out, new, end)?;
     out.flush()?;
     drop(out);
@@ -186,26 +205,40 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
         None
     } else {
         let context = args.context.resolve()?;
-        let newest = crate::roles::thread()?.block_on(async {
+        let found = crate::roles::thread()?.block_on(async {
             let asked = Asked::new(context)?;
-            newest(&asked).await
+            let (tail, _) = newest(&asked).await?;
+            let begins = older::begins(&asked, &tail).await;
+            let end = archive.as_ref().map(|archive| &archive.end);
+            // A file is compared with what comes after it, as far as that is somewhere.
+            let (from, head) = match end {
+                Some(end) => (end.last + 1, Some(end.head.clone())),
+                None => (begins, None),
+            };
+            if from >= begins && from < tail.begins() {
+                older::each(&asked, &tail, from, head, |_| Ok(())).await?;
+            }
+            Ok::<_, CliError>((tail, begins))
         });
-        Some(newest?.0)
+        Some(found?)
     };
     let (first, last, head) = match (&archive, &tail) {
         (Some(archive), _) => {
             let end = &archive.end;
             (end.first, end.last, end.head.clone())
         }
-        (None, Some(tail)) => (tail.begins(), tail.count, tail.head.clone()),
+        (None, Some((tail, begins))) => (*begins, tail.count, tail.head.clone()),
         // Clap lets nobody check nothing.
         (None, None) => return Err(CliError::usage("--offline needs a FILE")),
     };
     let compared = match (&args.file, &archive, &tail) {
-        (Some(path), Some(archive), Some(tail)) => Some(compare(args, path, archive, tail)?),
+        (Some(path), Some(archive), Some((tail, begins))) => {
+            Some(compare(args, path, archive, tail, *begins)?)
+        }
         _ => None,
     };
-    if let Some(note) = tail.as_ref().and_then(beginning) {
+    let begins = tail.as_ref().map(|(_, begins)| *begins);
+    if let Some(note) = begins.and_then(beginning) {
         say(&note);
     }
     let verified = Verified {
@@ -225,6 +258,7 @@ fn compare(
     path: &Path,
     archive: &Archive,
     tail: &Tail,
+    begins: u64,
 ) -> Result<Compared, CliError> {
     let whose = path.display().to_string();
     let joined = tail
@@ -241,7 +275,7 @@ fn compare(
     }
     Ok(Compared {
         shared,
-        linked,
+        linked: linked || archive.end.last + 1 >= begins,
         newer,
     })
 }
@@ -259,7 +293,7 @@ fn page(verified: &Verified) -> String {
     match &verified.cluster {
         None => {}
         Some(Compared { linked: false, .. }) => {
-            text += "cluster  what lies between the file's end and the cluster's oldest entry is kept nowhere: not compared\n";
+            text += "cluster  what lies between the file's end and the oldest entry of the control nodes' files is kept nowhere: not compared\n";
         }
         Some(Compared { shared, newer, .. }) => {
             text += &format!("cluster  {shared} entries are the same, {newer} came later\n");

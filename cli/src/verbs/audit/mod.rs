@@ -1,6 +1,7 @@
 //! `forebay audit`: who changed what, from where, why, and what came of it.
 
 mod file;
+mod older;
 mod tail;
 
 use clap::{Args, Subcommand};
@@ -14,7 +15,7 @@ use crate::exit::{CliError, Exit};
 /// Options of `forebay audit`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Each change that was asked of the control plane is an entry, done or refused, linked to the one before it by its hash. The cluster keeps the newest 1,000; `forebay audit export FILE`, repeated before they are gone (hourly, say), keeps all of them."
+    after_help = "Each change that was asked of the control plane is an entry, done or refused, linked to the one before it by its hash. The cluster keeps the newest 1,000, and each control node those that it saw in files of its own (`--audit-bytes`); `forebay audit export FILE`, repeated (daily, say), keeps them elsewhere."
 )]
 pub(crate) struct AuditArgs {
     #[command(subcommand)]
@@ -65,11 +66,10 @@ fn broken(whose: &str, fault: &Fault) -> CliError {
 }
 
 /// What is to be known of entries that are no more, if there are any.
-fn beginning(tail: &Tail) -> Option<String> {
-    let begins = tail.begins();
+fn beginning(begins: u64) -> Option<String> {
     (begins > 1).then(|| {
         format!(
-            "the chain begins at entry {begins} here: the cluster keeps the newest {KEPT_ENTRIES}, older ones are in files that were exported before"
+            "the chain begins at entry {begins} here: older ones are in no control node's files, only in those that were exported before"
         )
     })
 }

@@ -8,7 +8,7 @@ use forebay_consensus::fleet::audit::KEPT_ENTRIES;
 use forebay_proto::ClusterId;
 use serde::Serialize;
 
-use super::{beginning, kept, newest};
+use super::{beginning, kept, newest, older};
 use crate::context::ContextArgs;
 use crate::exit::CliError;
 use crate::output::{clock, result, say, table};
@@ -20,7 +20,7 @@ use crate::verbs::ask::Asked;
     after_help = "Examples:\n  forebay audit tail -n 50\n  forebay audit tail --follow --output jsonl | tee -a audit.jsonl"
 )]
 pub(super) struct TailArgs {
-    /// The newest so many; the cluster keeps 1,000.
+    /// The newest so many; those before the newest 1,000 come from control nodes' files.
     #[arg(long, short = 'n', value_name = "N", default_value_t = 20)]
     lines: usize,
     /// Go on with those that come, until Ctrl-C.
@@ -72,16 +72,37 @@ pub(super) fn run(args: &TailArgs) -> Result<(), CliError> {
     crate::roles::thread()?.block_on(async {
         let asked = Asked::new(context)?;
         let (tail, _) = newest(&asked).await?;
-        let skip = tail.records.len().saturating_sub(args.lines);
-        if let Some(note) = beginning(&tail).filter(|_| skip == 0) {
+        let (begins, records) = newest_of(&asked, &tail, args.lines).await?;
+        if let Some(note) = beginning(begins).filter(|_| records.len() < args.lines) {
             say(&note);
         }
-        show(args, &tail, &tail.records[skip..]);
+        show(args, &tail, begins, &records);
         if args.follow {
             follow(args, &asked, tail).await;
         }
         Ok(())
     })
+}
+
+/// The newest so many, and where the chain begins.
+async fn newest_of(
+    asked: &Asked,
+    tail: &Tail,
+    lines: usize,
+) -> Result<(u64, Vec<Record>), CliError> {
+    let begins = older::begins(asked, tail).await;
+    let first = (tail.count + 1).saturating_sub(lines as u64).max(begins);
+    let mut records = Vec::new();
+    if first < tail.begins() {
+        let take = |record| {
+            records.push(record);
+            Ok(())
+        };
+        older::each(asked, tail, first, None, take).await?;
+    }
+    let newer = tail.records.iter().filter(|one| one.number >= first);
+    records.extend(newer.cloned());
+    Ok((begins, records))
 }
 
 async fn follow(args: &TailArgs, asked: &Asked, mut before: Tail) {
@@ -116,7 +137,7 @@ async fn follow(args: &TailArgs, asked: &Asked, mut before: Tail) {
     }
 }
 
-fn show(args: &TailArgs, tail: &Tail, records: &[Record]) {
+fn show(args: &TailArgs, tail: &Tail, begins: u64, records: &[Record]) {
     match args.output {
         // What follows is not known, so columns cannot depend on it.
         Form::Table if args.follow => records.iter().for_each(|record| result(&line(record))),
@@ -127,7 +148,7 @@ fn show(args: &TailArgs, tail: &Tail, records: &[Record]) {
                 schema_version: 1,
                 cluster_id: tail.cluster_id,
                 count: tail.count,
-                begins: tail.begins(),
+                begins,
                 head: &tail.head,
                 entries: records,
             };

@@ -21,11 +21,12 @@ use crate::look::metrics::Metrics;
 const NOW_MS: u64 = 1_800_000_000_000;
 
 fn worker(name: &str, change: impl FnOnce(&mut WorkerFact)) -> (String, Arc<WorkerFact>) {
+    let id = WorkerId(name[1..].parse().unwrap());
     let mut worker = WorkerFact {
-        id: WorkerId(1),
+        id,
         name: name.into(),
         incarnation: Incarnation {
-            worker: WorkerId(1),
+            worker: id,
             grant: 1,
             start: 1,
         },
@@ -75,6 +76,7 @@ fn facts(workers: impl IntoIterator<Item = (String, Arc<WorkerFact>)>) -> Facts 
         drains: BTreeMap::new(),
         families: BTreeMap::new(),
         rebalances: BTreeMap::new(),
+        suspects: BTreeMap::new(),
     }
 }
 
@@ -304,12 +306,17 @@ fn faults_of_workers_are_told_apart() {
             put(seen, |worker| worker.spec.advertise = "w2:7420".into());
         },
     );
-    finds("models.profiles", Fail, "workers of m differ", |seen| {
-        put(seen, |worker| {
-            let label = ("render-profile".to_owned(), "tools_first".to_owned());
-            worker.spec.labels.extend([label]);
-        });
-    });
+    finds(
+        "models.profiles",
+        Fail,
+        "m in default is rendered tools_first, but otherwise by w2",
+        |seen| {
+            put(seen, |worker| {
+                let label = ("render-profile".to_owned(), "tools_first".to_owned());
+                worker.spec.labels.extend([label]);
+            });
+        },
+    );
     finds("models.ready", Fail, "n has no ready worker", |seen| {
         put(seen, |worker| {
             worker.observed = Observed::Drained;

@@ -1,11 +1,11 @@
 //! Workers and models, as the fleet agreed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use forebay_control_client::{Facts, WorkerFact};
 use forebay_proto::config::POLICIES;
 use forebay_proto::wire::fleet::{Desired, Observed};
-use forebay_scheduler::fingerprint::RenderProfile;
+use forebay_scheduler::fingerprint::renderings;
 
 use super::Seen;
 use super::report::Report;
@@ -63,6 +63,17 @@ pub(super) fn check(seen: &Seen, report: &mut Report) {
         "wait, or look at its agent's log",
     );
     models(facts, report);
+    let refused = facts.suspects.values().filter(|one| one.is_quarantined());
+    let refused = refused.map(|one| {
+        let (name, shape) = (one.name(), &one.shape);
+        format!("{name} of tenant {} ({shape})", one.tenant)
+    });
+    report.warn(
+        "requests.quarantined",
+        &refused.collect::<Vec<_>>(),
+        "no request is refused because engines died of it",
+        "engines died of it: `forebay quarantine show` says which; update them, then `forebay quarantine lift`",
+    );
     let mut addresses = BTreeMap::<&str, Vec<&str>>::new();
     for worker in facts.workers.values().filter(|worker| !worker.departed) {
         let at = addresses.entry(&worker.spec.advertise).or_default();
@@ -140,7 +151,7 @@ fn draining(seen: &Seen, facts: &Facts, report: &mut Report) {
 }
 
 fn models(facts: &Facts, report: &mut Report) {
-    let (mut models, mut profiles) = (BTreeMap::new(), BTreeMap::<_, BTreeSet<_>>::new());
+    let mut models = BTreeMap::new();
     for worker in facts.workers.values() {
         let serves = !worker.departed
             && !worker.lost
@@ -148,9 +159,6 @@ fn models(facts: &Facts, report: &mut Report) {
             && worker.desired == Desired::Ready;
         for model in &worker.spec.models {
             *models.entry(model).or_insert(0_u32) += u32::from(serves);
-            // What is not said is the usual one.
-            let profile = RenderProfile::declared(&worker.spec.labels).map(|profile| profile.id());
-            profiles.entry(model).or_default().insert(profile);
         }
     }
     let without = models.iter().filter(|(_, ready)| **ready == 0);
@@ -161,17 +169,38 @@ fn models(facts: &Facts, report: &mut Report) {
         format!("each of {} models has a ready worker", models.len()),
         "its requests get 503: see `forebay workers` for the state of each, and take back a cordon",
     );
-    let differ = profiles.iter().filter(|(_, profiles)| profiles.len() > 1);
-    let differ = differ.map(|(model, _)| format!("workers of {model} differ in render-profile"));
+    profiles(facts, report);
+}
+
+/// Who renders prompts otherwise than most workers of its pool.
+fn profiles(facts: &Facts, report: &mut Report) {
+    let present = facts.workers.values().filter(|worker| !worker.departed);
+    let specs = present.map(|worker| (worker.id, &worker.spec));
+    let mut differ = Vec::new();
+    for ((pool, model), rendering) in renderings(specs) {
+        let workers = facts.workers.values();
+        let unlike = workers.filter(|worker| rendering.is_unlike(worker.id));
+        let unlike: Vec<&str> = unlike.map(|worker| worker.name.as_str()).collect();
+        match rendering.profile.map(|profile| profile.id()) {
+            None => differ.push(format!(
+                "{model} in {pool}: most of its workers have a render-profile that this version does not know"
+            )),
+            Some(profile) if !unlike.is_empty() => differ.push(format!(
+                "{model} in {pool} is rendered {profile}, but otherwise by {}",
+                unlike.join(", ")
+            )),
+            Some(_) => {}
+        }
+    }
     report.fail(
         "models.profiles",
-        &differ.collect::<Vec<_>>(),
+        &differ,
         "workers of one model render prompts alike",
-        "its prompts are placed by load only: give all its agents the same --label render-profile=…",
+        "what these workers hold counts for nothing: give their engines the pool's chat template, or, where that is meant to change, all others the new one",
     );
 }
 
-const IDS: [&str; 13] = [
+const IDS: [&str; 14] = [
     "config.policies",
     "config.pools",
     "fleet.alarms",
@@ -185,5 +214,6 @@ const IDS: [&str; 13] = [
     "models.ready",
     "models.profiles",
     "workers.addresses",
+    "requests.quarantined",
 ];
 const LONG_MINUTES: u64 = 10;

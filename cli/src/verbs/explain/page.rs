@@ -30,6 +30,14 @@ fn one(placement: &Placement) -> String {
         let tried: Vec<String> = tried.collect();
         lines.push(("tried before", tried.join(", ")));
     }
+    if !asked.apart.is_empty() {
+        let apart = asked.apart.iter().map(|id| {
+            let name = placement.workers.get(&id.0.to_string()).cloned();
+            name.unwrap_or_else(|| id.to_string())
+        });
+        let apart: Vec<String> = apart.collect();
+        lines.push(("kept apart from the suspects on", apart.join(", ")));
+    }
     if let Some(before) = placement.waiting_before.filter(|before| *before > 0) {
         lines.push((
             "waiting",
@@ -135,6 +143,7 @@ fn not_scored(filtered: &Filtered) -> String {
         unreachable,
         closed,
         tried,
+        apart,
         short,
         suspect,
         full,
@@ -148,6 +157,7 @@ fn not_scored(filtered: &Filtered) -> String {
             "closed (cordoned, draining, joining, or the engine is down)",
         ),
         (tried, "tried before"),
+        (apart, "busy with another suspect"),
         (short, "with too short a context"),
         (suspect, "silent"),
         (full, "full"),

@@ -4,6 +4,7 @@
 mod cordon;
 mod drain;
 mod follow;
+mod quarantine;
 mod rebalance;
 mod report;
 
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 
 pub(crate) use cordon::{CordonArgs, UncordonArgs, cordon, uncordon};
 pub(crate) use drain::{DrainArgs, run as drain};
+pub(crate) use quarantine::{QuarantineArgs, run as quarantine};
 pub(crate) use rebalance::{HomesArgs, RebalanceArgs, homes, rebalance_line, run as rebalance};
 pub(crate) use report::drain_line;
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use forebay_proto::config::{Config, ConfigError};
 use forebay_proto::fleet::{Member, SpecError, WorkerSpec};
 use forebay_proto::ids::IdError;
+use forebay_proto::suspect::Suspect;
 use forebay_proto::wire::fleet as wire;
 use forebay_proto::{
     ClusterId, Drain, DrainId, Family, FingerprintKey, Incarnation, Millis, Rebalance, RebalanceId,
@@ -48,6 +49,8 @@ pub struct Facts {
     pub families: BTreeMap<u64, Family>,
     /// The rebalance that goes on or ended last, of each pool; empty for balancers and agents.
     pub rebalances: BTreeMap<RebalanceId, Rebalance>,
+    /// Requests that engines died under, by key; empty for agents.
+    pub suspects: BTreeMap<u64, Suspect>,
 }
 
 /// One worker, as agreed.
@@ -191,6 +194,10 @@ impl Facts {
             let rebalance = Rebalance::from_wire(rebalance)?;
             Ok((rebalance.id, rebalance))
         });
+        let suspects = wire.suspects.into_iter().map(|suspect| {
+            let suspect = Suspect::from_wire(suspect)?;
+            Ok((suspect.key, suspect))
+        });
         Ok(Self {
             cluster_id: ClusterId::from_wire(&wire.cluster_id)?,
             revision: Revision(wire.revision),
@@ -207,6 +214,7 @@ impl Facts {
             drains: drains.collect::<Result<_, IdError>>()?,
             families: families.collect::<Result<_, IdError>>()?,
             rebalances: rebalances.collect::<Result<_, IdError>>()?,
+            suspects: suspects.collect::<Result<_, IdError>>()?,
         })
     }
 
@@ -230,6 +238,7 @@ impl Facts {
             drains: self.drains.values().map(Drain::to_wire).collect(),
             families: self.families.values().map(Family::to_wire).collect(),
             rebalances: self.rebalances.values().map(Rebalance::to_wire).collect(),
+            suspects: self.suspects.values().map(Suspect::to_wire).collect(),
         }
     }
 
@@ -277,6 +286,15 @@ impl Facts {
                     for family in changes.put {
                         let family = Family::from_wire(family)?;
                         next.families.insert(family.chunk, family);
+                    }
+                }
+                Change::Suspects(changes) => {
+                    for key in changes.removed {
+                        next.suspects.remove(&key);
+                    }
+                    for suspect in changes.put {
+                        let suspect = Suspect::from_wire(suspect)?;
+                        next.suspects.insert(suspect.key, suspect);
                     }
                 }
                 Change::RebalancePut(rebalance) => {

@@ -165,7 +165,7 @@ impl ControlClient {
         let ask = |_| {
             Ask::Audit(wire::Audit {
                 limit,
-                deadline_ms: 0,
+                ..wire::Audit::default()
             })
         };
         match self.call(deadline, ask).await? {
@@ -188,12 +188,36 @@ impl ControlClient {
             Ask::Audit(wire::Audit {
                 limit,
                 deadline_ms: Millis::from_duration(left).wire(),
+                from: 0,
             })
         };
         match self.call(deadline, ask).await? {
             (_, Response::Audit(tail)) => Ok(tail),
             (address, _) => Err(unexpected(&address)),
         }
+    }
+
+    /// What each node's files have of the audit from this number on, at most `limit` entries; `begins` says where a
+    /// node's files begin. A node that does not answer, or keeps no files, is left out.
+    pub async fn audit_files(
+        &self,
+        from: u64,
+        limit: u32,
+        patience: Duration,
+    ) -> Vec<wire::AuditTail> {
+        let asked = self.addresses().into_iter().map(|address| async move {
+            let ask = Ask::Audit(wire::Audit {
+                limit,
+                from,
+                deadline_ms: 0,
+            });
+            match self.ask(&address, ask, patience).await {
+                Ok(Response::Audit(tail)) => Some(tail).filter(|tail| tail.begins.is_some()),
+                Ok(_) | Err(_) => None,
+            }
+        });
+        let answers = futures::future::join_all(asked).await;
+        answers.into_iter().flatten().collect()
     }
 
     /// What the leader heard of these workers' agents, and of all balancers; nothing of it is agreed on.

@@ -35,7 +35,8 @@ fn a_key() -> wire::KeyRing {
     }
 }
 
-fn spec() -> bytes::Bytes {
+fn spec(profile: Option<&str>) -> bytes::Bytes {
+    let said = profile.map(|profile| ("render-profile".to_owned(), profile.to_owned()));
     let spec = WorkerSpec {
         pool: "p".into(),
         advertise: "h:1".into(),
@@ -48,7 +49,7 @@ fn spec() -> bytes::Bytes {
         max_context_tokens: 0,
         adapters: vec![],
         zone: String::new(),
-        labels: BTreeMap::new(),
+        labels: said.into_iter().collect(),
         slots: 1,
     };
     spec.to_wire()
@@ -63,7 +64,7 @@ impl World {
             id,
             name: format!("w{id}"),
             incarnation: Some(incarnation(id).to_wire()),
-            spec: spec(),
+            spec: spec(None),
             ..Default::default()
         });
         Self {
@@ -161,6 +162,10 @@ impl World {
                 Action::StopRebalance(stop) => {
                     shown.push(format!("stop r{}: {}", stop.id, stop.why));
                     self.facts.rebalances[0].ended_ms = 1_000_000 + ms;
+                }
+                Action::ForgetSuspects => {
+                    shown.push("forget".into());
+                    self.facts.suspects.clear();
                 }
             }
         }
@@ -321,6 +326,15 @@ fn homes_follow_the_heat_every_ten_seconds() {
     heat(&mut world, 26_000, 10, 10);
     assert_eq!(world.step(26_000), "");
     assert_eq!(world.step(26_500), "f at [1]");
+    let mut other = hot();
+    other.facts.workers[1].spec = spec(Some("tools_first"));
+    heat(&mut other, 6_000, 10, 10);
+    assert_eq!(other.step(500), "");
+    assert_eq!(
+        other.step(6_500),
+        "f at [1]",
+        "w2 renders prompts otherwise"
+    );
     let mut old = hot();
     old.facts.feature_level = 4;
     heat(&mut old, 10_000, 10, 10);

@@ -154,7 +154,7 @@ impl Reader {
     }
 
     pub(super) fn take(&mut self, record: &Record) -> Result<(), Broken> {
-        if record.content_hash().as_ref() != Some(&record.hash) {
+        if !record.holds() {
             return Err(Broken::Content);
         }
         match self.newest.back() {

@@ -79,6 +79,7 @@ fn a_disk_that_fails_at_init_ends_the_node_with_the_reason() {
         listen: "127.0.0.1:0".parse().unwrap(),
         credentials: cell.paths(Role::Control, "c1"),
         replica: ReplicaOptions::default(),
+        audit_bytes: 1 << 20,
     };
     let disk = config.data_dir.clone();
     cell.runtime.block_on(async {
@@ -119,6 +120,7 @@ fn a_disk_that_fails_at_work_ends_the_node_with_the_reason() {
             snapshot_entries: 5,
             ..ReplicaOptions::default()
         },
+        audit_bytes: 1 << 20,
     };
     let snapshots = config.data_dir.join("snapshots");
     cell.runtime.block_on(async {

@@ -53,10 +53,15 @@ impl Reader<'_> {
             conversation: self.option(Self::fixed)?,
             head: self.fixed()?,
             turn: self.number()?,
-            tried: self.list(|reader| Some(WorkerId(u32::try_from(reader.number()?).ok()?)))?,
+            tried: self.workers()?,
+            apart: self.workers()?,
             zone: self.option(Self::text)?,
             family: self.option(Self::fixed)?,
         })
+    }
+
+    fn workers(&mut self) -> Option<Vec<WorkerId>> {
+        self.list(|reader| Some(WorkerId(u32::try_from(reader.number()?).ok()?)))
     }
 
     fn filtered(&mut self) -> Option<Filtered> {
@@ -64,6 +69,7 @@ impl Reader<'_> {
             unreachable: self.count()?,
             closed: self.count()?,
             tried: self.count()?,
+            apart: self.count()?,
             short: self.count()?,
             suspect: self.count()?,
             full: self.count()?,

@@ -73,6 +73,7 @@ impl Writer {
             head,
             turn,
             tried,
+            apart,
             zone,
             family,
         } = asked;
@@ -86,9 +87,11 @@ impl Writer {
         });
         self.0.extend(head.to_le_bytes());
         self.number(*turn);
-        self.count(tried.len());
-        for worker in tried {
-            self.number(worker.0.into());
+        for workers in [tried, apart] {
+            self.count(workers.len());
+            for worker in workers {
+                self.number(worker.0.into());
+            }
         }
         self.option(zone.as_deref(), Self::text);
         self.option(*family, |writer, chunk| {
@@ -101,6 +104,7 @@ impl Writer {
             unreachable,
             closed,
             tried,
+            apart,
             short,
             suspect,
             full,
@@ -111,6 +115,7 @@ impl Writer {
             unreachable,
             closed,
             tried,
+            apart,
             short,
             suspect,
             full,

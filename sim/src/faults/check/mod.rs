@@ -14,6 +14,7 @@ mod liveness;
 mod members;
 mod once;
 mod reign;
+mod suspects;
 mod time;
 mod watch;
 
@@ -35,6 +36,7 @@ pub(super) use liveness::{Liveness, NodeRest, Rest};
 pub(super) use members::GroupIsFleet;
 pub(super) use once::Once;
 pub(super) use reign::ReignBegins;
+pub(super) use suspects::Suspects;
 pub(super) use time::CellTime;
 pub(super) use watch::Watchers;
 
@@ -83,4 +85,5 @@ pub(super) struct Checks {
     pub(super) force: InForce,
     pub(super) drains: Drains,
     pub(super) homes: Homes,
+    pub(super) suspects: Suspects,
 }

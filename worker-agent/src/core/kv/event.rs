@@ -68,6 +68,22 @@ pub struct Stored {
 }
 
 impl Batch {
+    /// What it takes in memory, in bytes, about.
+    pub(super) fn bytes(&self) -> usize {
+        let of_stored = |stored: &Stored| {
+            let extras = stored.extras.iter().flatten();
+            let extras: usize = extras.map(|extra| extra.len() + size_of::<Vec<u8>>()).sum();
+            let lists = stored.extras.len() * size_of::<Vec<Vec<u8>>>();
+            size_of_val(&*stored.hashes) + size_of_val(&*stored.tokens) + extras + lists
+        };
+        let of_event = |event: &Event| match event {
+            Event::Stored(stored) => of_stored(stored),
+            Event::Removed { hashes, .. } => size_of_val(&**hashes),
+            Event::Cleared => 0,
+        };
+        self.events.iter().map(of_event).sum::<usize>() + size_of_val(&*self.events)
+    }
+
     /// Reads a payload.
     ///
     /// # Errors

@@ -13,7 +13,9 @@ use forebay_proto::Now;
 use super::event::Batch;
 
 /// Live batches that wait until what is before them was asked for again.
-const MAX_WAITING: usize = 1_024;
+pub(super) const MAX_WAITING: usize = 1_024;
+/// And their bytes.
+pub(super) const MAX_WAITING_BYTES: usize = 64 << 20;
 /// An answer that does not end in so long is not waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// So many requests without an answer, and what is missing is lost.
@@ -43,6 +45,7 @@ pub(super) struct Stream {
     live: Option<u64>,
     asked: Option<Asked>,
     waiting: VecDeque<(u64, Batch)>,
+    waiting_bytes: usize,
     tries: u32,
     /// Something is missing, and nobody was asked for it yet.
     wanted: bool,
@@ -84,6 +87,7 @@ impl Stream {
             live: last,
             asked: None,
             waiting: VecDeque::new(),
+            waiting_bytes: 0,
             tries: 0,
             wanted: can_ask,
             doubt: !can_ask,
@@ -170,11 +174,7 @@ impl Stream {
             return;
         }
         if self.waits() {
-            if self.waiting.len() >= MAX_WAITING {
-                // They will be asked for.
-                self.waiting.clear();
-            }
-            self.waiting.push_back((seq, batch));
+            self.wait(seq, batch);
             return;
         }
         let next = self.last.map_or(0, |last| last + 1);
@@ -189,7 +189,7 @@ impl Stream {
         if self.can_ask {
             self.wanted = true;
             self.tries = 0;
-            self.waiting.push_back((seq, batch));
+            self.wait(seq, batch);
         } else {
             self.lose(steps);
             self.apply(seq, batch, steps);
@@ -249,18 +249,41 @@ impl Stream {
 
     /// What waited is applied as far as it follows.
     fn drain(&mut self, steps: &mut Vec<Step>) {
-        while let Some((seq, batch)) = self.waiting.pop_front() {
+        while let Some(seq) = self.waiting.front().map(|(seq, _)| *seq) {
             let next = self.last.map_or(seq, |last| last + 1);
             if seq > next {
-                self.waiting.push_front((seq, batch));
                 self.counts.gaps += 1;
                 self.wanted = true;
                 return;
             }
-            if seq == next {
-                self.apply(seq, batch, steps);
+            if let Some((seq, batch)) = self.waiting.pop_front() {
+                self.waiting_bytes -= batch.bytes();
+                if seq == next {
+                    self.apply(seq, batch, steps);
+                }
             }
         }
+    }
+
+    /// What is before it comes first. At the bound those that wait are dropped: they will be asked for.
+    fn wait(&mut self, seq: u64, batch: Batch) {
+        let bytes = batch.bytes();
+        if self.waiting.len() >= MAX_WAITING || self.waiting_bytes + bytes > MAX_WAITING_BYTES {
+            self.forget_waiting();
+        }
+        self.waiting_bytes += bytes;
+        self.waiting.push_back((seq, batch));
+    }
+
+    fn forget_waiting(&mut self) {
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+    }
+
+    /// Batches that wait, and their bytes.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> (usize, usize) {
+        (self.waiting.len(), self.waiting_bytes)
     }
 
     fn apply(&mut self, seq: u64, batch: Batch, steps: &mut Vec<Step>) {
@@ -277,7 +300,7 @@ impl Stream {
     }
 
     fn restart(&mut self, steps: &mut Vec<Step>) {
-        self.waiting.clear();
+        self.forget_waiting();
         self.last = None;
         self.asked = None;
         self.tries = 0;

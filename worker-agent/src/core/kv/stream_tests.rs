@@ -5,7 +5,7 @@ use std::time::Duration;
 use forebay_proto::Now;
 
 use super::event::{Batch, Event, Place};
-use super::stream::{Counts, Step, Stream};
+use super::stream::{Counts, MAX_WAITING, MAX_WAITING_BYTES, Step, Stream};
 
 const fn at(ms: u64) -> Now {
     Now::at(Duration::from_millis(ms))
@@ -192,4 +192,42 @@ fn what_cannot_be_read_is_asked_for_once_more() {
 #[test]
 fn answers_that_nobody_asked_for_are_passed_over() {
     check(after(4), "told 9, end, ask, end", "from 5");
+}
+
+#[test]
+fn what_waits_is_bounded_in_number_and_bytes_and_what_was_dropped_is_asked_for() {
+    let large = |seq| Batch {
+        events: vec![Event::Removed {
+            hashes: vec![seq; (1 << 20) / 8],
+            place: Place {
+                gpu: true,
+                group: 0,
+            },
+        }],
+        ..Batch::default()
+    };
+    let (mut stream, mut steps) = (new(), Vec::new());
+    assert_eq!(stream.ask(at(0)), Some(0));
+    for seq in 1..1_000 {
+        stream.live(seq, large(seq), &mut steps);
+        assert!(stream.waiting().1 <= MAX_WAITING_BYTES);
+    }
+    assert!(stream.waiting().1 > MAX_WAITING_BYTES / 4, "some wait");
+    let many = 1_000 + 2 * MAX_WAITING as u64;
+    for seq in 1_000..many {
+        stream.live(seq, batch(seq), &mut steps);
+        assert!(stream.waiting().0 <= MAX_WAITING);
+    }
+    assert_eq!(steps, []);
+    // Of those that were told again all are applied, and then what waited.
+    stream.replayed(at(1), 0, batch(0), &mut steps);
+    stream.replay_end(&mut steps);
+    assert_eq!(stream.ask(at(2)), Some(1), "what was dropped is missing");
+    for seq in 1..many {
+        stream.replayed(at(3), seq, batch(seq), &mut steps);
+    }
+    stream.replay_end(&mut steps);
+    assert_eq!((stream.last(), stream.waiting()), (Some(many - 1), (0, 0)));
+    let losses = steps.iter().filter(|step| **step == Step::Lost);
+    assert_eq!(losses.count(), 0);
 }
