@@ -8,8 +8,9 @@ use super::blocks::{Path, Placed};
 
 /// Chunks that are known and not resident: their blocks are to come, or come back.
 const MAX_ABSENT: usize = 1 << 16;
-/// Chunks that one block is counted for: of as many prompts as differ in what tokens do not show.
-const MAX_SHARED: usize = 64;
+/// Chunks that touch one block. The last block of a beginning that conversations share is touched by a chunk of
+/// each of them.
+const MAX_SHARED: usize = 1 << 12;
 const WAYS: usize = 2;
 
 #[derive(Default)]
@@ -196,14 +197,15 @@ impl Chunks {
         for path in paths {
             let spot = self.spots.entry(*path).or_default();
             missing += u32::from(spot.copies == 0);
-            if !spot.chunks.contains(&chunk) {
-                if spot.chunks.len() >= MAX_SHARED {
-                    // Counted for as many as it may be: this one stays missing.
-                    missing += 1;
-                    continue;
-                }
-                spot.chunks.push(chunk);
+            if spot.chunks.contains(&chunk) {
+                continue;
             }
+            if spot.chunks.len() >= MAX_SHARED && !self.drop_absent_at(*path) {
+                // All others are resident: this one stays missing.
+                missing += 1;
+                continue;
+            }
+            self.spots.entry(*path).or_default().chunks.push(chunk);
         }
         let way = Way {
             tokens,
@@ -260,10 +262,28 @@ impl Chunks {
             if !stands.is_some_and(|at| at.turn == turn && at.resident.is_none()) {
                 continue;
             }
-            if let Some(gone) = self.chunks.remove(&chunk) {
-                for path in gone.ways.iter().flat_map(|way| way.paths.iter()) {
-                    self.leave(*path, chunk);
-                }
+            self.drop_chunk(chunk);
+        }
+    }
+
+    /// Forgets the oldest chunk at this path that is not resident; `false`: all are.
+    fn drop_absent_at(&mut self, path: Path) -> bool {
+        let absent = |chunk: &&u64| {
+            let at = self.chunks.get(*chunk);
+            at.is_none_or(|at| at.resident.is_none())
+        };
+        let touching = self.spots.get(&path).map(|spot| spot.chunks.iter());
+        let oldest = touching.and_then(|mut chunks| chunks.find(absent).copied());
+        let Some(oldest) = oldest else { return false };
+        self.drop_chunk(oldest);
+        self.leave(path, oldest);
+        true
+    }
+
+    fn drop_chunk(&mut self, chunk: u64) {
+        if let Some(gone) = self.chunks.remove(&chunk) {
+            for path in gone.ways.iter().flat_map(|way| way.paths.iter()) {
+                self.leave(*path, chunk);
             }
         }
     }
@@ -286,5 +306,51 @@ impl Chunks {
             changes,
             ..Self::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The last block of a beginning that all conversations share.
+    const SHARED: Path = 1;
+
+    /// A chunk of each conversation touches that and a block of its own.
+    fn begun(chunks: &mut Chunks, conversations: std::ops::Range<u64>) {
+        for conversation in conversations {
+            chunks.up(100 + conversation);
+            chunks.add_way(conversation, 64, &[SHARED, 100 + conversation]);
+        }
+    }
+
+    #[test]
+    fn as_many_conversations_share_a_beginning_as_like() {
+        let mut chunks = Chunks::default();
+        chunks.up(SHARED);
+        begun(&mut chunks, 0..2_000);
+        assert_eq!(chunks.count(), (2_000, 0));
+        // What they share goes, and comes back.
+        chunks.down(SHARED, 1);
+        assert_eq!(chunks.count(), (0, 2_000));
+        chunks.up(SHARED);
+        assert_eq!(chunks.count(), (2_000, 0));
+    }
+
+    #[test]
+    fn beyond_its_bound_a_block_is_counted_for_those_that_are_there() {
+        let most = MAX_SHARED as u64;
+        let mut chunks = Chunks::default();
+        chunks.up(SHARED);
+        begun(&mut chunks, 0..most);
+        begun(&mut chunks, most..most + 1);
+        assert_eq!(chunks.tokens_to(most), None, "all others are there");
+        // Ten of them are evicted, which make room for ten that begin.
+        (0..10).for_each(|gone| chunks.down(100 + gone, 1));
+        begun(&mut chunks, most + 1..most + 11);
+        let there = (most + 1..most + 11).filter(|chunk| chunks.tokens_to(*chunk).is_some());
+        assert_eq!(there.count(), 10);
+        assert_eq!(chunks.count().0 as u64, most);
+        assert!(!chunks.knows(0) && chunks.knows(10));
     }
 }
