@@ -18,7 +18,6 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::credentials::{Credentials, CredentialsError, peer_identity};
 use crate::link::{Alpn, Link, LinkClosed, printable};
-use crate::socket::{MAX_PACKET_BYTES, Socket};
 use crate::stream::{FrameReceiver, FrameSender};
 use crate::verify::{ClientVerifier, ServerVerifier};
 use crate::{Code, PROTOCOL};
@@ -209,14 +208,9 @@ impl Endpoint {
         let server = (!alpns.is_empty())
             .then(|| server_config(credentials, alpns))
             .transpose()?;
-        let io = |error| BindError::Io { address, error };
-        let inner = quinn::Endpoint::new_with_abstract_socket(
-            endpoint_config(credentials),
-            server,
-            Socket::new(socket).map_err(io)?,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(io)?;
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let inner = quinn::Endpoint::new(endpoint_config(credentials), server, socket, runtime)
+            .map_err(|error| BindError::Io { address, error })?;
         let shared = Arc::new(Shared {
             identity: credentials.identity().clone(),
             hello: Mutex::new(Hello {
@@ -540,9 +534,6 @@ fn endpoint_config(credentials: &Credentials) -> quinn::EndpointConfig {
     let cid_seed = derive(b"forebay connection ids");
     let cid_key = u64::from_be_bytes(cid_seed.as_ref()[..8].try_into().expect("eight bytes"));
     let mut config = quinn::EndpointConfig::new(Arc::new(reset_key));
-    config
-        .max_udp_payload_size(MAX_PACKET_BYTES)
-        .expect("more than the least that QUIC has");
     config.min_reset_interval(RESET_EVERY);
     config.cid_generator(move || {
         Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
@@ -564,16 +555,8 @@ fn transport(stream_window_bytes: u32) -> Arc<quinn::TransportConfig> {
         .max_idle_timeout(Some(IDLE_TIMEOUT.try_into().expect("ten seconds fit")))
         .datagram_receive_buffer_size(Some(256 << 10))
         .datagram_send_buffer_size(256 << 10)
-        .mtu_discovery_config(Some(packets()))
         .ack_frequency_config(Some(acks()));
     Arc::new(transport)
-}
-
-/// Large bodies travel in as few packets as each path lets through.
-fn packets() -> quinn::MtuDiscoveryConfig {
-    let mut packets = quinn::MtuDiscoveryConfig::default();
-    packets.upper_bound(MAX_PACKET_BYTES);
-    packets
 }
 
 /// An answer is many small packets one way: each second of them would be acknowledged by one of its own.

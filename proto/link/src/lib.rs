@@ -10,7 +10,6 @@ mod endpoint;
 mod link;
 mod pki;
 mod reachability;
-mod socket;
 mod stream;
 mod verify;
 
