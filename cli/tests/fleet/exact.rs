@@ -181,11 +181,8 @@ fn what_several_clients_evict_from_each_other_is_foretold() {
     println!("{counted:?}");
     assert!(counted.settled + counted.promised >= 500.0, "{counted:?}");
     assert!(counted.settled_over <= 0.001 * counted.settled);
-    // The emulated engine has a block when it is computed, vLLM when it is given out: who begins in the same step
-    // there finds nothing of what is promised here.
-    assert!(counted.promised_over <= 0.04 * (counted.settled + counted.promised));
-    // .89 to .91 was seen: of a cache in which half is in use, more is given up for lost than will be.
-    assert!(counted.predicted >= 0.85 * counted.reported, "{counted:?}");
+    assert!(counted.promised_over <= 0.02 * (counted.settled + counted.promised));
+    assert!(counted.predicted >= 0.93 * counted.reported, "{counted:?}");
     let evicted = agent(&agent_of[0], "kv_absent_chunks");
     assert!(evicted > 20.0, "{evicted} chunks were evicted");
 }

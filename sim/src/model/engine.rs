@@ -186,9 +186,8 @@ impl Engine {
         self.journal.get_or_insert_default();
     }
 
-    /// What became of blocks since this was last asked, in its order.
+    /// What became of blocks since this was last asked, in its order; of an iteration it is known when that begins.
     pub fn take_journal(&mut self) -> Vec<Change> {
-        self.note_forgotten();
         self.journal
             .as_mut()
             .map(std::mem::take)
@@ -363,10 +362,32 @@ impl Engine {
         Some(Duration::from_nanos(nanos(ms)).max(Duration::from_nanos(1)))
     }
 
+    /// A part of the iteration. The blocks that it fills are found from here on, also by those behind it.
     fn push(&mut self, slot: usize, tokens: u32) {
-        if let Some(request) = &self.requests[slot] {
-            let id = request.id;
-            self.parts.push(Part { slot, id, tokens });
+        self.note_forgotten();
+        let block = self.settings.block_tokens.max(1);
+        let Some(request) = self.requests[slot].as_mut() else {
+            return;
+        };
+        let id = request.id;
+        self.parts.push(Part { slot, id, tokens });
+        for full in request.computed / block..(request.computed + tokens) / block {
+            let full = full as usize;
+            while request.hashes.len() <= full {
+                // What was said is found again by nobody else.
+                let number = request.hashes.len() as u64;
+                request.hashes.push(unique(request.id, number));
+            }
+            let hash = request.hashes[full];
+            let fresh = self.blocks.fill(request.held[full], hash);
+            if let Some(journal) = self.journal.as_mut().filter(|_| fresh) {
+                journal.push(Change::Filled {
+                    id,
+                    block: u32::try_from(full).unwrap_or(u32::MAX),
+                    hash,
+                    parent: full.checked_sub(1).map(|before| request.hashes[before]),
+                });
+            }
         }
     }
 
@@ -438,37 +459,15 @@ impl Engine {
 
     /// The iteration is done: its tokens are said.
     fn complete(&mut self, at: Now, events: &mut Vec<Event>) {
-        let block = self.settings.block_tokens.max(1);
-        // Room was made when the iteration began.
-        self.note_forgotten();
         let parts = std::mem::take(&mut self.parts);
         let mut over = false;
         for Part { slot, id, tokens } in &parts {
             let Some(request) = self.requests[*slot].as_mut().filter(|r| r.id == *id) else {
                 continue;
             };
-            let filled = request.computed / block;
             request.computed += tokens;
             if request.said == 0 || !(*tokens == 1 && request.computed == request.target()) {
                 self.counts.prefilled_tokens += u64::from(*tokens);
-            }
-            for full in filled..request.computed / block {
-                let full = full as usize;
-                while request.hashes.len() <= full {
-                    // What was said is found again by nobody else.
-                    let number = request.hashes.len() as u64;
-                    request.hashes.push(unique(request.id, number));
-                }
-                let hash = request.hashes[full];
-                let fresh = self.blocks.fill(request.held[full], hash);
-                if let Some(journal) = self.journal.as_mut().filter(|_| fresh) {
-                    journal.push(Change::Filled {
-                        id: request.id,
-                        block: u32::try_from(full).unwrap_or(u32::MAX),
-                        hash,
-                        parent: full.checked_sub(1).map(|before| request.hashes[before]),
-                    });
-                }
             }
             if request.computed < request.target() {
                 continue;
