@@ -67,8 +67,8 @@ impl Member {
     }
 }
 
-/// What a worker is, as its own agent declares it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a worker is, as its own agent declares it. The default says nothing, and is refused where it is checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerSpec {
     /// The set of interchangeable workers it belongs to.
     pub pool: String,

@@ -262,17 +262,9 @@ mod tests {
         let spec = WorkerSpec {
             pool: "default".into(),
             advertise: "127.0.0.1:7420".into(),
-            engine: "openai".into(),
             models: vec!["m".into()],
-            revision: String::new(),
-            gpu_type: String::new(),
-            gpu_count: 0,
-            kv_tokens: 0,
-            max_context_tokens: 0,
-            adapters: vec![],
-            zone: String::new(),
-            labels: BTreeMap::new(),
             slots: 4,
+            ..WorkerSpec::default()
         };
         Worker::new(Known {
             name: "w1".into(),

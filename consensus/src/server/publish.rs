@@ -131,6 +131,15 @@ impl Publisher {
         self.changed.subscribe()
     }
 
+    /// The audit's entries that are newer than number `last`, as far as they are kept, and the first one's number.
+    pub(crate) fn audit_after(&self, last: u64) -> (u64, Vec<wire::AuditEntry>) {
+        let state = self.state.lock();
+        let oldest = state.audit_count + 1 - state.audit.len() as u64;
+        let first = oldest.max(last + 1);
+        let skip = usize::try_from(first - oldest).unwrap_or(usize::MAX);
+        (first, state.audit.iter().skip(skip).cloned().collect())
+    }
+
     /// Wakes when the audit has more entries, and tells how many it ever had.
     pub(crate) fn audited(&self) -> watch::Receiver<u64> {
         self.audited.subscribe()

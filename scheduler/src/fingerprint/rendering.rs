@@ -72,18 +72,9 @@ mod tests {
         let labels = (words[2] != "-").then_some(label);
         WorkerSpec {
             pool: words[0].into(),
-            advertise: "10.0.0.1:7420".into(),
-            engine: String::new(),
             models: vec![words[1].into()],
-            revision: String::new(),
-            gpu_type: String::new(),
-            gpu_count: 0,
-            kv_tokens: 0,
-            max_context_tokens: 0,
-            adapters: vec![],
-            zone: String::new(),
             labels: labels.into_iter().collect(),
-            slots: 1,
+            ..WorkerSpec::default()
         }
     }
 

@@ -78,6 +78,13 @@ impl World {
         assert_eq!(count, self.fleet.audit_count());
         assert_eq!(*self.published.facts(), self.fleet.facts());
         assert_eq!(crate::fleet::audit::verify(&entries, &head), Ok(()));
+        // All of them are kept here.
+        for last in 0..=count + 2 {
+            let from = usize::try_from(last).unwrap().min(entries.len());
+            let newer = (last.min(count) + 1, entries[from..].to_vec());
+            let (first, found) = self.published.audit_after(last);
+            assert_eq!((first.min(count + 1), found), newer, "after {last}");
+        }
         assert_eq!((entries, head), self.fleet.audit_tail(usize::MAX));
     }
 

@@ -90,12 +90,10 @@ impl Kept {
         let Some(published) = published.upgrade() else {
             return segments.sync();
         };
-        let (entries, _, count) = published.audit(MOST);
+        let (first, entries) = published.audit_after(segments.last());
         drop(published);
-        let before = count - entries.len() as u64;
-        let numbered = (before + 1..).zip(&entries);
-        let new = numbered.filter(|(number, _)| *number > segments.last());
-        let records: Vec<Record> = new
+        let records: Vec<Record> = (first..)
+            .zip(&entries)
             .map(|(number, entry)| Record::of(number, entry))
             .collect();
         segments.append(&records)
